@@ -1,0 +1,7 @@
+"""``python -m glmlocal`` is ``glmlocal``."""
+
+from __future__ import annotations
+
+from glmlocal.cli.main import main
+
+raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""Sampler: logits → one token per request. Greedy is exact; the rest follows vLLM's order of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from glmlocal.engine.request import Request, SamplingParams, TokenLogprob
+from glmlocal.engine.scheduler import SampledToken, ScheduledRequest
+
+
+class Sampler:
+    """Chooses tokens and owns one random generator per seeded request, so that a batch never changes a sample."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._generators: dict[str, torch.Generator] = {}
+
+    def sample(self, logits: Tensor, scheduled: Sequence[ScheduledRequest]) -> dict[str, SampledToken]:
+        """logits fp32 [requests, vocab], one row per scheduled request → the token of each."""
+        return {
+            item.request.request_id: self._sample_one(row, item) for row, item in zip(logits, scheduled, strict=True)
+        }
+
+    def forget(self, request_id: str) -> None:
+        """Drop a finished request's generator."""
+        self._generators.pop(request_id, None)
+
+    def _sample_one(self, logits: Tensor, scheduled: ScheduledRequest) -> SampledToken:
+        params = scheduled.request.params
+        adjusted = apply_penalties(logits, scheduled.request, scheduled.output_token_ids)
+        if params.temperature == 0:
+            token_id = int(adjusted.argmax())
+        else:
+            token_id = self._draw(truncated_probs(adjusted, params), scheduled.request)
+        return SampledToken(token_id, None if params.logprobs is None else logprob_of(logits, token_id, params.logprobs))
+
+    def _draw(self, probs: Tensor, request: Request) -> int:
+        generator = self._generators.get(request.request_id)
+        if generator is None:
+            generator = torch.Generator()
+            if request.params.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(request.params.seed % 2**64)
+            self._generators[request.request_id] = generator
+        # Inverse transform over the cumulative sum: one uniform number per token whatever the vocabulary, and, unlike
+        # torch.multinomial, defined in terms that a test can recompute.
+        cumulative = probs.double().cumsum(0)
+        threshold = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
+        return int(torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(probs) - 1))
+
+
+def apply_penalties(logits: Tensor, request: Request, output_token_ids: Sequence[int]) -> Tensor:
+    """Logit bias, min_tokens and the three penalties; fp32 [vocab] → a new tensor, or the same where nothing applies.
+
+    Repetition divides positive and multiplies negative logits of every token seen in prompt or output (CTRL,
+    Keskar 2019, as in transformers); presence and frequency subtract over the output alone (OpenAI's definition).
+    """
+    params = request.params
+    seen_matter = params.repetition_penalty != 1
+    counts_matter = params.presence_penalty != 0 or params.frequency_penalty != 0
+    too_short = len(output_token_ids) + 1 < params.min_tokens
+    if not (seen_matter or counts_matter or params.logit_bias or too_short):
+        return logits
+    logits = logits.clone()
+    for token_id, bias in params.logit_bias.items():
+        if token_id < len(logits):
+            logits[token_id] += bias
+    if too_short:
+        banned = [token for token in (*params.stop_token_ids, *request.eos_token_ids) if token < len(logits)]
+        logits[banned] = float("-inf")
+    if seen_matter:
+        seen = torch.tensor(sorted({*request.prompt_token_ids, *output_token_ids}))
+        picked = logits[seen]
+        logits[seen] = torch.where(picked > 0, picked / params.repetition_penalty, picked * params.repetition_penalty)
+    if counts_matter and output_token_ids:
+        tokens, counts = torch.tensor(output_token_ids).unique(return_counts=True)
+        logits[tokens] -= params.presence_penalty + params.frequency_penalty * counts
+    return logits
+
+
+def truncated_probs(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Temperature, then min-p, top-k and top-p; fp32 [vocab] → unnormalised probabilities fp32 [vocab].
+
+    min-p keeps tokens with at least min_p × the largest probability (Nguyen 2024). top-k keeps the k largest, equals
+    of the k-th included. top-p keeps the fewest most likely tokens whose sum reaches top_p, taken of what top-k left.
+    """
+    probs = (logits / params.temperature).softmax(-1)
+    if params.min_p > 0:
+        probs = probs.where(probs >= params.min_p * probs.max(), 0.0)
+    if 0 < params.top_k < len(probs):
+        probs = probs.where(probs >= probs.topk(params.top_k).values[-1], 0.0)
+    if params.top_p < 1:
+        ordered, order = probs.sort(descending=True, stable=True)
+        before = ordered.cumsum(0) - ordered  # mass of the more likely ones
+        probs[order[before >= params.top_p * ordered.sum()]] = 0.0
+    return probs
+
+
+def logprob_of(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:
+    """Log-probability of the chosen token and of the ``num_top`` likeliest, from unmodified logits fp32 [vocab]."""
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(min(num_top, len(logprobs)))
+    return TokenLogprob(token_id, float(logprobs[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

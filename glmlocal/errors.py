@@ -1,0 +1,43 @@
+"""Every error that glmlocal raises on purpose.
+
+    GlmlocalError
+    ├── ConfigError        a wish that cannot be met: a flag, an environment variable, a sampling value
+    ├── CheckpointError    a file that is missing, damaged, hostile or of a kind that is not supported
+    ├── DownloadError      something that had to be fetched could not be
+    ├── PlanError          the model does not fit the machine
+    ├── KernelUnavailable  an operation that this build or this machine cannot run
+    └── RequestError       a request that the engine refuses: too long, malformed, aborted
+
+A message says what was wanted, what was found, and what to do next, in one line. The command line prints it and
+exits with 2; a traceback is shown only under ``--debug``.
+"""
+
+from __future__ import annotations
+
+
+class GlmlocalError(Exception):
+    """Base of all errors that carry a message for the user."""
+
+
+class ConfigError(GlmlocalError):
+    """A flag, environment variable or sampling value is not usable."""
+
+
+class CheckpointError(GlmlocalError):
+    """A model file is missing, damaged, hostile or unsupported."""
+
+
+class DownloadError(GlmlocalError):
+    """A file could not be fetched, verified or stored."""
+
+
+class PlanError(GlmlocalError):
+    """The model does not fit the machine."""
+
+
+class KernelUnavailable(GlmlocalError):
+    """An operation cannot run with this build or on this machine."""
+
+
+class RequestError(GlmlocalError):
+    """A request cannot be served as it stands."""

@@ -1,0 +1,179 @@
+"""Plain torch for every op: the truth the fast kernels are compared with, and what runs where none was built.
+
+Activations are fp32 [tokens, features] throughout; weights keep what the checkpoint stores and are widened exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glmlocal.formats.quant import QuantizedMatrix
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A linear weight, fp32 [out_features, in_features]."""
+
+    values: Tensor
+    kind: str  # what the checkpoint stored: "f32", "bf16", "f16" or the quantization's name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return self.values.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The routed experts of one layer: gate and up [moe_intermediate_size, hidden_size], down transposed to that."""
+
+    gate: tuple[Weight, ...]
+    up: tuple[Weight, ...]
+    down: tuple[Weight, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for group in (self.gate, self.up, self.down) for weight in group)
+
+
+_KIND = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def pack(matrix: Tensor | QuantizedMatrix) -> Weight:
+    """Bring one matrix [out, in] (fp32, bf16, fp16 or quantized) into the form ``linear`` takes."""
+    if isinstance(matrix, QuantizedMatrix):
+        return Weight(torch.from_numpy(matrix.dequantize()), matrix.scheme.name)
+    return Weight(matrix.float(), _KIND[matrix.dtype])
+
+
+def pack_experts(
+    gate: Sequence[Tensor | QuantizedMatrix],
+    up: Sequence[Tensor | QuantizedMatrix],
+    down: Sequence[Tensor | QuantizedMatrix],
+) -> ExpertWeights:
+    """Bring the experts of one layer, in order of expert id, into the form ``experts_ffn`` takes."""
+    return ExpertWeights(*(tuple(pack(matrix) for matrix in group) for group in (gate, up, down)))
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x fp32 [tokens, in] → fp32 [tokens, out]."""
+    return F.linear(x, weight.values, bias)
+
+
+def swiglu_ffn(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+    """down(silu(gate(x)) · up(x)); x fp32 [tokens, hidden] → fp32 [tokens, hidden]."""
+    return linear(F.silu(linear(x, gate)) * linear(x, up), down)
+
+
+def experts_ffn(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
+    """Σ over each token's experts of weight · FFN(x).
+
+    x fp32 [tokens, hidden]; topk_ids int32 [tokens, top_k]; topk_weights fp32 [tokens, top_k] → fp32 [tokens, hidden].
+    """
+    out = torch.zeros_like(x)
+    for expert in topk_ids.unique().tolist():
+        token, slot = torch.where(topk_ids == expert)
+        y = swiglu_ffn(x[token], experts.gate[expert], experts.up[expert], experts.down[expert])
+        out.index_add_(0, token, y * topk_weights[token, slot, None])
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x · rsqrt(mean(x²) + eps) · weight over the last dimension; fp32, any leading shape."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def router_topk(
+    x: Tensor,
+    weight: Tensor,
+    correction_bias: Tensor,
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> tuple[Tensor, Tensor]:
+    """Choose each token's experts (glm-4.5's noaux_tc router: transformers ``Glm4MoeTopkRouter``).
+
+    x fp32 [tokens, hidden]; weight fp32 [experts, hidden]; correction_bias fp32 [experts], used for choosing only.
+    Returns topk_ids int32 [tokens, top_k] and topk_weights fp32 [tokens, top_k]; their order is unspecified.
+    """
+    scores = F.linear(x, weight).sigmoid()
+    choice = scores + correction_bias
+    if n_group > 1:
+        grouped = choice.view(len(x), n_group, -1)
+        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(group_scores, dtype=torch.bool)
+        kept.scatter_(1, group_scores.topk(topk_group, dim=-1).indices, True)
+        choice = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).view_as(choice)
+    topk_ids = choice.topk(top_k, dim=-1).indices
+    topk_weights = scores.gather(1, topk_ids)
+    if norm_topk_prob:
+        topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
+    return topk_ids.int(), topk_weights * routed_scaling_factor
+
+
+def rope_(x: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
+    """Rotate the first rotary_dim features of every head in place, pairing (j, j + rotary_dim / 2) ("half split").
+
+    x fp32 [tokens, heads, head_dim]; cos_sin fp32 [max_positions, rotary_dim] = cos | sin of rotary_dim / 2 angles;
+    positions int64 [tokens].
+    """
+    half = cos_sin.shape[1] // 2
+    cos, sin = cos_sin[positions, None].split(half, dim=-1)
+    first, second = x[..., :half].clone(), x[..., half : 2 * half].clone()
+    x[..., :half] = first * cos - second * sin
+    x[..., half : 2 * half] = second * cos + first * sin
+
+
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Store this step's keys and values.
+
+    k, v fp32 [tokens, kv_heads, head_dim]; caches fp32 [blocks, block_size, kv_heads, head_dim];
+    slot_mapping int64 [tokens] = block · block_size + offset.
+    """
+    k_cache.view(-1, *k.shape[1:])[slot_mapping] = k
+    v_cache.view(-1, *v.shape[1:])[slot_mapping] = v
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal grouped-query attention over the paged cache, prefill chunks and decode alike.
+
+    q fp32 [tokens, heads, head_dim], the new tokens of all requests one after another: those of request r are
+    query_start_loc[r] … query_start_loc[r+1] and are its last ones; caches as in ``kv_write``, already holding them.
+    block_tables int32 [requests, max_blocks]; query_start_loc int32 [requests + 1]; seq_lens int32 [requests] counts
+    all cached tokens, the new ones included. Head h reads kv head h // (heads / kv_heads).
+    Returns fp32 [tokens, heads, head_dim].
+    """
+    out = torch.empty_like(q)
+    groups = q.shape[1] // k_cache.shape[2]
+    for r, seq_len in enumerate(seq_lens.tolist()):
+        start, end = int(query_start_loc[r]), int(query_start_loc[r + 1])
+        if start == end:
+            continue
+        blocks = block_tables[r, : -(-seq_len // k_cache.shape[1])].long()
+        k = k_cache[blocks].flatten(0, 1)[:seq_len].repeat_interleave(groups, 1)  # [seq, heads, head_dim]
+        v = v_cache[blocks].flatten(0, 1)[:seq_len].repeat_interleave(groups, 1)
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k) * scale
+        query_position = torch.arange(seq_len - (end - start), seq_len).unsqueeze(1)
+        scores.masked_fill_(torch.arange(seq_len) > query_position, float("-inf"))
+        out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    return out

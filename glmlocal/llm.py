@@ -1,0 +1,201 @@
+"""LLM: the Python API. Text in, text out, over one engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+from torch import Tensor
+
+from glmlocal import kernels
+from glmlocal.completion import Completion, CompletionBuilder, CompletionDelta
+from glmlocal.engine.loader import load_engine
+from glmlocal.engine.request import Request, RequestOutput, SamplingParams
+from glmlocal.errors import RequestError
+from glmlocal.formats.index import open_checkpoint
+from glmlocal.progress import loading_bar
+from glmlocal.resolve import resolve
+from glmlocal.text.model_text import load_model_text
+from glmlocal.text.stream_parser import ReasoningParser, starts_in_reasoning
+
+
+class LLM:
+    """A loaded model. Safe to use from several threads; their requests share the engine's batches.
+
+    ``model`` is a directory, a ``.gguf`` file or ``demo``. ``context`` is in tokens, prompt and answer together
+    (None: the model's limit or what memory allows); ``threads`` limits the CPU threads; ``max_batch`` is how many
+    requests run at once. Raises CheckpointError, ConfigError, DownloadError or PlanError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        max_batch: int = 8,
+        progress: bool = False,
+    ) -> None:
+        start_s = time.perf_counter()
+        if threads is not None:
+            kernels.set_num_threads(threads)
+        self.model_name = str(model)
+        self._checkpoint = open_checkpoint(resolve(model, progress=progress))
+        text = load_model_text(self._checkpoint)
+        self.tokenizer, self.chat_template = text.tokenizer, text.chat_template
+        self._defaults, self._eos_token_ids = text.generation_defaults, text.eos_token_ids
+        with loading_bar(self._checkpoint.tensors.nbytes, enabled=progress) as on_read:
+            self._engine = load_engine(
+                self._checkpoint, context=context, max_batch=max_batch, num_threads=threads, on_read=on_read
+            )
+        self._lock = threading.Lock()  # guards the engine and the queues
+        self._queues: dict[str, deque[RequestOutput]] = {}
+        self._num_requests = 0
+        self.load_s = time.perf_counter() - start_s
+
+    @property
+    def config(self) -> Any:
+        return self._engine.runner.model.config
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self._engine.scheduler.context
+
+    @property
+    def supports_thinking(self) -> bool:
+        """Does the chat template know reasoning (``<think>``)?"""
+        return self.chat_template is not None and self.chat_template.supports_thinking
+
+    def default_sampling(self, **overrides: Any) -> SamplingParams:
+        """The model's generation_config under the caller's values; None means "not given"."""
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return SamplingParams.from_dict({**self._defaults.sampling(), **given})
+
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Any
+    ) -> Iterator[CompletionDelta]: ...
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        stream: bool = False,
+        **sampling: Any,
+    ) -> Completion | Iterator[CompletionDelta]:
+        """Answer a conversation (OpenAI-style messages). ``sampling`` are fields of SamplingParams.
+
+        Raises RequestError: malformed messages, a prompt longer than the context, a bad sampling value, or a base
+        model, which has no chat template (use ``generate``).
+        """
+        if self.chat_template is None:
+            raise RequestError(
+                f"{self.model_name} is a base model: it has no chat template; use generate() or chat --raw"
+            )
+        switches = {"enable_thinking": enable_thinking, **(chat_template_kwargs or {})}
+        prompt = self.chat_template.render(messages, tools=tools, add_generation_prompt=True, **switches)
+        parser = None
+        if self.chat_template.supports_thinking:
+            thinking = bool(switches["enable_thinking"])
+            parser = ReasoningParser(starts_in_reasoning(prompt, thinking_enabled=thinking))
+        token_ids = self.tokenizer.encode(prompt)
+        return self._complete(token_ids, parser, stream, sampling)
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **sampling: Any
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: Literal[True], **sampling: Any
+    ) -> Iterator[CompletionDelta]: ...
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: bool = False, **sampling: Any
+    ) -> Completion | Iterator[CompletionDelta]:
+        """Continue raw text, or token ids, without a chat template."""
+        token_ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+        return self._complete(token_ids, None, stream, sampling)
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Logits after every token of a text: fp32 [tokens, vocab]. Raises RequestError."""
+        with self._lock:
+            return self._engine.logits(list(token_ids))
+
+    def close(self) -> None:
+        """Abort what is running and let go of the files."""
+        with self._lock:
+            for request_id in list(self._queues):
+                self._abort(request_id)
+        self._checkpoint.tensors.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _complete(
+        self, token_ids: list[int], parser: ReasoningParser | None, stream: bool, sampling: Mapping[str, Any]
+    ) -> Completion | Iterator[CompletionDelta]:
+        params = self.default_sampling(**sampling)
+        if params.max_tokens == 0:
+            raise RequestError("max_tokens is 0, wanted at least 1; logits() scores a text without generating")
+        with self._lock:
+            request_id = f"request-{self._num_requests}"
+            self._num_requests += 1
+            request = Request(request_id, tuple(token_ids), params, self._eos_token_ids)
+            self._engine.check(request)  # a bad request is refused by the call, not by the first next()
+        deltas = self._stream(request, parser)
+        if stream:
+            return deltas
+        *_, last = deltas
+        assert last.completion is not None
+        return last.completion
+
+    def _stream(self, request: Request, parser: ReasoningParser | None) -> Iterator[CompletionDelta]:
+        """Runs the request from the first ``next()`` until it ends or the iterator is closed."""
+        request_id = request.request_id
+        builder = CompletionBuilder(self.tokenizer, request.params, parser, self.load_s)
+        with self._lock:
+            self._engine.add(request)
+            self._queues[request_id] = deque()
+        try:
+            while True:
+                delta = builder.push(self._next_output(request_id))
+                yield delta
+                if delta.completion is not None:
+                    return
+        finally:
+            with self._lock:
+                self._abort(request_id)
+
+    def _next_output(self, request_id: str) -> RequestOutput:
+        """The request's next output, stepping the engine for everybody until there is one."""
+        while True:
+            with self._lock:
+                queue = self._queues.get(request_id)
+                if queue is None:
+                    raise RequestError("the model was closed while the answer was being written")
+                if queue:
+                    return queue.popleft()
+                for output in self._engine.step():
+                    if output.request_id in self._queues:
+                        self._queues[output.request_id].append(output)
+
+    def _abort(self, request_id: str) -> None:
+        self._engine.abort(request_id)
+        self._queues.pop(request_id, None)

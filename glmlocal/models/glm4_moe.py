@@ -1,0 +1,166 @@
+"""GLM-4.5, 4.5-Air, 4.6 and 4.7 (HF model_type ``glm4_moe``)."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from glmlocal import kernels
+from glmlocal.layers.attention import Attention
+from glmlocal.layers.context import ForwardContext
+from glmlocal.layers.embedding import Embedding
+from glmlocal.layers.linear import Linear
+from glmlocal.layers.moe import MoE, ResidentExperts, Router, SwiGLU
+from glmlocal.layers.norm import RMSNorm
+from glmlocal.layers.rope import cos_sin_table
+from glmlocal.models.config import ModelConfig
+from glmlocal.models.weights import WeightReader
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Pre-norm attention, then pre-norm FFN, each added to the residual."""
+
+    input_layernorm: RMSNorm
+    self_attn: Attention
+    post_attention_layernorm: RMSNorm
+    mlp: SwiGLU | MoE
+
+    def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@dataclass(frozen=True, slots=True)
+class MTPLayer:
+    """One multi-token-prediction ("NextN") layer: weights only, speculation does not use them yet.
+
+    ``embed_tokens`` and ``head`` are None where the checkpoint has no copies and the model's own are meant.
+    """
+
+    enorm: RMSNorm
+    hnorm: RMSNorm
+    eh_proj: Linear
+    layer: DecoderLayer
+    shared_head_norm: RMSNorm
+    embed_tokens: Embedding | None
+    head: Linear | None
+
+
+@dataclass(frozen=True, slots=True)
+class Glm4MoeForCausalLM:
+    config: ModelConfig
+    embed_tokens: Embedding
+    layers: tuple[DecoderLayer, ...]
+    norm: RMSNorm
+    lm_head: Linear
+    mtp: tuple[MTPLayer, ...]
+
+    def __call__(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
+        """input_ids int64 [tokens] → hidden states after the final norm, fp32 [tokens, hidden]."""
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, context)
+        return self.norm(x)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """fp32 [tokens, hidden] → fp32 [tokens, vocab]."""
+        return self.lm_head(hidden_states)
+
+
+def build(
+    config: ModelConfig, reader: WeightReader, *, max_positions: int, has_mtp: bool, num_threads: int
+) -> Glm4MoeForCausalLM:
+    """Read and pack all weights, several layers at a time."""
+    rotary_dim = int(config.head_dim * config.partial_rotary_factor)
+    cos_sin = cos_sin_table(max_positions, rotary_dim, config.rope_theta)
+
+    def layer(i: int) -> DecoderLayer:
+        return _decoder_layer(config, reader, i, cos_sin)
+
+    def mtp(i: int) -> MTPLayer:
+        return _mtp_layer(config, reader, config.num_hidden_layers + i, cos_sin)
+
+    def lm_head() -> Linear:
+        return Linear(reader.weight("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"))
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        head_future = pool.submit(lm_head)
+        layer_futures = [pool.submit(layer, i) for i in range(config.num_hidden_layers)]
+        mtp_futures = [pool.submit(mtp, i) for i in range(config.num_nextn_predict_layers if has_mtp else 0)]
+        try:
+            return Glm4MoeForCausalLM(
+                config,
+                reader.embedding("model.embed_tokens.weight"),
+                tuple(future.result() for future in layer_futures),
+                reader.norm("model.norm", config.rms_norm_eps),
+                head_future.result(),
+                tuple(future.result() for future in mtp_futures),
+            )
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C or a bad tensor: do not read the rest of 60 GB first
+            raise
+
+
+def _decoder_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: Tensor) -> DecoderLayer:
+    prefix, eps = f"model.layers.{i}", config.rms_norm_eps
+    attn = f"{prefix}.self_attn"
+    is_dense = i < config.first_k_dense_replace
+    return DecoderLayer(
+        reader.norm(f"{prefix}.input_layernorm", eps),
+        Attention(
+            i,
+            config.head_dim,
+            reader.linear(f"{attn}.q_proj", bias=config.attention_bias),
+            reader.linear(f"{attn}.k_proj", bias=config.attention_bias),
+            reader.linear(f"{attn}.v_proj", bias=config.attention_bias),
+            reader.linear(f"{attn}.o_proj"),
+            reader.norm(f"{attn}.q_norm", eps) if config.use_qk_norm else None,
+            reader.norm(f"{attn}.k_norm", eps) if config.use_qk_norm else None,
+            cos_sin,
+        ),
+        reader.norm(f"{prefix}.post_attention_layernorm", eps),
+        _swiglu(reader, f"{prefix}.mlp") if is_dense else _moe(config, reader, f"{prefix}.mlp"),
+    )
+
+
+def _swiglu(reader: WeightReader, prefix: str) -> SwiGLU:
+    return SwiGLU(*(reader.weight(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down")))
+
+
+def _moe(config: ModelConfig, reader: WeightReader, prefix: str) -> MoE:
+    experts = [
+        [reader.matrix(f"{prefix}.experts.{e}.{name}_proj.weight") for e in range(config.n_routed_experts)]
+        for name in ("gate", "up", "down")
+    ]
+    return MoE(
+        Router(
+            reader.dense(f"{prefix}.gate.weight"),
+            reader.dense(f"{prefix}.gate.e_score_correction_bias"),
+            config.num_experts_per_tok,
+            config.n_group,
+            config.topk_group,
+            config.norm_topk_prob,
+            config.routed_scaling_factor,
+        ),
+        ResidentExperts(kernels.pack_experts(*experts)),
+        _swiglu(reader, f"{prefix}.shared_experts") if config.n_shared_experts else None,
+    )
+
+
+def _mtp_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: Tensor) -> MTPLayer:
+    prefix, eps = f"model.layers.{i}", config.rms_norm_eps
+    embed, head = f"{prefix}.embed_tokens.weight", f"{prefix}.shared_head.head"
+    return MTPLayer(
+        reader.norm(f"{prefix}.enorm", eps),
+        reader.norm(f"{prefix}.hnorm", eps),
+        reader.linear(f"{prefix}.eh_proj"),
+        _decoder_layer(config, reader, i, cos_sin),
+        reader.norm(f"{prefix}.shared_head.norm", eps),
+        reader.embedding(embed) if embed in reader else None,
+        reader.linear(head) if f"{head}.weight" in reader else None,
+    )
+
+
