@@ -12,14 +12,17 @@ import difflib
 import errno
 import importlib
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from glmlocal import __version__
 from glmlocal.cli.terminal import one_line, safe_text, use_utf8
 from glmlocal.errors import ConfigError, GlmlocalError
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 COMMANDS = ("show", "chat", "eval")
 EXIT_BUG, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
@@ -36,6 +39,9 @@ class Parser(argparse.ArgumentParser):
         if "expected one argument" in message:
             message += " (write a value that starts with - as --option=-value)"
         raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        (file or sys.stdout).write(self.format_help())  # argparse's own would swallow a full disk
 
     def suggest_option(self, unknown: str) -> str:
         """``: did you mean --temp?`` or nothing."""
@@ -72,7 +78,7 @@ def _run(arguments: list[str]) -> int:
             f"see `{chosen.prog} --help`"
         )
     if args.version:
-        print(f"glmlocal {_version()}")
+        print(f"glmlocal {__version__}")
         return 0
     if args.run is None:
         parser.print_help(sys.stderr)
@@ -104,15 +110,6 @@ def _did_you_mean(word: str, known: list[str]) -> str:
     return f": did you mean {near[0]}?" if near else ""
 
 
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("glmlocal")
-    except PackageNotFoundError:
-        return "(not installed: run from a source tree)"
-
-
 def _report(error: BaseException, *, debug: bool) -> int:
     """Say what went wrong on stderr; returns the exit code."""
     if isinstance(error, BrokenPipeError):
@@ -137,7 +134,7 @@ def describe(error: BaseException) -> tuple[str, int]:
             return str(error), EXIT_BAD_INPUT
         case OSError() if error.errno == errno.ENOSPC:
             where = f" while writing {error.filename}" if error.filename else ""
-            return f"the disk is full{where}; free some space and run again", EXIT_BAD_INPUT
+            return f"the disk is full{where}; free some space", EXIT_BAD_INPUT
         case OSError():
             what = error.strerror or str(error) or type(error).__name__
             return f"{what}: {error.filename}" if error.filename else what, EXIT_BAD_INPUT
@@ -159,8 +156,3 @@ def _close_output(code: int) -> int:
                 code = EXIT_BROKEN_PIPE if isinstance(error, BrokenPipeError) else _report(error, debug=False)
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     return code
-
-
-def entry() -> NoReturn:
-    """For callers that want the process to end here."""
-    raise SystemExit(main())

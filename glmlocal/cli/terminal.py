@@ -9,7 +9,10 @@ from __future__ import annotations
 import io
 import os
 import sys
+import termios
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 MAX_LINE_CHARS = 1000
@@ -123,6 +126,23 @@ class Console:
             self._status = ""
             self.err.write(_CLEAR_LINE)
             self.err.flush()
+
+
+@contextmanager
+def no_echo(fd: int = 0) -> Iterator[None]:
+    """What is typed meanwhile, ``^C`` included, is not drawn into the answer; it waits for the next prompt."""
+    try:
+        before = termios.tcgetattr(fd)
+    except (termios.error, OSError):  # no terminal
+        yield
+        return
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(fd, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
 def bar(fraction: float, width: int = 24) -> str:

@@ -1,0 +1,213 @@
+"""One index over a checkpoint's tensors, whatever files they are in, and the function that opens a checkpoint.
+
+Nothing but headers is read when a checkpoint is opened: a tensor's bytes come from a read-only memory map of its file
+when they are asked for. Names are those of the Hugging Face release (``model.layers.3.mlp.experts.7.up_proj.weight``)
+for safetensors and GGUF alike; the routed experts are one tensor per expert in both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glmlocal.errors import CheckpointError
+
+MAX_JSON_BYTES = 100_000_000  # config and index files; the limit safetensors itself puts on a header
+_PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+_PICKLE_REFUSAL = "a pickle can run any code when it is loaded, so it is refused; use a release in safetensors or GGUF"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where one tensor's bytes are and what they mean."""
+
+    name: str  # Hugging Face name
+    file: Path
+    offset: int  # bytes from the start of the file
+    nbytes: int
+    shape: tuple[int, ...]  # torch order: [out_features, in_features]
+    dtype: str  # safetensors' name ("BF16", "F8_E4M3") or GGUF's type name ("Q4_K")
+
+    @property
+    def num_elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class TensorIndex(Mapping[str, TensorRef]):
+    """Tensor name → TensorRef, and the bytes behind them. Opens a file when one of its tensors is first read."""
+
+    def __init__(
+        self, kind: Literal["safetensors", "gguf"], source: Path, refs: Mapping[str, TensorRef], files: tuple[Path, ...]
+    ) -> None:
+        self.kind: Literal["safetensors", "gguf"] = kind
+        self.source = source  # the directory, or the (first) GGUF file
+        self.files = files  # every file that belongs to the checkpoint, in order
+        self._refs = refs
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._closed = False
+
+    def __getitem__(self, name: str) -> TensorRef:
+        return self._refs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._refs)
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    def __enter__(self) -> TensorIndex:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together, without headers and padding."""
+        return sum(ref.nbytes for ref in self._refs.values())
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """The tensor's bytes as a read-only uint8 view [nbytes] of the file: no copy, paged in as it is touched.
+
+        The view may start at any byte: copy before viewing it as a wider dtype where alignment matters (torch).
+        """
+        ref = self._refs.get(name)
+        if ref is None:
+            raise CheckpointError(f"{self.source} has no tensor {quoted(name)}")
+        return np.frombuffer(self._map(ref), np.uint8, ref.nbytes, ref.offset)
+
+    def close(self) -> None:
+        """Forget the maps. Views that are still held keep theirs alive until they die."""
+        self._closed = True
+        self._maps.clear()
+
+    def _map(self, ref: TensorRef) -> mmap.mmap:
+        if self._closed:
+            raise ValueError(f"the tensor index of {self.source} is closed")
+        mapped = self._maps.get(ref.file)
+        if mapped is None:
+            try:
+                with open(ref.file, "rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:  # ValueError: the file is empty now
+                raise CheckpointError(f"cannot read {ref.file}: {error}") from error
+            self._maps[ref.file] = mapped
+        if ref.offset + ref.nbytes > len(mapped):
+            raise CheckpointError(f"{ref.file} has become shorter since it was opened; download it again")
+        return mapped
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint: its configuration, its tensors, and where the text files are."""
+
+    path: Path  # what was opened: the directory, or the (first) GGUF file
+    directory: Path  # where tokenizer.json, chat_template.jinja and generation_config.json are looked for
+    config: dict[str, Any]  # in the form of Hugging Face's config.json; not checked yet: ModelConfig.from_hf does that
+    tensors: TensorIndex
+    gguf_metadata: Mapping[str, Any] | None  # as stored; None for safetensors
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a directory (safetensors, or one GGUF model), a ``.gguf`` file, or any part of a split one.
+
+    Raises CheckpointError for everything else, and for files that are damaged, incomplete or hostile.
+    """
+    path = Path(path)
+    try:
+        return _open(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
+
+
+def quoted(text: object, limit: int = 100) -> str:
+    """A name from a file, for a message: control characters escaped, never longer than a line."""
+    cut = isinstance(text, str) and len(text) > limit
+    shown = repr(text[:limit] if isinstance(text, str) else text)
+    return shown[: 2 * limit] + "…" if cut or len(shown) > 2 * limit else shown
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold one object. Raises CheckpointError; OSError is the caller's."""
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {size:,} bytes; a file of its kind never has more than {MAX_JSON_BYTES:,}")
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {str(error)[:200]}; download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; an object was expected")
+    return value
+
+
+def _open(path: Path) -> Checkpoint:
+    if path.is_dir():
+        return _open_directory(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist{_near_miss(path)}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is neither a file nor a directory")
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":  # by content, not by name: files in ollama's store have no suffix
+        return _open_gguf(path)
+    if path.suffix == ".safetensors" or path.name.endswith((".index.json", "config.json")):
+        raise CheckpointError(f"{path} is one file of a model; give the directory that holds it: {path.parent}")
+    if path.suffix in _PICKLE_SUFFIXES:
+        raise CheckpointError(f"{path} is a PyTorch file: {_PICKLE_REFUSAL}")
+    raise CheckpointError(f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    names = sorted(entry.name for entry in os.scandir(path))
+    if any(name.endswith(".safetensors") or name == "model.safetensors.index.json" for name in names):
+        from glmlocal.formats import safetensors  # here, as both formats build on this module
+
+        config_file = path / "config.json"
+        if not config_file.is_file():
+            raise CheckpointError(f"{path} has safetensors but no config.json; copy the release's config.json there")
+        config = read_json_object(config_file)
+        refs, files = safetensors.read_directory(path)
+        return Checkpoint(path, path, config, TensorIndex("safetensors", path, refs, files), None)
+    if any(name.lower().endswith(".gguf") for name in names):
+        from glmlocal.formats import gguf
+
+        return _open_gguf(path / gguf.choose_file(path, names))
+    pickles = [name for name in names if Path(name).suffix in _PICKLE_SUFFIXES]
+    if pickles:
+        raise CheckpointError(f"{path} has only PyTorch files ({quoted(pickles[0])}): {_PICKLE_REFUSAL}")
+    found = f"only {', '.join(map(quoted, names[:5]))}{' …' if len(names) > 5 else ''}" if names else "nothing"
+    raise CheckpointError(f"no model in {path}: wanted model.safetensors, its index, or a .gguf file; found {found}")
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    from glmlocal.formats import gguf
+
+    model = gguf.read_model(path)
+    index = TensorIndex("gguf", model.files[0], model.refs, model.files)
+    return Checkpoint(model.files[0], path.parent, model.config, index, model.metadata)
+
+
+def _near_miss(path: Path) -> str:
+    try:
+        siblings = [entry.name for entry in os.scandir(path.parent)]
+    except OSError:
+        return f": there is no directory {path.parent} either"
+    close = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.6)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""

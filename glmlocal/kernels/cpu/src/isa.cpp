@@ -1,0 +1,55 @@
+#include "isa.h"
+
+#include <atomic>
+
+namespace glmlocal {
+
+namespace generic { extern const KernelTable table; }
+#if defined(__x86_64__)
+namespace avx2 { extern const KernelTable table; }
+namespace avx512 { extern const KernelTable table; }
+#endif
+
+namespace {
+
+std::vector<const KernelTable*> supported_tables() {
+  std::vector<const KernelTable*> tables{&generic::table};
+#if defined(__x86_64__)
+  // These builtins also ask the operating system whether it saves the wide registers.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    tables.push_back(&avx2::table);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
+      tables.push_back(&avx512::table);
+    }
+  }
+#endif
+  return tables;
+}
+
+std::atomic<const KernelTable*> chosen{supported_tables().back()};
+
+}  // namespace
+
+const KernelTable& kernels() { return *chosen.load(std::memory_order_relaxed); }
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : supported_tables()) names.emplace_back(table->name);
+  return names;
+}
+
+std::string isa() { return kernels().name; }
+
+bool set_isa(const std::string& name) {
+  for (const KernelTable* table : supported_tables()) {
+    if (name == table->name) {
+      chosen.store(table);
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace glmlocal

@@ -1,0 +1,39 @@
+// Which instruction set the kernels use, and the table of functions compiled once for each of them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace glmlocal {
+
+struct PackedMatrix;
+
+struct KernelTable {
+  const char* name;
+
+  // isa/matmul.cpp: out[m][0 … 63] = Σ_k rows[m][k] · w[panel * 64 + 0 … 63][k] for num_rows rows of w.padded_in() floats.
+  // The last panel writes only its own tiles of 16 (w.tiles_in(panel)); rows are `out_stride` floats apart.
+  void (*panel_product)(const PackedMatrix& w, int panel, const float* const* rows, int num_rows, float* out,
+                        ptrdiff_t out_stride);
+  // The weights of one panel as `panel_product` sees them: out[k][tile * 16 + row], for tests and for unpacking.
+  void (*panel_weights)(const PackedMatrix& w, int panel, float* out);
+
+  // isa/elementwise.cpp: n is a multiple of 16.
+  void (*silu_mul)(float* gate, const float* up, int n);                     // gate ← silu(gate) · up
+  void (*add_scaled)(float* out, const float* x, float scale, int n);        // out ← fma(x, scale, out)
+
+  // isa/probes.cpp
+  double (*fma_flops)(int iterations);                     // runs independent fmas in registers; returns how many flops
+  float (*read_bytes)(const void* data, size_t num_bytes); // reads num_bytes (a multiple of 256) from 64-byte-aligned data
+};
+
+// The table in use: the best one this CPU has unless set_isa() chose another.
+const KernelTable& kernels();
+
+std::vector<std::string> available_isas();  // worst first; those this CPU and this build both have
+std::string isa();
+bool set_isa(const std::string& name);      // false when not available
+
+}  // namespace glmlocal

@@ -1,0 +1,252 @@
+// One attention task: tiles of keys against rows of queries, a few rows at a time.
+#include "attention.h"
+
+#include "isa/lanes.h"
+#include "memory.h"
+
+namespace glmlocal::GLM_ISA {
+namespace {
+
+constexpr int kTileLanes = kTileKeys / kLanes;
+constexpr int kRows = kGemmRows, kColumns = kGemmTiles;  // of a register tile
+constexpr float kLowest = -3.402823466e38f;              // finite: minus infinity less itself would be NaN
+
+// Everything a task works on; one row is one query head of one token.
+struct Workspace {
+  int rows, head_dim, width;  // width: head_dim rounded up to whole vectors
+  float* q;                   // [rows][head_dim], times the scale
+  float* keys;                // [head_dim][kTileKeys]
+  float* values;              // [kTileKeys][width], used where head_dim is not a multiple of 16
+  float *maximum, *sums, *result;  // of the current split: [rows], [rows][16], [rows][width]
+  float* folded;              // of the splits before: [rows][partial_size]
+  const float* value_rows[kTileKeys];
+};
+
+Workspace make_workspace(const AttentionTask& task) {
+  Workspace w{};
+  w.rows = task.num_tokens * task.group;
+  w.head_dim = task.head_dim;
+  w.width = padded_head_dim(task.head_dim);
+  const size_t rows = size_t(w.rows), width = size_t(w.width);
+  float* next = scratch(Scratch::attention, rows * width + 2 * kTileKeys * width + (rows + kLanes) + rows * kLanes +
+                                                rows * width + rows * size_t(partial_size(task.head_dim)));
+  auto take = [&](size_t size) { float* p = next; next += size; return p; };
+  w.q = take(rows * width);
+  w.keys = take(kTileKeys * width);
+  w.values = take(kTileKeys * width);
+  w.sums = take(rows * kLanes);
+  w.result = take(rows * width);
+  w.folded = take(rows * size_t(partial_size(task.head_dim)));
+  w.maximum = take(rows + kLanes);
+  return w;
+}
+
+void scale_queries(const AttentionTask& task, const Workspace& w) {
+  float* to = w.q;
+  for (int token = 0; token < task.num_tokens; ++token) {
+    const float* from = task.q + token * task.q_stride;
+    for (int i = 0; i < task.group * task.head_dim; ++i) *to++ = from[i] * task.scale;
+  }
+}
+
+// The addresses of the keys and values at positions first … first + count - 1.
+void find_rows(const AttentionTask& task, int first, int count, const float** keys, const float** values) {
+  int block = first / task.block_size, offset = first % task.block_size;
+  for (int i = 0; i < count; ++i) {
+    const ptrdiff_t slot = ptrdiff_t(task.block_table[block]) * task.block_size + offset;
+    keys[i] = task.keys + slot * task.slot_stride;
+    values[i] = task.values + slot * task.slot_stride;
+    if (++offset == task.block_size) offset = 0, ++block;
+  }
+}
+
+// Brings `count` keys and values into the workspace. Lanes of keys that do not exist repeat the first key.
+void load_tile(const AttentionTask& task, int first, int count, Workspace& w) {
+  const float* keys[kTileKeys];
+  find_rows(task, first, count, keys, w.value_rows);
+  for (int i = count; i < kTileKeys; ++i) keys[i] = keys[0];
+  const int whole = w.head_dim / kLanes * kLanes, rest = w.head_dim - whole;
+  for (int key = 0; key < kTileKeys; key += kLanes) {
+    for (int d = 0; d < whole; d += kLanes) transpose(keys + key, d, w.keys + d * kTileKeys + key, kTileKeys);
+    for (int d = whole; d < w.head_dim; ++d) {
+      for (int i = 0; i < kLanes; ++i) w.keys[d * kTileKeys + key + i] = keys[key + i][d];
+    }
+  }
+  if (rest == 0) return;
+  for (int key = 0; key < count; ++key) {
+    float* to = w.values + key * w.width;
+    for (int d = 0; d < whole; d += kLanes) store(to + d, load(w.value_rows[key] + d));
+    store(to + whole, load_first(w.value_rows[key] + whole, rest));
+    w.value_rows[key] = to;
+  }
+}
+
+// scores[row][key] = q[row] · keys[key], summed over the features in order.
+template <int rows, int columns>
+GLM_INLINE void score_columns(const float* q, const float* keys, int head_dim, float* scores) {
+  F acc[rows][columns];
+  unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { acc[r.v][c.v] = zero(); }); });
+  for (int d = 0; d < head_dim; ++d, keys += kTileKeys) {
+    F key[columns];
+    unroll<columns>([&](auto c) { key[c.v] = load(keys + c.v * kLanes); });
+    unroll<rows>([&](auto r) {
+      const F x = broadcast(q[r.v * head_dim + d]);
+      unroll<columns>([&](auto c) { acc[r.v][c.v] = fma(key[c.v], x, acc[r.v][c.v]); });
+    });
+  }
+  unroll<rows>([&](auto r) {
+    unroll<columns>([&](auto c) { store(scores + r.v * kTileKeys + c.v * kLanes, acc[r.v][c.v]); });
+  });
+}
+
+// result[row] = decay[row] · result[row] + Σ weights[row][key] · values[key], in the order of the keys.
+template <int rows, int columns>
+GLM_INLINE void add_columns(const float* weights, const float* const* values, int num_keys, int first_column, const float* decay,
+                            float* result, int width) {
+  F acc[rows][columns];
+  unroll<rows>([&](auto r) {
+    unroll<columns>([&](auto c) {
+      acc[r.v][c.v] = decay ? mul(load(result + r.v * width + c.v * kLanes), broadcast(decay[r.v])) : zero();
+    });
+  });
+  for (int key = 0; key < num_keys; ++key) {
+    const float* from = values[key] + first_column;
+    F value[columns];
+    unroll<columns>([&](auto c) { value[c.v] = load(from + c.v * kLanes); });
+    unroll<rows>([&](auto r) {
+      const F x = broadcast(weights[r.v * kTileKeys + key]);
+      unroll<columns>([&](auto c) { acc[r.v][c.v] = fma(value[c.v], x, acc[r.v][c.v]); });
+    });
+  }
+  unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { store(result + r.v * width + c.v * kLanes, acc[r.v][c.v]); }); });
+}
+
+// Scores → exp(score - maximum), zero for keys beyond num_keys; the running sum of each lane; by how much the maximum's
+// growth shrinks what was summed before.
+template <int rows>
+GLM_INLINE void softmax_rows(float* scores, int num_keys, bool fresh, float* maximum_so_far, float* sums, float* decay) {
+  alignas(64) float before[kLanes] = {}, after[kLanes] = {};
+  const F lowest = broadcast(kLowest);
+  unroll<rows>([&](auto r) {
+    float* s = scores + r.v * kTileKeys;
+    F best = lowest;
+    unroll<kTileLanes>([&](auto i) {
+      constexpr int first = decltype(i)::v * kLanes;
+      const F x = load(s + first);
+      best = max(best, num_keys >= first + kLanes ? x : where_first(num_keys - first, x, lowest));
+    });
+    before[r.v] = fresh ? kLowest : maximum_so_far[r.v];
+    const float highest = glmlocal::GLM_ISA::maximum(best);
+    after[r.v] = highest > before[r.v] ? highest : before[r.v];
+    maximum_so_far[r.v] = after[r.v];
+  });
+  store(decay, exp(sub(load(before), load(after))));
+  unroll<rows>([&](auto r) {
+    float* s = scores + r.v * kTileKeys;
+    const F highest = broadcast(after[r.v]);
+    F sum = fresh ? zero() : mul(load(sums + r.v * kLanes), broadcast(decay[r.v]));
+    unroll<kTileLanes>([&](auto i) {
+      constexpr int first = decltype(i)::v * kLanes;
+      const F e = exp(sub(load(s + first), highest));
+      const F x = num_keys >= first + kLanes ? e : where_first(num_keys - first, e, zero());
+      store(s + first, x);
+      sum = add(sum, x);
+    });
+    store(sums + r.v * kLanes, sum);
+  });
+}
+
+template <int rows>
+void attend_rows(const Workspace& w, int row, int num_keys, bool fresh) {
+  alignas(64) float scores[rows * kTileKeys], decay[kLanes];
+  for (int c = 0; c < kTileLanes; c += kColumns) {
+    score_columns<rows, kColumns>(w.q + row * w.head_dim, w.keys + c * kLanes, w.head_dim, scores + c * kLanes);
+  }
+  softmax_rows<rows>(scores, num_keys, fresh, w.maximum + row, w.sums + row * kLanes, decay);
+  float* result = w.result + row * w.width;
+  const float* factor = fresh ? nullptr : decay;
+  int column = 0;
+  for (; column + kColumns * kLanes <= w.width; column += kColumns * kLanes) {
+    add_columns<rows, kColumns>(scores, w.value_rows, num_keys, column, factor, result + column, w.width);
+  }
+  for (; column < w.width; column += kLanes) {
+    add_columns<rows, 1>(scores, w.value_rows, num_keys, column, factor, result + column, w.width);
+  }
+}
+
+template <int most>
+void attend_rows(int rows, const Workspace& w, int row, int num_keys, bool fresh) {
+  if constexpr (most > 1) {
+    if (rows < most) return attend_rows<most - 1>(rows, w, row, num_keys, fresh);
+  }
+  attend_rows<most>(w, row, num_keys, fresh);
+}
+
+// Rows row … end - 1 see the first num_keys keys of the tile.
+void attend_range(const Workspace& w, int row, int end, int num_keys, bool fresh) {
+  for (int pieces = (end - row + kRows - 1) / kRows; pieces > 0; --pieces) {
+    const int rows = (end - row + pieces - 1) / pieces;
+    attend_rows<kRows>(rows, w, row, num_keys, fresh);
+    row += rows;
+  }
+}
+
+void attend_tile(const AttentionTask& task, const Workspace& w, int first_key, bool fresh) {
+  const int skipped = first_key > task.first_position ? first_key - task.first_position : 0;
+  int token = skipped;
+  for (; token < task.num_tokens; ++token) {
+    const int num_keys = task.first_position + token + 1 - first_key;
+    if (num_keys >= kTileKeys) break;
+    attend_range(w, token * task.group, (token + 1) * task.group, num_keys, fresh);
+  }
+  attend_range(w, token * task.group, w.rows, kTileKeys, fresh);
+}
+
+// A split's result in the form that fold() takes: [width] result, then the sum of exponentials, then the maximum.
+void write_partial(const Workspace& w, int row, float* partial) {
+  for (int d = 0; d < w.width; d += kLanes) store(partial + d, load(w.result + row * w.width + d));
+  partial[w.width] = sum(load(w.sums + row * kLanes));
+  partial[w.width + 1] = w.maximum[row];
+}
+
+void fold(float* folded, const float* partial, int width) {
+  const float before = folded[width + 1], other = partial[width + 1];
+  const float highest = other > before ? other : before;
+  alignas(64) float exponents[kLanes] = {before - highest, other - highest};
+  store(exponents, exp(load(exponents)));
+  const F decay = broadcast(exponents[0]), growth = broadcast(exponents[1]);
+  for (int d = 0; d < width; d += kLanes) {
+    store(folded + d, fma(load(partial + d), growth, mul(load(folded + d), decay)));
+  }
+  folded[width] = folded[width] * exponents[0] + partial[width] * exponents[1];
+  folded[width + 1] = highest;
+}
+
+void write_result(const float* folded, int head_dim, float* out) {
+  const int width = padded_head_dim(head_dim);
+  const F total = broadcast(folded[width]);
+  int d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) store(out + d, div(load(folded + d), total));
+  if (d < head_dim) store_first(out + d, div(load(folded + d), total), head_dim - d);
+}
+
+void end_split(const AttentionTask& task, const Workspace& w, int split) {
+  const int first_key = split * kSplitKeys, size = partial_size(w.head_dim);
+  const int skipped = first_key > task.first_position ? (first_key - task.first_position) * task.group : 0;
+  for (int row = skipped; row < w.rows; ++row) {
+    if (task.partials) {
+      write_partial(w, row, task.partials + (split - task.first_split) * task.partial_stride + row * size);
+    } else if (split == 0) {
+      write_partial(w, row, w.folded + row * size);
+    } else {
+      alignas(64) float stack_partial[1];
+      (void)stack_partial;
+      float* partial = w.folded + row * size;
+      (void)partial;
+    }
+  }
+}
+
+}  // namespace
+
+}  // namespace glmlocal::GLM_ISA

@@ -1,0 +1,76 @@
+// Sixteen fp32 or uint32 lanes as one value, whatever the ISA: what the kernels are written in.
+//
+// Included only by files that are compiled per ISA. Everything lives in the namespace of that ISA and is inlined, so that
+// no function compiled for one CPU can be linked into the code of another. For the same reason these files use nothing of
+// the standard library that could be emitted out of line.
+//
+// The operations, all elementwise unless said otherwise:
+//   zero broadcast load store add sub mul div max min     fma(a, b, c) = a·b + c, fused where the ISA can (generic: rounded twice)
+//   load_f16 load_i8 load_u8                              16 narrower numbers in memory, widened
+//   load_words splat shr<n> shl<n> bit_and select(m, a, b) = (a & m) | (b & ~m)      on U
+//   as_float as_words to_words(round to nearest) to_float reinterpret and convert
+//   Table, make_table, lookup(table, words)               by the low 4 bits of each word
+//   byte_bias, byte_value<j>(words, bias)                 byte j of each word as fp32, minus the bias
+//   sum, maximum                                          over the lanes, in one fixed order
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define GLM_INLINE inline __attribute__((always_inline))
+
+namespace glmlocal::GLM_ISA {
+
+template <int value>
+struct Constant {
+  static constexpr int v = value;
+};
+
+// Calls f(Constant<0>), f(Constant<1>) … with indices known at compile time, so that arrays of lanes stay in registers.
+template <int count, int index = 0, class F>
+GLM_INLINE void unroll(F&& f) {
+  if constexpr (index < count) {
+    f(Constant<index>{});
+    unroll<count, index + 1>(f);
+  }
+}
+
+GLM_INLINE uint32_t load_u32(const void* p) {
+  uint32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return word;
+}
+
+}  // namespace glmlocal::GLM_ISA
+
+#if defined(__AVX512F__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__)
+#include "simd_avx2.h"
+#else
+#include "simd_generic.h"
+#endif
+
+namespace glmlocal::GLM_ISA {
+
+// e^x within 2 ulp; 0 and inf beyond the range of normal numbers (|x| > 87.3), NaN stays NaN.
+GLM_INLINE F exp(F x) {
+  // e^x = 2^n · e^r with |r| ≤ ln2/2; ln2 in two parts keeps r exact (Cody and Waite); Taylor to r^7 leaves 2^-27.
+  const F n = round(mul(x, broadcast(1.44269504088896341f)));
+  F r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  F p = broadcast(1.0f / 5040);
+  p = fma(p, r, broadcast(1.0f / 720));
+  p = fma(p, r, broadcast(1.0f / 120));
+  p = fma(p, r, broadcast(1.0f / 24));
+  p = fma(p, r, broadcast(1.0f / 6));
+  p = fma(p, r, broadcast(0.5f));
+  p = fma(p, r, broadcast(1.0f));
+  p = fma(p, r, broadcast(1.0f));
+  return where_less(x, broadcast(-87.33654f), zero(),
+                    where_less(broadcast(88.37626f), x, broadcast(__builtin_inff()), mul(p, exp2_int(n))));
+}
+
+GLM_INLINE F silu(F x) { return div(x, add(broadcast(1.0f), exp(sub(zero(), x)))); }
+
+}  // namespace glmlocal::GLM_ISA

@@ -1,0 +1,95 @@
+// GCC and clang vector extensions: SSE2 on x86-64, NEON on aarch64, without naming either.
+#pragma once
+
+namespace glmlocal::GLM_ISA {
+
+typedef float Quad __attribute__((vector_size(16)));
+typedef uint32_t QuadU __attribute__((vector_size(16)));
+typedef int32_t QuadI __attribute__((vector_size(16)));
+
+struct F { Quad v[4]; };
+struct U { QuadU v[4]; };
+using Table = const float*;
+using ByteBias = float;
+
+template <class Out, class Op>
+GLM_INLINE Out map(Op&& op) { return {{op(0), op(1), op(2), op(3)}}; }
+
+GLM_INLINE QuadU blend(QuadU m, QuadU a, QuadU b) { return (a & m) | (b & ~m); }
+
+GLM_INLINE F broadcast(float x) { const Quad q{x, x, x, x}; return {{q, q, q, q}}; }
+GLM_INLINE F zero() { return broadcast(0); }
+GLM_INLINE F load(const float* p) { F x; __builtin_memcpy(&x, p, sizeof x); return x; }
+GLM_INLINE void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
+GLM_INLINE F add(F a, F b) { return map<F>([&](int i) { return a.v[i] + b.v[i]; }); }
+GLM_INLINE F sub(F a, F b) { return map<F>([&](int i) { return a.v[i] - b.v[i]; }); }
+GLM_INLINE F mul(F a, F b) { return map<F>([&](int i) { return a.v[i] * b.v[i]; }); }
+GLM_INLINE F div(F a, F b) { return map<F>([&](int i) { return a.v[i] / b.v[i]; }); }
+GLM_INLINE F fma(F a, F b, F c) { return map<F>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+GLM_INLINE F where_less(F a, F b, F yes, F no) {
+  return map<F>([&](int i) { return (Quad)blend((QuadU)(a.v[i] < b.v[i]), (QuadU)yes.v[i], (QuadU)no.v[i]); });
+}
+GLM_INLINE F max(F a, F b) { return where_less(b, a, a, b); }
+GLM_INLINE F min(F a, F b) { return where_less(a, b, a, b); }
+GLM_INLINE F round(F x) {  // to the nearest integer; right for |x| < 2^22
+  const F magic = broadcast(12582912.0f);
+  return sub(add(x, magic), magic);
+}
+GLM_INLINE F exp2_int(F n) {
+  return map<F>([&](int i) { return (Quad)((QuadU)(__builtin_convertvector(n.v[i], QuadI) + 127) << 23); });
+}
+
+GLM_INLINE U load_words(const void* p) { U x; __builtin_memcpy(&x, p, sizeof x); return x; }
+GLM_INLINE U splat(uint32_t x) { const QuadU q{x, x, x, x}; return {{q, q, q, q}}; }
+template <int n> GLM_INLINE U shr(U x) { return map<U>([&](int i) { return x.v[i] >> n; }); }
+template <int n> GLM_INLINE U shl(U x) { return map<U>([&](int i) { return x.v[i] << n; }); }
+GLM_INLINE U bit_and(U a, U b) { return map<U>([&](int i) { return a.v[i] & b.v[i]; }); }
+GLM_INLINE U select(U m, U a, U b) { return map<U>([&](int i) { return blend(m.v[i], a.v[i], b.v[i]); }); }
+GLM_INLINE F as_float(U x) { return map<F>([&](int i) { return (Quad)x.v[i]; }); }
+
+template <class T>
+GLM_INLINE F load_integers(const T* p) {
+  return map<F>([&](int i) { return Quad{float(p[4 * i]), float(p[4 * i + 1]), float(p[4 * i + 2]), float(p[4 * i + 3])}; });
+}
+GLM_INLINE F load_i8(const int8_t* p) { return load_integers(p); }
+GLM_INLINE F load_u8(const uint8_t* p) { return load_integers(p); }
+GLM_INLINE F load_f16(const uint16_t* p) {
+  return map<F>([&](int i) {
+    const QuadU half{p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]};
+    const QuadU magnitude = (half & 0x7fff) << 13;
+    const QuadU not_finite = (QuadU)((half & 0x7c00) == 0x7c00);
+    // Times 2^112 moves the exponent bias from 15 to 127 and normalizes subnormals.
+    const QuadU finite = (QuadU)((Quad)magnitude * 0x1p112f);
+    return (Quad)(blend(not_finite, magnitude | 0x7f800000, finite) | (half & 0x8000) << 16);
+  });
+}
+
+GLM_INLINE Table make_table(const float* values) { return values; }
+GLM_INLINE F lookup(Table table, U index) {
+  return map<F>([&](int i) {
+    const QuadU low = index.v[i] & 15;
+    return Quad{table[low[0]], table[low[1]], table[low[2]], table[low[3]]};
+  });
+}
+GLM_INLINE ByteBias byte_bias(float bias) { return bias; }
+template <int j>
+GLM_INLINE F byte_value(U words, ByteBias bias) {
+  return map<F>([&](int i) { return __builtin_convertvector((QuadI)(words.v[i] >> (8 * j) & 255), Quad) - bias; });
+}
+
+// Lanes 8 apart first, then 4, 2, 1: the order of the other ISAs.
+template <class Op>
+GLM_INLINE float reduce(F x, Op&& op) {
+  float lane[16];
+  store(lane, x);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] = op(lane[i], lane[i + width]);
+  }
+  return lane[0];
+}
+GLM_INLINE float sum(F x) { return reduce(x, [](float a, float b) { return a + b; }); }
+GLM_INLINE float maximum(F x) { return reduce(x, [](float a, float b) { return a > b ? a : b; }); }
+
+inline constexpr int kGemmRows = 2, kGemmTiles = 1;  // SSE2: 8 accumulators, 4 weights, 1 activation of 16 registers
+
+}  // namespace glmlocal::GLM_ISA

@@ -1,0 +1,27 @@
+// The functions of one ISA, gathered for isa.cpp.
+#include "isa.h"
+
+#define GLM_STRING_(x) #x
+#define GLM_STRING(x) GLM_STRING_(x)
+
+namespace glmlocal::GLM_ISA {
+
+void panel_product(const PackedMatrix& w, int panel, const float* const* rows, int num_rows, float* out, ptrdiff_t out_stride);
+void panel_weights(const PackedMatrix& w, int panel, float* out);
+void silu_mul(float* gate, const float* up, int n);
+void add_scaled(float* out, const float* x, float scale, int n);
+double fma_flops(int iterations);
+float read_bytes(const void* data, size_t num_bytes);
+
+extern const KernelTable table;
+const KernelTable table{
+    .name = GLM_STRING(GLM_ISA),
+    .panel_product = panel_product,
+    .panel_weights = panel_weights,
+    .silu_mul = silu_mul,
+    .add_scaled = add_scaled,
+    .fma_flops = fma_flops,
+    .read_bytes = read_bytes,
+};
+
+}  // namespace glmlocal::GLM_ISA

@@ -1,0 +1,71 @@
+#include "memory.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <mutex>
+#include <new>
+
+namespace glmlocal {
+namespace {
+
+constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kChunk = size_t(64) << 20;
+
+struct Chunk {
+  void* mapping;
+  size_t mapped_bytes;
+  std::byte* begin;
+  size_t used = 0;
+  size_t size;
+
+  explicit Chunk(size_t num_bytes) : size(num_bytes) {
+    // Untouched pages cost nothing, so the alignment gap is free.
+    mapped_bytes = size + kHugePage;
+    mapping = mmap(nullptr, mapped_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapping == MAP_FAILED) throw std::bad_alloc();
+    begin = reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(mapping) + kHugePage - 1) & ~(kHugePage - 1));
+    madvise(begin, size, MADV_HUGEPAGE);
+  }
+  ~Chunk() { munmap(mapping, mapped_bytes); }
+  Chunk(const Chunk&) = delete;
+};
+
+std::mutex& chunk_mutex = *new std::mutex;
+// Weak: when every piece is gone, so is the chunk, even if it was not full.
+std::weak_ptr<Chunk>& open_chunk = *new std::weak_ptr<Chunk>;
+
+}  // namespace
+
+std::shared_ptr<std::byte> allocate_weights(size_t num_bytes) {
+  if (num_bytes > SIZE_MAX / 2) throw std::bad_alloc();
+  const size_t rounded = (num_bytes + kAlignment - 1) & ~(kAlignment - 1);
+  std::lock_guard lock(chunk_mutex);
+  if (rounded >= kChunk / 2) {
+    auto chunk = std::make_shared<Chunk>((rounded + kHugePage - 1) & ~(kHugePage - 1));
+    return {chunk, chunk->begin};
+  }
+  std::shared_ptr<Chunk> chunk = open_chunk.lock();
+  if (!chunk || chunk->used + rounded > chunk->size) open_chunk = chunk = std::make_shared<Chunk>(kChunk);
+  std::byte* piece = chunk->begin + chunk->used;
+  chunk->used += rounded;
+  return {std::move(chunk), piece};
+}
+
+float* scratch(Scratch slot, size_t num_floats) {
+  struct Buffer {
+    std::unique_ptr<float, void (*)(float*)> data{nullptr, [](float* p) { ::operator delete[](p, std::align_val_t(kAlignment)); }};
+    size_t size = 0;
+  };
+  thread_local Buffer buffers[size_t(Scratch::slots)];
+  Buffer& buffer = buffers[size_t(slot)];
+  if (buffer.size < num_floats) {
+    buffer.data.reset();
+    buffer.size = 0;
+    buffer.data.reset(static_cast<float*>(::operator new[](num_floats * sizeof(float), std::align_val_t(kAlignment))));
+    buffer.size = num_floats;
+  }
+  return buffer.data.get();
+}
+
+}  // namespace glmlocal

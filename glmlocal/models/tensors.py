@@ -1,0 +1,190 @@
+"""The tensors that a ModelConfig implies, and the check of a checkpoint against them before anything is read.
+
+Torch-free. Names and shapes are those of the Hugging Face releases: linear weights are [out_features, in_features].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from glmlocal.errors import CheckpointError
+from glmlocal.formats.ggml_blocks import DENSE_DTYPES, QUANTIZED_DTYPES
+from glmlocal.formats.index import TensorIndex, quoted
+
+if TYPE_CHECKING:
+    from glmlocal.models.config import ModelConfig
+
+ARCHITECTURE = "Glm4MoeForCausalLM"
+_SUPPORTED = f"BF16, F16 and F32 are in safetensors, those and {', '.join(sorted(QUANTIZED_DTYPES))} in GGUF"
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's own tensors, without MTP; no ``lm_head.weight`` when the embeddings are tied."""
+    return dict(_model_shapes(config))
+
+
+def expected_mtp_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all that the declared MTP layers need."""
+    layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    return dict(item for i in layers for item in _mtp_shapes(config, i))
+
+
+def optional_mtp_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The copies of embeddings and head that some releases (GLM-4.5, Air) keep in their MTP layer."""
+    layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    names = ("embed_tokens.weight", "shared_head.head.weight")
+    return {f"model.layers.{i}.{name}": (config.vocab_size, config.hidden_size) for i in layers for name in names}
+
+
+def check_tensors(config: ModelConfig, tensors: TensorIndex) -> bool:
+    """Is everything there that the model needs, in the right shape and a supported dtype? Reads no tensor.
+
+    Returns whether every declared MTP layer is complete and usable. An MTP layer that is not is no error (trunk-only
+    files, and files with the unused layer squeezed into an exotic type, are common); ``mtp_problem`` says why.
+    Raises CheckpointError naming the first offending tensor and how many more there are.
+    """
+    expected = expected_tensors(config)
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise _missing(config, tensors, missing, expected)
+    _check_dtypes(tensors, expected)
+    _check_shapes(tensors, expected)
+    _refuse_strangers(config, tensors, expected)
+    return mtp_problem(config, tensors) is None
+
+
+def mtp_problem(config: ModelConfig, tensors: TensorIndex) -> str | None:
+    """Why the MTP layers cannot be used; None when they can."""
+    expected = expected_mtp_tensors(config)
+    if not expected:
+        return "none declared"
+    missing = sum(name not in tensors for name in expected)
+    if missing == len(expected):
+        return "none in the file"
+    if missing:
+        return f"{missing} of its {len(expected)} tensors are missing"
+    present = {name: shape for name, shape in optional_mtp_tensors(config).items() if name in tensors}
+    try:
+        _check_dtypes(tensors, expected | present)
+        _check_shapes(tensors, expected | present)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _model_shapes(config: ModelConfig) -> Shapes:
+    embedding = (config.vocab_size, config.hidden_size)
+    yield "model.embed_tokens.weight", embedding
+    for i in range(config.num_hidden_layers):
+        yield from _layer_shapes(config, i, is_dense=i < config.first_k_dense_replace)
+    yield "model.norm.weight", (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", embedding
+
+
+def _mtp_shapes(config: ModelConfig, i: int) -> Shapes:
+    prefix, hidden = f"model.layers.{i}", config.hidden_size
+    yield from _layer_shapes(config, i, is_dense=False)
+    yield f"{prefix}.eh_proj.weight", (hidden, 2 * hidden)
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        yield f"{prefix}.{name}.weight", (hidden,)
+
+
+def _layer_shapes(config: ModelConfig, i: int, *, is_dense: bool) -> Shapes:
+    prefix, hidden = f"model.layers.{i}", config.hidden_size
+    yield f"{prefix}.input_layernorm.weight", (hidden,)
+    yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+    kv_width = config.num_key_value_heads * config.head_dim
+    widths = {"q": config.num_attention_heads * config.head_dim, "k": kv_width, "v": kv_width}
+    for name, width in widths.items():
+        yield f"{prefix}.self_attn.{name}_proj.weight", (width, hidden)
+        if config.attention_bias:
+            yield f"{prefix}.self_attn.{name}_proj.bias", (width,)
+    yield f"{prefix}.self_attn.o_proj.weight", (hidden, widths["q"])
+    if config.use_qk_norm:
+        yield f"{prefix}.self_attn.q_norm.weight", (config.head_dim,)
+        yield f"{prefix}.self_attn.k_norm.weight", (config.head_dim,)
+    if is_dense:
+        yield from _ffn_shapes(f"{prefix}.mlp", hidden, config.intermediate_size)
+        return
+    yield f"{prefix}.mlp.gate.weight", (config.n_routed_experts, hidden)
+    yield f"{prefix}.mlp.gate.e_score_correction_bias", (config.n_routed_experts,)
+    shared = config.moe_intermediate_size * config.n_shared_experts
+    yield from _ffn_shapes(f"{prefix}.mlp.shared_experts", hidden, shared)
+    for e in range(config.n_routed_experts):
+        yield from _ffn_shapes(f"{prefix}.mlp.experts.{e}", hidden, config.moe_intermediate_size)
+
+
+def _ffn_shapes(prefix: str, hidden: int, width: int) -> Shapes:
+    yield f"{prefix}.gate_proj.weight", (width, hidden)
+    yield f"{prefix}.up_proj.weight", (width, hidden)
+    yield f"{prefix}.down_proj.weight", (hidden, width)
+
+
+def _missing(
+    config: ModelConfig, tensors: TensorIndex, missing: list[str], expected: Mapping[str, tuple[int, ...]]
+) -> CheckpointError:
+    if not any(name.startswith("model.layers.0.") for name in tensors) and mtp_problem(config, tensors) is None:
+        return CheckpointError(f"{tensors.source} holds an MTP layer alone; give the file of the whole model")
+    hint = "download the checkpoint again"
+    if config.quant_method is not None:
+        hint = f"it is quantized with {quoted(config.quant_method)}, which is not supported yet: {_SUPPORTED}"
+    return CheckpointError(
+        f"{tensors.source} lacks the tensor {missing[0]} (shape {list(expected[missing[0]])}){_and_more(missing)}; "
+        f"{hint}"
+    )
+
+
+def _check_dtypes(tensors: TensorIndex, expected: Mapping[str, tuple[int, ...]]) -> None:
+    quantized = QUANTIZED_DTYPES if tensors.kind == "gguf" else frozenset()
+    wrong = [name for name in expected if tensors[name].dtype not in DENSE_DTYPES | quantized]
+    if wrong:
+        dtype = tensors[wrong[0]].dtype
+        raise CheckpointError(f"tensor {wrong[0]} is {dtype}{_and_more(wrong)}, which is not supported: {_SUPPORTED}")
+    plain = [name for name in expected if tensors[name].dtype in quantized and _must_be_plain(name, expected[name])]
+    if plain:
+        raise CheckpointError(
+            f"tensor {plain[0]} is {tensors[plain[0]].dtype}{_and_more(plain)}; norms, biases and routers must be "
+            f"{', '.join(sorted(DENSE_DTYPES))}"
+        )
+
+
+def _check_shapes(tensors: TensorIndex, expected: Mapping[str, tuple[int, ...]]) -> None:
+    wrong = [name for name, shape in expected.items() if tensors[name].shape != shape]
+    if wrong:
+        raise CheckpointError(
+            f"tensor {wrong[0]} has shape {list(tensors[wrong[0]].shape)}, wanted {list(expected[wrong[0]])}"
+            f"{_and_more(wrong)}; the config and the tensors are of different models"
+        )
+
+
+def _refuse_strangers(config: ModelConfig, tensors: TensorIndex, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Tensors that would change the result if they were not silently left out.
+
+    A GGUF file may have no tensor that its architecture does not know: llama.cpp refuses such files too. Safetensors
+    may (buffers, other heads), but not the biases and norms that the config denies.
+    """
+    mtp = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    mtp_prefixes = tuple(f"model.layers.{i}." for i in mtp)
+    denied = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "q_norm.weight", "k_norm.weight")
+    for name in tensors:
+        if name in expected or name.startswith(mtp_prefixes):
+            continue
+        if tensors.kind == "gguf":
+            raise CheckpointError(f"{tensors.source} has the tensor {quoted(name)}, which {ARCHITECTURE} does not have")
+        if name.startswith("model.layers.") and name.endswith(denied):
+            raise CheckpointError(
+                f"{tensors.source} has the tensor {quoted(name)}, but its config says attention_bias "
+                f"{config.attention_bias} and use_qk_norm {config.use_qk_norm}; the two are of different models"
+            )
+
+
+def _must_be_plain(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 1 or name.endswith(".mlp.gate.weight")
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1:,} more" if len(names) > 1 else ""

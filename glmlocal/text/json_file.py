@@ -1,0 +1,48 @@
+"""Small JSON files that come with a checkpoint: read whole, size first, one clear error for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from glmlocal.errors import CheckpointError
+from glmlocal.units import MIB, format_bytes
+
+CONFIG_MAX_BYTES = 16 * MIB  # tokenizer_config.json with thousands of added tokens stays below 1 MiB
+
+
+def read_text_file(path: Path, *, max_bytes: int = CONFIG_MAX_BYTES) -> str | None:
+    """The file's text (UTF-8), or None if there is no such file. Raises CheckpointError."""
+    try:
+        with path.open("rb") as file:
+            # One byte beyond the limit tells "too big" without trusting what stat() says of a pipe or a device.
+            data = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(data) > max_bytes:
+        raise CheckpointError(f"{path} is larger than {format_bytes(max_bytes)}; this is not a file of that kind")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text (byte {error.start}); fetch the file again") from error
+
+
+def parse_json_object(text: str, where: str) -> dict[str, object]:
+    """``text`` as a JSON object. ``where`` names the file in the CheckpointError."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise CheckpointError(f"{where} nests too deeply to be read; fetch the file again") from None
+    except ValueError as error:  # JSONDecodeError, or a number of thousands of digits
+        raise CheckpointError(f"{where} is not valid JSON: {error}; fetch the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} holds a JSON {type(value).__name__}, not an object; fetch the file again")
+    return value
+
+
+def read_json_object(path: Path, *, max_bytes: int = CONFIG_MAX_BYTES) -> dict[str, object] | None:
+    """The file as a JSON object, or None if there is no such file. Raises CheckpointError."""
+    text = read_text_file(path, max_bytes=max_bytes)
+    return None if text is None else parse_json_object(text, str(path))

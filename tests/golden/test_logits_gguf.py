@@ -1,0 +1,74 @@
+"""The tiny models through GGUF: the same logits, quantized types against transformers on the dequantized weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import tiny_gguf
+import torch
+from safetensors.torch import save_file
+
+from glmlocal.engine.loader import load_engine
+from glmlocal.formats.index import open_checkpoint
+from test_logits_glm4_moe import TOKENS, TOLERANCE, reference_logits, relative_error
+
+
+@pytest.mark.parametrize("config", ["air", "glm45", "four_groups", "two_shared_experts", "no_norm_topk_prob", "all_moe"])
+def test_f32_gguf_gives_the_logits_of_transformers(config: str, tmp_path: Path) -> None:
+    model = tiny.build_model(**tiny.CONFIGS[config])
+    tiny_gguf.convert(tiny.save(model, tmp_path), tmp_path / "tiny.gguf")
+    got = load_engine(open_checkpoint(tmp_path / "tiny.gguf")).logits(TOKENS)
+    assert relative_error(got, reference_logits(model, TOKENS)) < TOLERANCE
+
+
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16"])
+def test_quantized_gguf_gives_the_logits_of_its_dequantized_weights(quant: str, tmp_path: Path) -> None:
+    model = tiny.build_model(intermediate_size=96, moe_intermediate_size=32)
+    stored = tiny_gguf.convert(tiny.save(model, tmp_path), tmp_path / "tiny.gguf", quant)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    dequantized = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    got = load_engine(open_checkpoint(tmp_path / "tiny.gguf")).logits(TOKENS)
+    want = reference_logits(dequantized, TOKENS)
+    assert relative_error(got, want) < TOLERANCE
+    assert relative_error(got, reference_logits(model, TOKENS)) > TOLERANCE  # it was quantized
+
+
+def test_split_gguf_and_its_mtp_layer(tmp_path: Path) -> None:
+    model = tiny.build_model(**tiny.CONFIGS["glm45"])
+    directory = tiny.save(model, tmp_path, mtp=True)
+    tiny_gguf.convert(directory, tmp_path / "tiny.gguf", split_bytes=200_000)
+    parts = sorted(tmp_path.glob("tiny-*.gguf"))
+    assert len(parts) > 1
+    engine = load_engine(open_checkpoint(parts[0]))
+    assert relative_error(engine.logits(TOKENS), reference_logits(model, TOKENS)) < TOLERANCE
+    assert len(engine.runner.model.mtp) == 1
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    model = tiny.build_model(tie_word_embeddings=True)
+    stored = tiny_gguf.convert(tiny.save(model, tmp_path), tmp_path / "tiny.gguf", "Q8_0")
+    assert "lm_head.weight" not in stored
+    model.load_state_dict(stored_to_state(model, stored))
+    got = load_engine(open_checkpoint(tmp_path / "tiny.gguf")).logits(TOKENS)
+    assert relative_error(got, reference_logits(model, TOKENS)) < TOLERANCE
+
+
+def stored_to_state(model: torch.nn.Module, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Per-expert tensors → the fused ones that transformers keeps in memory."""
+    state = {name: tensor for name, tensor in stored.items() if ".experts." not in name}
+    state["lm_head.weight"] = stored.get("lm_head.weight", stored["model.embed_tokens.weight"])
+    for name, tensor in model.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            prefix = name.removesuffix(".gate_up_proj")
+            state[name] = torch.stack(
+                [
+                    torch.cat([stored[f"{prefix}.{e}.{p}_proj.weight"] for p in ("gate", "up")])
+                    for e in range(len(tensor))
+                ]
+            )
+        elif name.endswith("experts.down_proj"):
+            prefix = name.removesuffix(".down_proj")
+            state[name] = torch.stack([stored[f"{prefix}.{e}.down_proj.weight"] for e in range(len(tensor))])
+    return state
