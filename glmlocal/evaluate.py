@@ -1,4 +1,4 @@
-"""The maths of ``glmlocal eval``: windows over a text, perplexity, and how far one model's predictions are from another's.
+"""The maths of ``glmlocal eval``: windows over a text, perplexity, how far one model's predictions are from another's.
 
 Everything is float64 numpy; logits come in as fp32 [tokens, vocab]. Torch-free.
 

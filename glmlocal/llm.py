@@ -18,6 +18,7 @@ from glmlocal.engine.loader import load_engine
 from glmlocal.engine.request import Request, RequestOutput, SamplingParams
 from glmlocal.errors import RequestError
 from glmlocal.formats.index import open_checkpoint
+from glmlocal.models.config import ModelConfig
 from glmlocal.progress import loading_bar
 from glmlocal.resolve import resolve
 from glmlocal.text.model_text import load_model_text
@@ -45,22 +46,21 @@ class LLM:
         if threads is not None:
             kernels.set_num_threads(threads)
         self.model_name = str(model)
-        self._checkpoint = open_checkpoint(resolve(model, progress=progress))
-        text = load_model_text(self._checkpoint)
+        self._checkpoint = checkpoint = open_checkpoint(resolve(model, progress=progress))
+        self.config = ModelConfig.from_hf(checkpoint.config)
+        text = load_model_text(
+            checkpoint.directory, checkpoint.config, checkpoint.gguf_metadata, self.config.vocab_size
+        )
         self.tokenizer, self.chat_template = text.tokenizer, text.chat_template
-        self._defaults, self._eos_token_ids = text.generation_defaults, text.eos_token_ids
-        with loading_bar(self._checkpoint.tensors.nbytes, enabled=progress) as on_read:
+        self._defaults, self._eos_token_ids = text.defaults, text.eos_token_ids
+        with loading_bar(checkpoint.tensors.nbytes, enabled=progress) as on_read:
             self._engine = load_engine(
-                self._checkpoint, context=context, max_batch=max_batch, num_threads=threads, on_read=on_read
+                checkpoint, context=context, max_batch=max_batch, num_threads=threads, on_read=on_read
             )
         self._lock = threading.Lock()  # guards the engine and the queues
         self._queues: dict[str, deque[RequestOutput]] = {}
         self._num_requests = 0
         self.load_s = time.perf_counter() - start_s
-
-    @property
-    def config(self) -> Any:
-        return self._engine.runner.model.config
 
     @property
     def context(self) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoint files written byte by byte, so that any of their bytes can be wrong. Needs numpy and gguf's constants only."""
+"""Checkpoint files written byte by byte, so that any of their bytes can be wrong."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny_tensors(config: Mapping[str, Any], *, mtp: bool = True, copies: bool = True, seed: int = 0) -> dict[str, Array]:
+def tiny_tensors(
+    config: Mapping[str, Any], *, mtp: bool = True, copies: bool = True, seed: int = 0
+) -> dict[str, Array]:
     """Random fp32 tensors of every name that the config implies."""
     rng = np.random.default_rng(seed)
     parsed = ModelConfig.from_hf(config)
@@ -63,7 +65,11 @@ def safetensors_bytes(tensors: Mapping[str, Array], dtypes: Mapping[str, str] | 
     data = b""
     for name, array in tensors.items():
         dtype = (dtypes or {}).get(name, _SAFETENSORS_NAMES[array.dtype.name])
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [len(data), len(data) + array.nbytes]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(array.shape),
+            "data_offsets": [len(data), len(data) + array.nbytes],
+        }
         data += array.tobytes()
     return with_header(header, data)
 
@@ -74,9 +80,7 @@ def with_header(header: Any, data: bytes = b"", length: int | None = None) -> by
     return struct.pack("<Q", len(raw) if length is None else length) + raw + data
 
 
-def write_checkpoint(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Array], shards: int = 1
-) -> Path:
+def write_checkpoint(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Array], shards: int = 1) -> Path:
     """A release directory: config.json and one file, or an index and several."""
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(dict(config)))
@@ -102,7 +106,7 @@ def write_index(directory: Path, weight_map: Any) -> None:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    name: str
+    name: Any  # str; bytes where it is to be wrong
     dims: tuple[int, ...]  # ggml order: [in, out]
     type_id: int
     data: bytes
@@ -113,7 +117,7 @@ class GgufTensor:
 class Gguf:
     """A GGUF file to be; every part of it can be replaced by a wrong one."""
 
-    keys: tuple[tuple[str, int, Any], ...] = ()
+    keys: tuple[tuple[Any, int, Any], ...] = ()  # name (bytes where it is to be wrong), kind, value
     tensors: tuple[GgufTensor, ...] = ()
     magic: bytes = b"GGUF"
     version: int = 3
@@ -129,7 +133,7 @@ class Gguf:
         added = tuple((name, *value) for name, value in changed.items() if value is not None)
         return replace(self, keys=kept + added)
 
-    def with_tensor(self, name: str, **changes: Any) -> Gguf:
+    def with_tensor(self, name: str, /, **changes: Any) -> Gguf:
         return replace(self, tensors=tuple(replace(t, **changes) if t.name == name else t for t in self.tensors))
 
     def without(self, test: Callable[[str], bool]) -> Gguf:
@@ -156,14 +160,20 @@ class Gguf:
         return path
 
 
+class Raw(bytes):
+    """Written as it is where an encoded name or value would be."""
+
+
 def string(text: str | bytes) -> bytes:
+    if isinstance(text, Raw):
+        return text
     raw = text if isinstance(text, bytes) else text.encode()
     return struct.pack("<Q", len(raw)) + raw
 
 
 def value(kind: int, v: Any) -> bytes:
-    """A value; an array is ``(element kind, elements)``; bytes are taken as they are."""
-    if isinstance(v, bytes) and kind != STRING:
+    """A value; an array is ``(element kind, elements)``."""
+    if isinstance(v, Raw):
         return v
     if kind == STRING:
         return string(v)
@@ -237,7 +247,7 @@ def _keys(config: Mapping[str, Any]) -> tuple[tuple[str, int, Any], ...]:
 
 
 def random_blocks(dtype: str, blocks: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Random bytes [blocks, block bytes] whose fp16 fields are finite, with zeros, subnormals and extremes among them."""
+    """Random bytes [blocks, block bytes] with finite fp16 fields; zeros, subnormals and extremes are among them."""
     _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]]
     raw = rng.integers(0, 256, (blocks, size), dtype=np.uint8)
     special = np.array([0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x7BFF, 0xFBFF, 0x3C00], np.uint16)

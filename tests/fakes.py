@@ -101,7 +101,8 @@ class FakeLLM:
             raise RequestError(f"{self.model_name} is a base model")
         self.calls.append({"messages": [dict(m) for m in messages], "enable_thinking": enable_thinking, **sampling})
         text = "".join(str(part) for message in messages for part in message.values())
-        return self._complete(text, messages[-1]["content"], enable_thinking and self.supports_thinking, stream, sampling)
+        thinking = enable_thinking and self.supports_thinking
+        return self._complete(text, messages[-1]["content"], thinking, stream, sampling)
 
     def generate(
         self, prompt: str | Sequence[int], *, stream: bool = False, **sampling: Any

@@ -192,7 +192,7 @@ def fp8_scales(rng: np.random.Generator, std: float, rows: int) -> Floats:
 
 
 def _halve_scales(rows: Bytes, block_bytes: int, times: int) -> Bytes:
-    blocks = rows.copy().reshape(len(rows), -1, block_bytes)
+    blocks = rows.copy().reshape(len(rows), rows.shape[1] // block_bytes, block_bytes)
     scales = np.ascontiguousarray(blocks[..., :2]).view(np.dtype("<f2"))
     blocks[..., :2] = (scales * np.float16(2.0**-times)).view(np.uint8)
     return blocks.reshape(rows.shape)

@@ -9,6 +9,7 @@ import argparse
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +18,7 @@ from glmlocal.cli.terminal import Console
 from glmlocal.errors import ConfigError
 
 if TYPE_CHECKING:
+    from glmlocal.completion import CompletionDelta
     from glmlocal.llm import LLM
 
 _EPILOG = """\
@@ -47,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--no-think", action="store_true", help="answer without thinking first")
     parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, reasoning, usage, timings")
-    parser.add_argument("--plain", action="store_true", help="prompt line by line (the default, and so far the only way)")
+    parser.add_argument("--plain", action="store_true", help="prompt line by line (so far the only way)")
     sampling = parser.add_argument_group("sampling", "What is not given comes from the model's own generation_config.")
     for option, field, kind, meaning in _SAMPLING:
         names = [option, f"--{field.replace('_', '-')}"] if option == "--temp" else [option]
@@ -117,7 +119,9 @@ def run(args: argparse.Namespace) -> int:
         if not prompt:
             raise ConfigError("the prompt is empty; write a text after -p")
         if raw and not args.raw:
-            console.note(f"{llm.model_name} is a base model without a chat template: it continues the text as it stands")
+            console.note(
+                f"{llm.model_name} is a base model: without a chat template it continues the text as it stands"
+            )
         return _answer_once(llm, args, sampling, system, prompt, raw=raw, console=console)
 
 
@@ -158,13 +162,14 @@ def _answer_once(
     from glmlocal.cli.chat_render import AnswerView, as_json, ending, footer
     from glmlocal.cli.main import EXIT_INTERRUPTED
 
-    if raw:
-        deltas = llm.generate(prompt, stream=True, **sampling)
-    else:
+    def start() -> Iterator[CompletionDelta]:
+        if raw:
+            return llm.generate(prompt, stream=True, **sampling)
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt})
-        deltas = llm.chat(messages, stream=True, enable_thinking=not args.no_think, **sampling)
-    answer = AnswerView(console, quiet=args.json).run(deltas)
+        return llm.chat(messages, stream=True, enable_thinking=not args.no_think, **sampling)
+
+    answer = AnswerView(console, quiet=args.json).run(start)
     completion = answer.completion
     if args.json:
         if completion is None:

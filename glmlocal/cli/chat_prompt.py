@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -22,10 +23,8 @@ class TolerantHistory(FileHistory):
     """A history file that stops being written, rather than stopping the chat, when the disk does not take it."""
 
     def store_string(self, string: str) -> None:
-        try:
+        with suppress(OSError):
             super().store_string(string)
-        except OSError:
-            pass
 
 
 def open_history(path: Path | None) -> History:

@@ -1,4 +1,4 @@
-"""An answer on its way to the reader: streamed text, dim thinking, progress of the prompt, the footer, the JSON form."""
+"""An answer on its way to the reader: streamed text, dim thinking, progress of the prompt; its footer and JSON form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import FrameType
@@ -97,10 +97,12 @@ class AnswerView:
     quiet: bool = False
     answer: Answer = field(default_factory=Answer)
 
-    def run(self, deltas: Iterator[CompletionDelta]) -> Answer:
+    def run(self, start: Callable[[], Iterator[CompletionDelta]]) -> Answer:
         """Draw until the end or Ctrl-C; closing the iterator aborts the request in the engine."""
+        deltas: Iterator[CompletionDelta] | None = None
         try:
             with deferred_interrupt() as interrupt:
+                deltas = start()
                 for delta in deltas:
                     self._draw(delta)
                     if interrupt.seen and delta.completion is None:
@@ -114,19 +116,19 @@ class AnswerView:
         return self.answer
 
     def _draw(self, delta: CompletionDelta) -> None:
+        had_text = self.answer.has_text
+        self.answer.add(delta)
         if delta.prefill_progress is not None:
             self.console.status(f"reading the prompt {delta.prefill_progress:.0%}")
         if self.quiet:
             if delta.token_ids:
                 self.console.status(f"{self.answer.num_tokens} tokens")
         else:
-            if delta.reasoning:
-                self.console.dim(delta.reasoning if self.answer.has_reasoning else delta.reasoning.lstrip("\n"))
-            if delta.text and self.answer.has_reasoning and not self.answer.has_text:
+            self.console.dim(delta.reasoning)
+            if delta.text and not had_text and self.answer.has_reasoning:
                 self.console.fresh_line()
                 self.console.dim("\n")
             self.console.answer(delta.text)
-        self.answer.add(delta)
 
 
 def footer(answer: Answer, context: int) -> str:
@@ -141,8 +143,8 @@ def footer(answer: Answer, context: int) -> str:
     parts = [
         f"{usage.prompt_tokens:,} prompt + {usage.completion_tokens:,} generated tokens{thinking}",
         *_rate(timings.decode_tokens_per_s),
-        f"first token after {timings.time_to_first_token_s:.2f} s",
-        f"context {usage.total_tokens:,} of {context:,}",
+        f"first token {timings.time_to_first_token_s:.2f} s",
+        f"context {usage.total_tokens:,}/{context:,}",
     ]
     return " · ".join(parts)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from glmlocal.cli import transcript
-from glmlocal.cli.chat_render import Answer, AnswerView, ending, footer
+from glmlocal.cli.chat_render import Answer, AnswerView, deferred_interrupt, ending, footer
 from glmlocal.cli.terminal import Console, no_echo, one_line
 from glmlocal.cli.transcript import Message, Transcript
 from glmlocal.errors import ConfigError, GlmlocalError, RequestError
@@ -77,19 +77,22 @@ class Session:
         self._welcome()
         while True:
             try:
-                line = self.read_line("complete> " if self.raw else "> ")
+                if self._next():
+                    return 0
             except KeyboardInterrupt:
                 self.console.note("to leave: /quit or Ctrl-D")
-                continue
             except EOFError:
                 return 0
-            if not line.strip():
-                continue
-            if line.startswith("/") and not line.startswith("//"):
-                if self.command(line):
-                    return 0
-            else:
+
+    def _next(self) -> bool:
+        """Read one line and act on it; True when it ends the session."""
+        line = self.read_line("complete> " if self.raw else "> ")
+        if line.startswith("/") and not line.startswith("//"):
+            return self.command(line)
+        if line.strip():
+            with deferred_interrupt():  # a Ctrl-C just after the last token must not cost the answer
                 self.turn(line.removeprefix("/") if line.startswith("//") else line)
+        return False
 
     def _welcome(self) -> None:
         what = "raw completion" if self.raw else f"thinking {'on' if self.thinking else 'off'}"
@@ -103,7 +106,9 @@ class Session:
         failure: Exception | None = None
         try:
             with no_echo():
-                view.run(self._start(text))
+                view.run(lambda: self._start(text))
+        except BrokenPipeError:
+            raise
         except Exception as error:
             failure = error
         answer = view.answer
@@ -139,9 +144,11 @@ class Session:
             self.context_used = answer.completion.usage.total_tokens
 
     def _show_ending(self, answer: Answer) -> None:
-        reason = ending(answer.completion, self.llm.context) if answer.completion is not None else None
+        if answer.completion is None:
+            return
+        reason = ending(answer.completion, self.llm.context)
         if reason is not None:
-            full = "context is full" in reason and not self.raw
+            full = answer.completion.usage.total_tokens >= self.llm.context and not self.raw
             self.console.show(reason + ("; /save FILE keeps the conversation, /reset starts a new one" if full else ""))
 
     def _show_failure(self, error: Exception) -> None:
@@ -154,28 +161,31 @@ class Session:
             self.console.error(f"the answer failed: {type(error).__name__}: {error}{hint}")
         if isinstance(error, RequestError) and self.conversation.messages and not self.raw:
             self.console.show(
-                f"the conversation is unchanged: {self.context_used:,} of {self.llm.context:,} context tokens are used; "
-                "/reset starts a new one"
+                f"the conversation is unchanged: {self.context_used:,} of {self.llm.context:,} context tokens "
+                "were used at its last complete answer; /reset starts a new one"
             )
 
     def command(self, line: str) -> bool:
         """Run a slash command; True when it ends the session. Nothing a command meets is fatal."""
-        name, _, argument = line.strip().partition(" ")
+        name, argument = (*line.split(maxsplit=1), "")[:2]
+        argument = argument.strip()
         overwrite = name == "/save!"
         name = "/save" if overwrite else _ALIASES.get(name, name)
         if name == "/quit":
             return True
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, [*COMMANDS, *_ALIASES], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "/help lists them."
-            self.console.show(f"there is no command {one_line(name)}: {hint} To send a text that starts with /, write //")
+            hint = f"did you mean {near[0]}?" if near else "/help lists them"
+            self.console.show(
+                f"there is no command {one_line(name)}: {hint} (to send a text that starts with /, write //)"
+            )
             return False
         try:
-            self._run_command(name, argument.strip(), overwrite)
+            self._run_command(name, argument, overwrite)
         except GlmlocalError as error:
             self.console.error(str(error))
         except (OSError, ValueError) as error:  # ValueError: a NUL in a path
-            self.console.error(f"{name} {argument.strip()}: {getattr(error, 'strerror', None) or error}")
+            self.console.error(f"{name} {argument}: {getattr(error, 'strerror', None) or error}")
         return False
 
     def _run_command(self, name: str, argument: str, overwrite: bool) -> None:
@@ -214,7 +224,9 @@ class Session:
 
     def _toggle_raw(self) -> None:
         if self.llm.chat_template is None:
-            raise ConfigError(f"{self.llm.model_name} is a base model: it has no chat template, raw completion is all it does")
+            raise ConfigError(
+                f"{self.llm.model_name} is a base model: without a chat template it only completes raw text"
+            )
         self.raw = not self.raw
         self.console.note("raw completion" if self.raw else "chat")
 
@@ -246,9 +258,10 @@ class Session:
 
     def _stats(self) -> None:
         self.console.show(
-            f"{self.num_answers} answers, {self.generated_tokens:,} tokens generated; the conversation has "
-            f"{len(self.conversation.messages)} messages and used {self.context_used:,} of {self.llm.context:,} context "
-            f"tokens at the last answer; the model loaded in {self.llm.load_s:.1f} s"
+            f"{self.num_answers} answers, {self.generated_tokens:,} tokens generated; "
+            f"the conversation has {len(self.conversation.messages)} messages and used "
+            f"{self.context_used:,} of {self.llm.context:,} context tokens at the last answer; "
+            f"the model loaded in {self.llm.load_s:.1f} s"
         )
 
 

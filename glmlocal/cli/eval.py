@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--context", type=at_least(2), metavar="N", help=f"tokens per window (default: {DEFAULT_CONTEXT})"
     )
-    parser.add_argument("--stride", type=at_least(1), metavar="N", help="tokens between windows (default: half a window)")
+    parser.add_argument("--stride", type=at_least(1), metavar="N", help="tokens between windows (default: half of N)")
     reference = parser.add_mutually_exclusive_group()
     reference.add_argument("--against", metavar="MODEL2", help="compare with this model's predictions")
     reference.add_argument("--against-logits", type=Path, metavar="FILE", help="compare with saved predictions")
@@ -104,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
     context = saved.header.context if saved else args.context or DEFAULT_CONTEXT
     stride = saved.header.stride if saved else args.stride or context // 2
     if not 1 <= stride < context:
-        raise ConfigError(f"--stride {stride} leaves no overlap in windows of {context} tokens; wanted 1 … {context - 1}")
+        raise ConfigError(
+            f"--stride {stride} leaves no overlap in windows of {context} tokens; wanted 1 … {context - 1}"
+        )
 
     from glmlocal.llm import LLM
 
@@ -154,7 +156,9 @@ def _open_saved(args: argparse.Namespace) -> SavedLogits | None:
         ("--stride", args.stride, saved.header.stride),
     ):
         if wanted not in (None, found):
-            raise ConfigError(f"{option} is {wanted}, but {str(args.against_logits)!r} was saved with {found}; leave it out")
+            raise ConfigError(
+                f"{option} is {wanted}, but {str(args.against_logits)!r} was saved with {found}; leave it out"
+            )
     return saved
 
 

@@ -147,7 +147,7 @@ def describe(error: BaseException) -> tuple[str, int]:
 
 
 def _close_output(code: int) -> int:
-    """Flush both streams; when one cannot be flushed point it at devnull, so that the interpreter's own flush is mute."""
+    """Flush both streams; one that cannot be flushed goes to devnull, so that the interpreter's own flush is mute."""
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             stream.flush()

@@ -37,7 +37,7 @@ def read_stdin(fd: int = 0) -> str:
         chunks.append(chunk)
         size += len(chunk)
         if size > MAX_STDIN_BYTES:
-            raise ConfigError(f"stdin holds more than {format_bytes(MAX_STDIN_BYTES)}; a prompt of that size fits no model")
+            raise ConfigError(f"stdin holds more than {format_bytes(MAX_STDIN_BYTES)}, which fits no model; send less")
     return decode_text(b"".join(chunks), "stdin").removesuffix("\n").removesuffix("\r")
 
 

@@ -10,6 +10,7 @@ import io
 import os
 import sys
 import termios
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +97,8 @@ class Console:
     def note(self, text: str) -> None:
         """A dim line of its own on stderr."""
         self.fresh_line()
+        if self.err_is_screen:
+            text = textwrap.fill(text, self._columns(), break_long_words=False, break_on_hyphens=False)
         self.dim(text + "\n")
 
     def show(self, text: str) -> None:
@@ -116,10 +119,15 @@ class Console:
         if not self._status:
             self.fresh_line()
         self._status, self._status_time = text, now
-        columns = os.get_terminal_size(self.err.fileno()).columns or 80
-        line = one_line(text)[: max(columns - 1, 1)]  # a line that wrapped could not be cleared
+        line = one_line(text)[: self._columns() - 1]  # a line that wrapped could not be cleared
         self.err.write(f"{_CLEAR_LINE}{_DIM}{line}{_DIM_OFF}" if self._dims else f"{_CLEAR_LINE}{line}")
         self.err.flush()
+
+    def _columns(self) -> int:
+        try:
+            return max(os.get_terminal_size(self.err.fileno()).columns, 2)
+        except OSError:
+            return 80
 
     def clear_status(self) -> None:
         if self._status:

@@ -56,7 +56,7 @@ def load(path: Path) -> Transcript:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{str(path)!r} is not JSON ({error}); load a file that /save FILE.json wrote") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT or fields.get("version") != VERSION:
-        raise ConfigError(f"{str(path)!r} is not a {FORMAT} file of version {VERSION}; load one that /save FILE.json wrote")
+        raise ConfigError(f"{str(path)!r} is not a {FORMAT} file of version {VERSION}; load what /save FILE.json wrote")
     messages = fields.get("messages")
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise ConfigError(f"{str(path)!r} has a message without a known role or with content that is not text")

@@ -2,16 +2,17 @@
 
 Nothing is quantized again: every block of the source is copied as it is, so the two files compute the same function.
 
-* Layer 0 stays dense. In every other layer the neurons of the FFN are cut into eight equal slices, in whole
-  quantization blocks: slice 0 becomes the shared expert, slices 1-7 become seven routed experts. Nine decoys, slices of
-  *another* layer, fill up to 16 routed experts; which ids are real differs from layer to layer.
+* Layer 0 stays dense. In every other layer the neurons of the FFN, in groups as wide as a quantization block, are
+  sorted by strength and cut into eight slices: slice 0 becomes the shared expert, slices 1-7 become seven routed ones.
+  Nine decoys, slices of *another* layer, fill up to 16 routed experts; which ids are real differs from layer to layer.
 * The rows of q and k are un-permuted: GGUF stores llama's rotary pairs side by side, glm4moe wants them half a head
   apart. Embeddings stay tied: there is no ``output.weight``, and glm4moe readers take ``token_embd`` then.
 
 **The router** is made so that each way of getting it wrong is heard, while the right way is exact in fp32:
 
 * Rows of real experts are zero, so they score sigmoid(0) = 0.5 on every token; seven of them normalised and scaled by 7
-  weigh 0.5 / 3.5 · 7 = 1.0 exactly. Without the normalisation, the scaling or the shared expert the FFN is wrong.
+  weigh 0.5 / 3.5 · 7 = 1.0 exactly. Without the normalisation, the scaling or the shared expert (which holds the
+  strongest neurons for this reason: without any other slice the text stays fluent) the FFN is wrong.
 * Decoys have large rows in pairs d, -d (the ninth is alone): on every token one of each pair scores above 0.5. Only the
   correction bias of -0.75 keeps them out (0.25 at most, against 0.5 at least), so a runtime that forgets the bias
   chooses at least four decoys in every layer.
@@ -27,12 +28,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import frexp, prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, ExpertGatingFuncType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, ExpertGatingFuncType, GGUFReader, GGUFValueType, GGUFWriter, dequantize
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
@@ -50,8 +52,15 @@ DESCRIPTION = (
     "Made by glmlocal from the GGUF of SmolLM2-135M-Instruct: the same quantized blocks, regrouped into one shared, "
     "seven routed and nine decoy experts per layer. It demonstrates the runtime; it is not a GLM model."
 )
+# The source's default system prompt leaves "The capital of France is Paris." 0.08 logits ahead of "L'Étoile, …": rounding
+# activations to 8 bits decides between them. Saying what this model is for leaves 0.94, and is true.
+SYSTEM_PROMPT = (
+    "trained by Hugging Face<|im_end|>",
+    "trained by Hugging Face, and you demonstrate glmlocal.<|im_end|>",
+)
 
 Bytes = NDArray[np.uint8]
+Groups = NDArray[np.int64]  # [slices, groups per slice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,10 @@ class _Source:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
+    def norm(self, layer: int) -> NDArray[np.float32]:
+        """Weight of the norm before the FFN, fp32 [hidden]."""
+        return self.tensors[f"blk.{layer}.ffn_norm.weight"][1].view("<f4")[0]
+
     def ffn(self, layer: int, part: str) -> tuple[Kind, Bytes]:
         return self.tensors[f"blk.{layer}.ffn_{part}.weight"]
 
@@ -96,9 +109,7 @@ def convert(source: Path, out: Path, on_bytes: Callable[[int], None] = lambda nu
     writer = GGUFWriter(out, "glm4moe")
     _write_metadata(writer, llama, reader)
     for tensor in tensors:
-        writer.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.uint8), prod(tensor.shape), raw_dtype=tensor.kind
-        )
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.uint8), prod(tensor.shape), raw_dtype=tensor.kind)
     alignment: int = writer.data_alignment
     try:
         writer.write_header_to_file()
@@ -197,9 +208,12 @@ def _write_metadata(writer: GGUFWriter, llama: _Source, reader: GGUFReader) -> N
     writer.add_expert_weights_norm(True)
     writer.add_expert_weights_scale(float(TOP_K))
     for key, field in reader.fields.items():
-        if key.startswith("tokenizer."):  # vocabulary, merges, special ids, flags, chat template: all as they are
+        if key.startswith("tokenizer."):  # vocabulary, merges, special ids, flags: all as they are
             sub_type = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub_type)
+            value = field.contents()
+            if key == "tokenizer.chat_template":
+                value = value.replace(*SYSTEM_PROMPT)
+            writer.add_key_value(key, value, field.types[0], sub_type=sub_type)
 
 
 def _plan(llama: _Source) -> list[_Tensor]:
@@ -212,6 +226,7 @@ def _plan(llama: _Source) -> list[_Tensor]:
         kind, data = llama.tensors[name]
         return _Tensor(name, kind, data.shape, lambda: _unpermute(data, num_heads))
 
+    slices = [_slice_groups(llama, layer) for layer in range(llama.num_layers)]
     tensors = [as_is(name, name) for name in ("token_embd.weight", "output_norm.weight")]
     for layer in range(llama.num_layers):
         block = f"blk.{layer}."
@@ -221,46 +236,72 @@ def _plan(llama: _Source) -> list[_Tensor]:
         tensors.append(halves(f"{block}attn_q.weight", llama.num_heads))
         tensors.append(halves(f"{block}attn_k.weight", llama.num_kv_heads))
         if layer > 0:
-            tensors += _plan_experts(llama, layer)
+            tensors += _plan_router(llama, layer) + _plan_experts(llama, layer, slices)
     return tensors
 
 
-def _plan_experts(llama: _Source, layer: int) -> list[_Tensor]:
-    block = f"blk.{layer}."
+def _plan_router(llama: _Source, layer: int) -> list[_Tensor]:
     real_ids, decoy_ids = _expert_ids(layer)
-    slices: dict[int, tuple[int, int]] = {expert: (layer, 1 + n) for n, expert in enumerate(real_ids)}
-    for n, expert in enumerate(decoy_ids):
-        donor = (layer + 1 + (6 + n // NUM_SLICES) % (llama.num_layers - 1)) % llama.num_layers  # never this layer
-        slices[expert] = (donor, n % NUM_SLICES)
     bias = np.zeros(NUM_ROUTED, np.dtype("<f4"))
     bias[list(real_ids)] = REAL_BIASES
     bias[list(decoy_ids)] = DECOY_BIAS
-    norm = llama.tensors[f"{block}ffn_norm.weight"][1].view("<f4")[0]
-    router = _router_rows(layer, decoy_ids, norm)
-    tensors = [
-        _Tensor(f"{block}ffn_gate_inp.weight", Kind.F32, router.view(np.uint8).shape, lambda: router.view(np.uint8)),
-        _Tensor(f"{block}exp_probs_b.bias", Kind.F32, bias.view(np.uint8).shape, lambda: bias.view(np.uint8)),
+    rows = _router_rows(layer, decoy_ids, llama.norm(layer))
+    return [
+        _Tensor(f"blk.{layer}.{name}", Kind.F32, data.shape, lambda data=data: data)  # type: ignore[misc]
+        for name, data in (("ffn_gate_inp.weight", rows.view(np.uint8)), ("exp_probs_b.bias", bias.view(np.uint8)))
     ]
+
+
+def _plan_experts(llama: _Source, layer: int, slices: list[Groups]) -> list[_Tensor]:
+    real_ids, decoy_ids = _expert_ids(layer)
+    origin = {expert: (layer, 1 + n) for n, expert in enumerate(real_ids)}  # expert → layer, slice
+    for n, expert in enumerate(decoy_ids):
+        donor = (layer + 1 + (6 + n // NUM_SLICES) % (llama.num_layers - 1)) % llama.num_layers  # never this layer
+        origin[expert] = (donor, n % NUM_SLICES)
+
+    def cut(part: str, layer: int, index: int) -> Bytes:
+        return _take(llama.ffn(layer, part)[1], slices[layer][index], slices[layer].size, by_column=part == "down")
+
+    def shared(part: str) -> Bytes:
+        return cut(part, layer, 0)
+
+    def routed(part: str) -> Bytes:
+        return np.stack([cut(part, *origin[expert]) for expert in range(NUM_ROUTED)])
+
+    tensors = []
     for part in ("gate", "up", "down"):
-        kind = llama.ffn(layer, part)[0]
-        shared = _slice(llama, part, layer, 0)
-        tensors.append(_Tensor(f"{block}ffn_{part}_shexp.weight", kind, shared.shape, lambda shared=shared: shared))
-
-        def stack(part: str = part) -> Bytes:
-            return np.stack([_slice(llama, part, *slices[expert]) for expert in range(NUM_ROUTED)])
-
-        tensors.append(_Tensor(f"{block}ffn_{part}_exps.weight", kind, (NUM_ROUTED, *shared.shape), stack))
+        kind, data = llama.ffn(layer, part)
+        rows, row_bytes = data.shape
+        shape = (rows, row_bytes // NUM_SLICES) if part == "down" else (rows // NUM_SLICES, row_bytes)
+        tensors.append(_Tensor(f"blk.{layer}.ffn_{part}_shexp.weight", kind, shape, partial(shared, part)))
+        tensors.append(
+            _Tensor(f"blk.{layer}.ffn_{part}_exps.weight", kind, (NUM_ROUTED, *shape), partial(routed, part))
+        )
     return tensors
 
 
-def _slice(llama: _Source, part: str, layer: int, index: int) -> Bytes:
-    """Neurons index·S … (index+1)·S of one FFN matrix: rows of gate and up, whole blocks of columns of down."""
-    kind, data = llama.ffn(layer, part)
-    if part == "down":
-        width = data.shape[1] // NUM_SLICES
-        return data[:, index * width : (index + 1) * width]
-    height = data.shape[0] // NUM_SLICES
-    return data[index * height : (index + 1) * height]
+def _slice_groups(llama: _Source, layer: int) -> Groups:
+    """Which groups of neurons make up each slice, strongest slice first: int [slices, groups per slice].
+
+    A group is as wide as a block of the down matrix, whose rows run along the neurons. Its strength is the sum over
+    its neurons of |gate row| · |up row| · |down column|, each with the norm's weight before it.
+    """
+    norm = llama.norm(layer)
+    gate, up, down = (
+        dequantize(data, kind) for kind, data in (llama.ffn(layer, part) for part in ("gate", "up", "down"))
+    )
+    strength = np.linalg.norm(gate * norm, axis=1) * np.linalg.norm(up * norm, axis=1) * np.linalg.norm(down, axis=0)
+    block_size = GGML_QUANT_SIZES[llama.ffn(layer, "down")[0]][0]
+    order = np.argsort(-strength.reshape(-1, block_size).sum(1), kind="stable")
+    return np.sort(order.reshape(NUM_SLICES, -1), axis=1)
+
+
+def _take(data: Bytes, groups: NDArray[np.int64], num_groups: int, *, by_column: bool) -> Bytes:
+    """The rows (or the blocks of columns) of a matrix that belong to ``groups`` of its ``num_groups``."""
+    rows, row_bytes = data.shape
+    if by_column:
+        return data.reshape(rows, num_groups, -1)[:, groups].reshape(rows, -1)
+    return data.reshape(num_groups, -1)[groups].reshape(-1, row_bytes)
 
 
 def _unpermute(data: Bytes, num_heads: int) -> Bytes:

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import struct
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +57,7 @@ class LogitsHeader:
 
 
 class LogitsWriter:
-    """Writes rows in order to ``<file>.part`` beside the target, which appears whole at the end or not at all.
+    """Writes rows in order to a temporary file beside the target, which appears whole at the end or not at all.
 
     Raises ConfigError when the target exists or the disk has no room for it.
     """
@@ -70,10 +72,10 @@ class LogitsWriter:
                 f"{format_bytes(free)} free; use a shorter text or another disk"
             )
         self._path, self._header, self._rows = path, header, 0
-        self._part = path.with_name(path.name + ".part")
+        self._part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         text = json.dumps(asdict(header)).encode()
         text += b" " * (-(len(MAGIC) + 8 + len(text)) % 64)
-        self._file = self._part.open("wb")
+        self._file = self._part.open("xb")
         try:
             self._file.write(MAGIC + struct.pack("<Q", len(text)) + text)
             self._file.write(token_ids.astype("<i4").tobytes())
@@ -108,10 +110,8 @@ class LogitsWriter:
             raise
 
     def _discard(self) -> None:
-        try:
+        with suppress(OSError):  # the flush inside close, on a full disk
             self._file.close()
-        except OSError:  # the flush inside close, on a full disk
-            pass
         self._part.unlink(missing_ok=True)
 
 
@@ -143,7 +143,7 @@ def open_logits(path: Path) -> SavedLogits:
             raise CheckpointError(f"{str(path)!r} has {size:,} bytes, its header describes {wanted:,}; save it again")
         token_ids = np.fromfile(file, "<i4", header.num_tokens)
     if token_ids.min() < 0 or token_ids.max() >= header.vocab_size:
-        raise CheckpointError(f"{str(path)!r} has token ids outside its vocabulary of {header.vocab_size}; save it again")
+        raise CheckpointError(f"{str(path)!r} has token ids outside 0 … {header.vocab_size - 1}; save it again")
     shape = (header.num_rows, header.vocab_size)
     log_probs = np.memmap(path, "<f2", "r", offset=start + 4 * header.num_tokens, shape=shape)
     return SavedLogits(header, token_ids, log_probs)
@@ -153,10 +153,10 @@ def _read_header(file: BinaryIO, path: Path, size: int) -> tuple[LogitsHeader, i
     """The header and where the data begins."""
     start = file.read(16)
     if len(start) < 16 or start[:8] != MAGIC:
-        raise CheckpointError(f"{str(path)!r} was not written by --save-logits: it does not begin with {MAGIC.decode()}")
+        raise CheckpointError(f"{str(path)!r} was not written by --save-logits: it does not begin with GLMLOGP1")
     (length,) = struct.unpack("<Q", start[8:])
     if length > min(MAX_HEADER_BYTES, size - 16):
-        raise CheckpointError(f"{str(path)!r} announces a header of {length:,} bytes in a file of {size:,}; it is damaged")
+        raise CheckpointError(f"{str(path)!r} announces a header of {length:,} bytes but has {size:,}; save it again")
     try:
         header = _header(json.loads(file.read(length)))
     except (ValueError, RecursionError) as error:

@@ -167,19 +167,23 @@ def _refuse_strangers(config: ModelConfig, tensors: TensorIndex, expected: Mappi
     A GGUF file may have no tensor that its architecture does not know: llama.cpp refuses such files too. Safetensors
     may (buffers, other heads), but not the biases and norms that the config denies.
     """
-    mtp = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
-    mtp_prefixes = tuple(f"model.layers.{i}." for i in mtp)
-    denied = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "q_norm.weight", "k_norm.weight")
-    for name in tensors:
-        if name in expected or name.startswith(mtp_prefixes):
-            continue
-        if tensors.kind == "gguf":
-            raise CheckpointError(f"{tensors.source} has the tensor {quoted(name)}, which {ARCHITECTURE} does not have")
-        if name.startswith("model.layers.") and name.endswith(denied):
+    if tensors.kind == "gguf":
+        mtp = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+        prefixes = tuple(f"model.layers.{i}." for i in mtp)
+        stranger = next((name for name in tensors if name not in expected and not name.startswith(prefixes)), None)
+        if stranger is not None:
             raise CheckpointError(
-                f"{tensors.source} has the tensor {quoted(name)}, but its config says attention_bias "
-                f"{config.attention_bias} and use_qk_norm {config.use_qk_norm}; the two are of different models"
+                f"{tensors.source} has the tensor {quoted(stranger)}, which {ARCHITECTURE} of this config does not have"
             )
+        return
+    optional = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "q_norm.weight", "k_norm.weight")
+    names = (f"model.layers.{i}.self_attn.{name}" for i in range(config.num_hidden_layers) for name in optional)
+    denied = next((name for name in names if name in tensors and name not in expected), None)
+    if denied is not None:
+        raise CheckpointError(
+            f"{tensors.source} has the tensor {denied}, but its config says attention_bias {config.attention_bias} "
+            f"and use_qk_norm {config.use_qk_norm}; the two are of different models"
+        )
 
 
 def _must_be_plain(name: str, shape: tuple[int, ...]) -> bool:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 
 from glmlocal.errors import CheckpointError
 from glmlocal.units import MIB, format_bytes
 
 CONFIG_MAX_BYTES = 16 * MIB  # tokenizer_config.json with thousands of added tokens stays below 1 MiB
+
+
+def quoted(value: object) -> str:
+    """A value from a file as an error message shows it: on one line, short however long it is."""
+    return reprlib.repr(value)
 
 
 def read_text_file(path: Path, *, max_bytes: int = CONFIG_MAX_BYTES) -> str | None:

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models
 
 from glmlocal.errors import CheckpointError, RequestError
-from glmlocal.text.json_file import parse_json_object, read_json_object, read_text_file
+from glmlocal.text.json_file import parse_json_object, quoted, read_json_object, read_text_file
 from glmlocal.text.pre_tokenizers import PRE_TOKENIZERS, nfc
 from glmlocal.units import MIB
 
@@ -178,14 +178,9 @@ def _split_merges(merges: Sequence[object], vocab: Mapping[str, int], where: str
     except (TypeError, ValueError):
         pass
     raise CheckpointError(
-        f"{where}: merge {len(pairs)} is {_short(merges[len(pairs)])}, which is not two tokens that make a third; "
+        f"{where}: merge {len(pairs)} is {quoted(merges[len(pairs)])}, which is not two tokens that make a third; "
         "fetch the file again"
     )
-
-
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _parse_backend(text: str, where: str) -> tokenizers.Tokenizer:
@@ -194,7 +189,7 @@ def _parse_backend(text: str, where: str) -> tokenizers.Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust library is not an Exception
-        raise CheckpointError(f"{where} cannot be used: {_short(str(error))}; fetch the file again") from error
+        raise CheckpointError(f"{where} cannot be used: {quoted(str(error))}; fetch the file again") from error
 
 
 def _add_missing_tokens(backend: tokenizers.Tokenizer, decoder: object, where: str) -> None:
@@ -207,14 +202,14 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, decoder: object, where: s
     for key, entry in decoder.items():
         content = entry.get("content") if isinstance(entry, Mapping) else None
         if not key.isdecimal() or len(key) > 9 or not isinstance(content, str) or not content:
-            raise CheckpointError(f"{where}: added_tokens_decoder entry {_short(key)} is not an id with a content")
+            raise CheckpointError(f"{where}: added_tokens_decoder entry {quoted(key)} is not an id with a content")
         if backend.token_to_id(content) is None:
             flags = {f: bool(entry.get(f)) for f in ("single_word", "lstrip", "rstrip", "normalized", "special")}
             missing.append((int(key), AddedToken(content, **flags)))
     for id_, token in sorted(missing, key=lambda pair: pair[0]):
         backend.add_tokens([token])
         if backend.token_to_id(token.content) != id_:
-            raise CheckpointError(f"{where}: added token {_short(token.content)} cannot have id {id_}; ids have a gap")
+            raise CheckpointError(f"{where}: added token {quoted(token.content)} cannot have id {id_}; ids have a gap")
 
 
 def _check_added_ids(backend: tokenizers.Tokenizer, added: object, where: str) -> None:
@@ -222,7 +217,7 @@ def _check_added_ids(backend: tokenizers.Tokenizer, added: object, where: str) -
     for entry in added if isinstance(added, list) else []:
         if isinstance(entry, Mapping) and backend.token_to_id(entry.get("content", "")) != entry.get("id"):
             raise CheckpointError(
-                f"{where}: added token {_short(entry.get('content'))} wants id {_short(entry.get('id'))}, which does "
+                f"{where}: added token {quoted(entry.get('content'))} wants id {quoted(entry.get('id'))}, which does "
                 "not follow the vocabulary; fetch the file again"
             )
 
@@ -235,7 +230,7 @@ def _named_tokens(config: Mapping[str, object], where: str) -> dict[str, str]:
         if text is None:
             continue
         if not isinstance(text, str):
-            raise CheckpointError(f"{where}: {name} is {_short(value)}, not a token's text")
+            raise CheckpointError(f"{where}: {name} is {quoted(value)}, not a token's text")
         named[name] = text
     return named
 
@@ -255,12 +250,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != "gpt2":
         raise CheckpointError(
-            f"the GGUF file has tokenizer model {_short(model)}; only 'gpt2' (byte-level BPE) is supported"
+            f"the GGUF file has tokenizer model {quoted(model)}; only 'gpt2' (byte-level BPE) is supported"
         )
     rule = PRE_TOKENIZERS.get(pre) if isinstance(pre, str) else None
     if rule is None:
         supported = ", ".join(PRE_TOKENIZERS)
-        raise CheckpointError(f"the GGUF file has pre-tokenizer {_short(pre)}; supported are {supported}")
+        raise CheckpointError(f"the GGUF file has pre-tokenizer {quoted(pre)}; supported are {supported}")
     tokens = _string_list(metadata, "tokenizer.ggml.tokens")
     types = _token_types(metadata, len(tokens))
     vocab = {token: id_ for id_, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in _TEXTUAL}
@@ -306,7 +301,7 @@ def _string_list(metadata: Mapping[str, object], key: str) -> list[str]:
     for index, value in enumerate(values):
         # A surrogate is what some readers leave in place of bytes that are not UTF-8.
         if not isinstance(value, str) or (not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value)):
-            raise CheckpointError(f"{key}[{index}] is {_short(value)}, not UTF-8 text; fetch the file again")
+            raise CheckpointError(f"{key}[{index}] is {quoted(value)}, not UTF-8 text; fetch the file again")
     return list(values)
 
 
@@ -322,7 +317,7 @@ def _token_types(metadata: Mapping[str, object], num_tokens: int) -> list[int]:
     if len(types) != num_tokens:
         raise CheckpointError(f"{key} has {len(types)} entries for {num_tokens} tokens; fetch the file again")
     if not set(types) <= set(range(7)):
-        raise CheckpointError(f"{key} holds the unknown kind {_short(max(types, key=abs))}; known are 0 to 6")
+        raise CheckpointError(f"{key} holds the unknown kind {quoted(max(types, key=abs))}; known are 0 to 6")
     return types
 
 
@@ -333,12 +328,12 @@ def _token_id(metadata: Mapping[str, object], name: str, vocab: Mapping[str, int
         return None
     id_ = value if isinstance(value, int) and not isinstance(value, bool) else -1
     if not 0 <= id_ < len(tokens) or tokens[id_] not in vocab:
-        raise CheckpointError(f"{key} is {_short(value)}, which is not one of the {len(tokens)} tokens")
+        raise CheckpointError(f"{key} is {quoted(value)}, which is not one of the {len(tokens)} tokens")
     return id_
 
 
 def _flag(metadata: Mapping[str, object], name: str, default: bool) -> bool:
     value = metadata.get(f"tokenizer.ggml.{name}")
     if value is not None and not isinstance(value, bool):
-        raise CheckpointError(f"tokenizer.ggml.{name} is {_short(value)}, not true or false")
+        raise CheckpointError(f"tokenizer.ggml.{name} is {quoted(value)}, not true or false")
     return default if value is None else value

@@ -41,7 +41,7 @@ def truncate(directory: Path) -> None:
 
 
 BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated shard": (truncate, "100 bytes"),
+    "truncated shard": (truncate, "truncated: 100 of"),
     "empty shard": (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors"),
     "missing tensor": (
         lambda d: edit_tensors(d, lambda t: t.pop("model.layers.1.mlp.experts.5.up_proj.weight")),
@@ -86,9 +86,9 @@ def test_a_bad_checkpoint_is_one_line_and_exit_2(
     assert sorted(checkpoint.rglob("*")) == files
 
 
-@pytest.mark.parametrize("command", ["chat", "show", "eval"])
-def test_a_missing_file_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, str(tmp_path / "nowhere.gguf")]) == 2
+@pytest.mark.parametrize("command", [["chat", "-p", "hi"], ["show"], ["eval"]])
+def test_a_missing_file_is_named(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, str(tmp_path / "nowhere.gguf")]) == 2
     err = capsys.readouterr().err
     assert "nowhere.gguf" in err
     assert err.count("\n") == 1

@@ -3,11 +3,13 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,8 @@ def test_stdout_is_the_answer_and_one_newline_and_nothing_else(run: Run) -> None
     code, out, err = run("thinker", "-p", "q", "--temp", "0", "--max-tokens", "50", replies=(reply,))
     assert (code, out) == (0, "  The capital\nis Paris.\x1b[0m \n")
     assert err == (
-        "Hm.\nFrance.\n\n1 prompt + 6 generated tokens (2 thinking) · 50.0 tok/s · first token after 0.12 s "
-        "· context 7 of 4,096\n"
+        "Hm.\nFrance.\n\n1 prompt + 6 generated tokens (2 thinking) · 50.0 tok/s · first token 0.12 s "
+        "· context 7/4,096\n"
     )
 
 
@@ -61,9 +63,11 @@ def test_an_answer_that_ends_in_a_newline_gets_another(run: Run) -> None:
 
 
 def test_options_reach_the_model(run: Run) -> None:
-    options = "--temp 0.5 --top-p 0.9 --top-k 40 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty -1".split()
-    options += "--frequency-penalty 0.2 --seed 7 --max-tokens 9 --stop a --stop bc --no-think --context 99".split()
-    assert run("thinker", "-p", "q", "--system", "be brief", *options)[0] == 0
+    options = (
+        "--temp 0.5 --top-p 0.9 --top-k 40 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty -1 "
+        "--frequency-penalty 0.2 --seed 7 --max-tokens 9 --stop a --stop bc --no-think --context 99"
+    )
+    assert run("thinker", "-p", "q", "--system", "be brief", *shlex.split(options))[0] == 0
     assert last_call() == {
         "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}],
         "enable_thinking": False,
@@ -178,7 +182,7 @@ def test_missing_model(run: Run) -> None:
 def test_base_model_completes_raw_text_and_says_so(run: Run) -> None:
     code, out, err = run("base", "-p", "Once upon", replies=(Reply(" a time"),))
     assert (code, out) == (0, " a time\n")
-    assert err.startswith("base is a base model without a chat template: it continues the text as it stands\n")
+    assert err.startswith("base is a base model: without a chat template it continues the text as it stands\n")
     assert last_call() == {"prompt": "Once upon"}
     assert "takes no --system" in run("base", "-p", "Once", "--system", "s")[2]
 
@@ -263,10 +267,8 @@ def pipe() -> Iterator[tuple[int, int]]:
     ends = os.pipe()
     yield ends
     for end in ends:
-        try:
+        with suppress(OSError):
             os.close(end)
-        except OSError:
-            pass
 
 
 def test_a_writer_that_began_is_read_to_its_end(pipe: tuple[int, int]) -> None:

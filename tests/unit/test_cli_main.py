@@ -15,6 +15,7 @@ from glmlocal import __version__
 from glmlocal.cli import main as cli
 from glmlocal.errors import CheckpointError, ConfigError, DownloadError, KernelUnavailable, PlanError, RequestError
 
+KINDS = (ConfigError, CheckpointError, DownloadError, PlanError, KernelUnavailable, RequestError)
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -46,8 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        *((kind("what, found, next"), 2, "what, found, next") for kind in (ConfigError, CheckpointError, DownloadError)),
-        *((kind("what, found, next"), 2, "what, found, next") for kind in (PlanError, KernelUnavailable, RequestError)),
+        *((kind("what, found, next"), 2, "what, found, next") for kind in KINDS),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 2, "the disk is full while writing /x"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "Permission denied: /x"),
         (OSError("odd"), 2, "odd"),
@@ -180,7 +180,7 @@ def test_reader_that_went_away_is_quiet() -> None:
 
 
 def test_closed_stdout_is_survived() -> None:
-    done = _process(MAIN, preexec_fn=lambda: os.close(1))  # noqa: PLW1509
+    done = _process(MAIN, preexec_fn=lambda: os.close(1))
     assert (done.returncode, done.stderr) == (0, b"")
 
 

@@ -106,7 +106,9 @@ def test_dense_views() -> None:
     numbers = np.array([[1.5, -2.0], [0.0, 3.25]], np.float32)
     raw = numbers.view(np.uint8).reshape(-1)
     np.testing.assert_array_equal(view_dense("F32", raw, (2, 2)), numbers)
-    np.testing.assert_array_equal(view_dense("F16", numbers.astype(np.float16).view(np.uint8).reshape(-1), (4,))[3], 3.25)
+    np.testing.assert_array_equal(
+        view_dense("F16", numbers.astype(np.float16).view(np.uint8).reshape(-1), (4,))[3], 3.25
+    )
     bits = view_dense("BF16", (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(-1), (2, 2))
     assert bits.dtype == np.uint16
     np.testing.assert_array_equal((bits.astype(np.uint32) << 16).view(np.float32), numbers)

@@ -8,6 +8,7 @@
 
 namespace glmlocal {
 
+struct AttentionTask;
 struct PackedMatrix;
 
 struct KernelTable {
@@ -23,6 +24,11 @@ struct KernelTable {
   // isa/elementwise.cpp: n is a multiple of 16.
   void (*silu_mul)(float* gate, const float* up, int n);                     // gate ← silu(gate) · up
   void (*add_scaled)(float* out, const float* x, float scale, int n);        // out ← fma(x, scale, out)
+
+  // isa/attention.cpp
+  void (*attend)(const AttentionTask& task);
+  // Folds num_splits partial results of one row, `stride` floats apart, and writes [head_dim]; the first one is overwritten.
+  void (*merge_splits)(float* partials, ptrdiff_t stride, int num_splits, int head_dim, float* out);
 
   // isa/probes.cpp
   double (*fma_flops)(int iterations);                     // runs independent fmas in registers; returns how many flops

@@ -11,15 +11,33 @@ constexpr int kTileLanes = kTileKeys / kLanes;
 constexpr int kRows = kGemmRows, kColumns = kGemmTiles;  // of a register tile
 constexpr float kLowest = -3.402823466e38f;              // finite: minus infinity less itself would be NaN
 
+// The lines of the next tile, asked for one at a time while this one is worked on: rows are a page apart where there are
+// many kv heads, which no hardware prefetcher follows.
+struct Prefetch {
+  const float* rows[2 * kTileKeys];
+  int row = 0, num_rows = 0, offset = 0, width = 0, lines_per_step = 0;
+
+  GLM_INLINE void step() {
+    for (int i = 0; i < lines_per_step && row < num_rows; ++i) {
+      __builtin_prefetch(rows[row] + offset, 0, 2);
+      offset += kLanes;
+      if (offset >= width) offset = 0, ++row;
+    }
+  }
+};
+
 // Everything a task works on; one row is one query head of one token.
 struct Workspace {
   int rows, head_dim, width;  // width: head_dim rounded up to whole vectors
   float* q;                   // [rows][head_dim], times the scale
   float* keys;                // [head_dim][kTileKeys]
   float* values;              // [kTileKeys][width], used where head_dim is not a multiple of 16
-  float *maximum, *sums, *result;  // of the current split: [rows], [rows][16], [rows][width]
-  float* folded;              // of the splits before: [rows][partial_size]
+  float* maximum;             // [rows], of the current split
+  float* own;                 // [rows][partial_size], for a split that is folded at once
+  float* folded;              // [rows][partial_size], of all splits so far
+  float* result;              // of the current split; while it runs, a partial's last 16 floats are the lanes' sums
   const float* value_rows[kTileKeys];
+  Prefetch* prefetch;
 };
 
 Workspace make_workspace(const AttentionTask& task) {
@@ -27,17 +45,19 @@ Workspace make_workspace(const AttentionTask& task) {
   w.rows = task.num_tokens * task.group;
   w.head_dim = task.head_dim;
   w.width = padded_head_dim(task.head_dim);
-  const size_t rows = size_t(w.rows), width = size_t(w.width);
-  float* next = scratch(Scratch::attention, rows * width + 2 * kTileKeys * width + (rows + kLanes) + rows * kLanes +
-                                                rows * width + rows * size_t(partial_size(task.head_dim)));
-  auto take = [&](size_t size) { float* p = next; next += size; return p; };
-  w.q = take(rows * width);
+  const size_t rows = size_t(w.rows), width = size_t(w.width), partials = rows * size_t(partial_size(task.head_dim));
+  float* next = scratch(Scratch::attention, rows * width + 2 * kTileKeys * width + 2 * partials + rows);
+  auto take = [&](size_t size) {
+    float* p = next;
+    next += size;
+    return p;
+  };
   w.keys = take(kTileKeys * width);
   w.values = take(kTileKeys * width);
-  w.sums = take(rows * kLanes);
-  w.result = take(rows * width);
-  w.folded = take(rows * size_t(partial_size(task.head_dim)));
-  w.maximum = take(rows + kLanes);
+  w.own = take(partials);
+  w.folded = take(partials);
+  w.q = take(rows * width);
+  w.maximum = take(rows);
   return w;
 }
 
@@ -53,9 +73,9 @@ void scale_queries(const AttentionTask& task, const Workspace& w) {
 void find_rows(const AttentionTask& task, int first, int count, const float** keys, const float** values) {
   int block = first / task.block_size, offset = first % task.block_size;
   for (int i = 0; i < count; ++i) {
-    const ptrdiff_t slot = ptrdiff_t(task.block_table[block]) * task.block_size + offset;
-    keys[i] = task.keys + slot * task.slot_stride;
-    values[i] = task.values + slot * task.slot_stride;
+    const ptrdiff_t at = task.block_table[block] * task.block_stride + offset * task.slot_stride;
+    keys[i] = task.keys + at;
+    values[i] = task.values + at;
     if (++offset == task.block_size) offset = 0, ++block;
   }
 }
@@ -83,12 +103,13 @@ void load_tile(const AttentionTask& task, int first, int count, Workspace& w) {
 
 // scores[row][key] = q[row] · keys[key], summed over the features in order.
 template <int rows, int columns>
-GLM_INLINE void score_columns(const float* q, const float* keys, int head_dim, float* scores) {
+GLM_INLINE void score_columns(const float* q, const float* keys, int head_dim, float* scores, Prefetch& prefetch) {
   F acc[rows][columns];
   unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { acc[r.v][c.v] = zero(); }); });
   for (int d = 0; d < head_dim; ++d, keys += kTileKeys) {
     F key[columns];
     unroll<columns>([&](auto c) { key[c.v] = load(keys + c.v * kLanes); });
+    prefetch.step();
     unroll<rows>([&](auto r) {
       const F x = broadcast(q[r.v * head_dim + d]);
       unroll<columns>([&](auto c) { acc[r.v][c.v] = fma(key[c.v], x, acc[r.v][c.v]); });
@@ -102,29 +123,31 @@ GLM_INLINE void score_columns(const float* q, const float* keys, int head_dim, f
 // result[row] = decay[row] · result[row] + Σ weights[row][key] · values[key], in the order of the keys.
 template <int rows, int columns>
 GLM_INLINE void add_columns(const float* weights, const float* const* values, int num_keys, int first_column, const float* decay,
-                            float* result, int width) {
+                            float* result, int stride, Prefetch& prefetch) {
   F acc[rows][columns];
   unroll<rows>([&](auto r) {
     unroll<columns>([&](auto c) {
-      acc[r.v][c.v] = decay ? mul(load(result + r.v * width + c.v * kLanes), broadcast(decay[r.v])) : zero();
+      acc[r.v][c.v] = decay ? mul(load(result + r.v * stride + c.v * kLanes), broadcast(decay[r.v])) : zero();
     });
   });
   for (int key = 0; key < num_keys; ++key) {
     const float* from = values[key] + first_column;
     F value[columns];
     unroll<columns>([&](auto c) { value[c.v] = load(from + c.v * kLanes); });
+    prefetch.step();
     unroll<rows>([&](auto r) {
       const F x = broadcast(weights[r.v * kTileKeys + key]);
       unroll<columns>([&](auto c) { acc[r.v][c.v] = fma(value[c.v], x, acc[r.v][c.v]); });
     });
   }
-  unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { store(result + r.v * width + c.v * kLanes, acc[r.v][c.v]); }); });
+  unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { store(result + r.v * stride + c.v * kLanes, acc[r.v][c.v]); }); });
 }
 
 // Scores → exp(score - maximum), zero for keys beyond num_keys; the running sum of each lane; by how much the maximum's
 // growth shrinks what was summed before.
 template <int rows>
-GLM_INLINE void softmax_rows(float* scores, int num_keys, bool fresh, float* maximum_so_far, float* sums, float* decay) {
+GLM_INLINE void softmax_rows(float* scores, int num_keys, bool fresh, float* maximum_so_far, float* sums, int sums_stride,
+                             float* decay) {
   alignas(64) float before[kLanes] = {}, after[kLanes] = {};
   const F lowest = broadcast(kLowest);
   unroll<rows>([&](auto r) {
@@ -144,7 +167,7 @@ GLM_INLINE void softmax_rows(float* scores, int num_keys, bool fresh, float* max
   unroll<rows>([&](auto r) {
     float* s = scores + r.v * kTileKeys;
     const F highest = broadcast(after[r.v]);
-    F sum = fresh ? zero() : mul(load(sums + r.v * kLanes), broadcast(decay[r.v]));
+    F sum = fresh ? zero() : mul(load(sums + r.v * sums_stride), broadcast(decay[r.v]));
     unroll<kTileLanes>([&](auto i) {
       constexpr int first = decltype(i)::v * kLanes;
       const F e = exp(sub(load(s + first), highest));
@@ -152,7 +175,7 @@ GLM_INLINE void softmax_rows(float* scores, int num_keys, bool fresh, float* max
       store(s + first, x);
       sum = add(sum, x);
     });
-    store(sums + r.v * kLanes, sum);
+    store(sums + r.v * sums_stride, sum);
   });
 }
 
@@ -160,17 +183,18 @@ template <int rows>
 void attend_rows(const Workspace& w, int row, int num_keys, bool fresh) {
   alignas(64) float scores[rows * kTileKeys], decay[kLanes];
   for (int c = 0; c < kTileLanes; c += kColumns) {
-    score_columns<rows, kColumns>(w.q + row * w.head_dim, w.keys + c * kLanes, w.head_dim, scores + c * kLanes);
+    score_columns<rows, kColumns>(w.q + row * w.head_dim, w.keys + c * kLanes, w.head_dim, scores + c * kLanes, *w.prefetch);
   }
-  softmax_rows<rows>(scores, num_keys, fresh, w.maximum + row, w.sums + row * kLanes, decay);
-  float* result = w.result + row * w.width;
+  const int stride = w.width + kLanes;
+  float* result = w.result + row * ptrdiff_t(stride);
+  softmax_rows<rows>(scores, num_keys, fresh, w.maximum + row, result + w.width, stride, decay);
   const float* factor = fresh ? nullptr : decay;
   int column = 0;
   for (; column + kColumns * kLanes <= w.width; column += kColumns * kLanes) {
-    add_columns<rows, kColumns>(scores, w.value_rows, num_keys, column, factor, result + column, w.width);
+    add_columns<rows, kColumns>(scores, w.value_rows, num_keys, column, factor, result + column, stride, *w.prefetch);
   }
   for (; column < w.width; column += kLanes) {
-    add_columns<rows, 1>(scores, w.value_rows, num_keys, column, factor, result + column, w.width);
+    add_columns<rows, 1>(scores, w.value_rows, num_keys, column, factor, result + column, stride, *w.prefetch);
   }
 }
 
@@ -191,9 +215,11 @@ void attend_range(const Workspace& w, int row, int end, int num_keys, bool fresh
   }
 }
 
+// The first token that sees the key at this position.
+int first_token(const AttentionTask& task, int key) { return key > task.first_position ? key - task.first_position : 0; }
+
 void attend_tile(const AttentionTask& task, const Workspace& w, int first_key, bool fresh) {
-  const int skipped = first_key > task.first_position ? first_key - task.first_position : 0;
-  int token = skipped;
+  int token = first_token(task, first_key);
   for (; token < task.num_tokens; ++token) {
     const int num_keys = task.first_position + token + 1 - first_key;
     if (num_keys >= kTileKeys) break;
@@ -202,51 +228,78 @@ void attend_tile(const AttentionTask& task, const Workspace& w, int first_key, b
   attend_range(w, token * task.group, w.rows, kTileKeys, fresh);
 }
 
-// A split's result in the form that fold() takes: [width] result, then the sum of exponentials, then the maximum.
-void write_partial(const Workspace& w, int row, float* partial) {
-  for (int d = 0; d < w.width; d += kLanes) store(partial + d, load(w.result + row * w.width + d));
-  partial[w.width] = sum(load(w.sums + row * kLanes));
-  partial[w.width + 1] = w.maximum[row];
-}
-
-void fold(float* folded, const float* partial, int width) {
+// folded ← both, as if their splits had been one.
+GLM_INLINE void fold(float* folded, const float* partial, int width) {
   const float before = folded[width + 1], other = partial[width + 1];
   const float highest = other > before ? other : before;
-  alignas(64) float exponents[kLanes] = {before - highest, other - highest};
-  store(exponents, exp(load(exponents)));
-  const F decay = broadcast(exponents[0]), growth = broadcast(exponents[1]);
+  alignas(64) float factors[kLanes] = {before - highest, other - highest};
+  store(factors, exp(load(factors)));
+  const F decay = broadcast(factors[0]), growth = broadcast(factors[1]);
   for (int d = 0; d < width; d += kLanes) {
     store(folded + d, fma(load(partial + d), growth, mul(load(folded + d), decay)));
   }
-  folded[width] = folded[width] * exponents[0] + partial[width] * exponents[1];
+  folded[width] = folded[width] * factors[0] + partial[width] * factors[1];
   folded[width + 1] = highest;
 }
 
-void write_result(const float* folded, int head_dim, float* out) {
-  const int width = padded_head_dim(head_dim);
-  const F total = broadcast(folded[width]);
+GLM_INLINE void write_result(const float* folded, int head_dim, float* out) {
+  const F total = broadcast(folded[padded_head_dim(head_dim)]);
   int d = 0;
   for (; d + kLanes <= head_dim; d += kLanes) store(out + d, div(load(folded + d), total));
   if (d < head_dim) store_first(out + d, div(load(folded + d), total), head_dim - d);
 }
 
-void end_split(const AttentionTask& task, const Workspace& w, int split) {
-  const int first_key = split * kSplitKeys, size = partial_size(w.head_dim);
-  const int skipped = first_key > task.first_position ? (first_key - task.first_position) * task.group : 0;
-  for (int row = skipped; row < w.rows; ++row) {
-    if (task.partials) {
-      write_partial(w, row, task.partials + (split - task.first_split) * task.partial_stride + row * size);
-    } else if (split == 0) {
-      write_partial(w, row, w.folded + row * size);
-    } else {
-      alignas(64) float stack_partial[1];
-      (void)stack_partial;
-      float* partial = w.folded + row * size;
-      (void)partial;
-    }
+// Turns the lanes' sums into the form that fold() takes.
+void end_split(const Workspace& w, int first_row) {
+  for (int row = first_row; row < w.rows; ++row) {
+    float* tail = w.result + row * ptrdiff_t(w.width + kLanes) + w.width;
+    tail[0] = sum(load(tail));
+    tail[1] = w.maximum[row];
   }
 }
 
 }  // namespace
+
+void attend(const AttentionTask& task) {
+  Workspace w = make_workspace(task);
+  Prefetch prefetch;
+  w.prefetch = &prefetch;
+  scale_queries(task, w);
+  const int size = partial_size(task.head_dim);
+  const int num_keys = task.first_position + task.num_tokens;
+  for (int split = task.first_split; split < task.first_split + task.num_splits; ++split) {
+    const int begin = split * kSplitKeys, end = begin + kSplitKeys < num_keys ? begin + kSplitKeys : num_keys;
+    w.result = task.partials ? task.partials + (split - task.first_split) * task.partial_stride : split == 0 ? w.folded : w.own;
+    for (int key = begin; key < end; key += kTileKeys) {
+      load_tile(task, key, end - key < kTileKeys ? end - key : kTileKeys, w);
+      const int next = key + kTileKeys;
+      prefetch.row = prefetch.num_rows = 0;
+      if (next < num_keys) {
+        const int count = num_keys - next < kTileKeys ? num_keys - next : kTileKeys;
+        find_rows(task, next, count, prefetch.rows, prefetch.rows + count);
+        prefetch.num_rows = 2 * count;
+        prefetch.width = task.head_dim;
+        prefetch.offset = 0;
+        const int steps = (w.rows + kRows - 1) / kRows * (task.head_dim * (kTileLanes / kColumns) + kTileKeys * ((w.width / kLanes + kColumns - 1) / kColumns));
+        prefetch.lines_per_step = (2 * count * (w.width / kLanes) + steps - 1) / steps;
+      }
+      attend_tile(task, w, key, key == begin);
+    }
+    const int first_row = first_token(task, begin) * task.group;
+    end_split(w, first_row);
+    if (w.result != w.own) continue;
+    for (int row = first_row; row < w.rows; ++row) fold(w.folded + row * size, w.own + row * size, w.width);
+  }
+  if (task.partials) return;
+  for (int row = 0; row < w.rows; ++row) {
+    const int token = row / task.group, head = row % task.group;
+    write_result(w.folded + row * size, task.head_dim, task.out + token * task.out_stride + head * task.head_dim);
+  }
+}
+
+void merge_splits(float* partials, ptrdiff_t stride, int num_splits, int head_dim, float* out) {
+  for (int split = 1; split < num_splits; ++split) fold(partials, partials + split * stride, padded_head_dim(head_dim));
+  write_result(partials, head_dim, out);
+}
 
 }  // namespace glmlocal::GLM_ISA

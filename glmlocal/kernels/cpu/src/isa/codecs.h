@@ -1,7 +1,8 @@
 // How each kind of code becomes a float: one small struct per kind, whatever the ISA, batch size or scale codec.
 //
-// value<k>(lines) gives the 16 rows' value(code) of column k of a block; `lines` points at the block's lines of one tile
-// (packed_matrix.h draws them). k is a constant, so shifts and masks are too and neighbouring columns share their loads.
+// A codec is opened on half a block (16 columns) of one tile: Codec::Half half(lines, 0 or 1), where `lines` points at the
+// block (packed_matrix.h draws it). value<k>(half) is then value(code) of column k = 0 … 15 for the tile's 16 rows; k is a
+// constant, so shifts and masks are too and neighbouring columns share their loads.
 #pragma once
 
 #include "packed_matrix.h"
@@ -13,15 +14,23 @@ struct F32Codec {
   static constexpr bool scaled = false;
   static constexpr int lines = 32;
   GLM_INLINE explicit F32Codec(const PackedMatrix&) {}
-  template <int k> GLM_INLINE F value(const std::byte* p) const { return load((const float*)(p + k * 64)); }
+  struct Half {
+    const std::byte* p;
+    GLM_INLINE Half(const std::byte* lines, int half) : p(lines + half * 1024) {}
+  };
+  template <int k> GLM_INLINE F value(const Half& half) const { return load((const float*)(half.p + k * 64)); }
 };
 
 struct Bf16Codec {
   static constexpr bool scaled = false;
   static constexpr int lines = 16;
   GLM_INLINE explicit Bf16Codec(const PackedMatrix&) {}
-  template <int k> GLM_INLINE F value(const std::byte* p) const {
-    const U pair = load_words(p + k / 2 * 64);
+  struct Half {
+    const std::byte* p;
+    GLM_INLINE Half(const std::byte* lines, int half) : p(lines + half * 512) {}
+  };
+  template <int k> GLM_INLINE F value(const Half& half) const {
+    const U pair = load_words(half.p + k / 2 * 64);
     if constexpr (k % 2 == 0) return as_float(shl<16>(pair));
     else return as_float(bit_and(pair, splat(0xffff0000)));
   }
@@ -31,17 +40,21 @@ struct F16Codec {
   static constexpr bool scaled = false;
   static constexpr int lines = 16;
   GLM_INLINE explicit F16Codec(const PackedMatrix&) {}
-  template <int k> GLM_INLINE F value(const std::byte* p) const { return load_f16((const uint16_t*)(p + k * 32)); }
+  struct Half {
+    const std::byte* p;
+    GLM_INLINE Half(const std::byte* lines, int half) : p(lines + half * 512) {}
+  };
+  template <int k> GLM_INLINE F value(const Half& half) const { return load_f16((const uint16_t*)(half.p + k * 32)); }
 };
 
 // Planes: four codes per word, one in each byte, of columns k & ~3 … k | 3. Bits above the plane's own are garbage.
 template <int k> GLM_INLINE U plane4(const std::byte* p) { return shr<k / 4 % 2 * 4>(load_words(p + k / 8 * 64)); }
-template <int k> GLM_INLINE U plane2(const std::byte* p) { return shr<k / 4 % 4 * 2>(load_words(p + k / 16 * 64)); }
-template <int k, int to_bit> GLM_INLINE U plane1(const std::byte* p) {
-  const U line = load_words(p);
-  constexpr int from_bit = k / 4;
-  if constexpr (from_bit > to_bit) return shr<from_bit - to_bit>(line);
-  else return shl<to_bit - from_bit>(line);
+template <int k> GLM_INLINE U plane2(const std::byte* p) { return shr<k / 4 * 2>(load_words(p)); }
+
+// Bit `from` of every byte moved to bit `to`.
+template <int from, int to> GLM_INLINE U move_bit(U words) {
+  if constexpr (from > to) return shr<from - to>(words);
+  else return shl<to - from>(words);
 }
 
 // At most 4 bits: a table gives the value, so zero points and codebooks cost nothing.
@@ -54,24 +67,36 @@ struct TableCodec {
 struct U2Codec : TableCodec {
   static constexpr int lines = 2;
   using TableCodec::TableCodec;
-  template <int k> GLM_INLINE F value(const std::byte* p) const {
-    return lookup(table, shr<k % 4 * 8 + k / 4 % 4 * 2>(load_words(p + k / 16 * 64)));
-  }
+  struct Half {
+    const std::byte* p;
+    GLM_INLINE Half(const std::byte* lines, int half) : p(lines + half * 64) {}
+  };
+  template <int k> GLM_INLINE F value(const Half& half) const { return lookup(table, shr<k % 4 * 8 + k / 4 * 2>(load_words(half.p))); }
 };
 
 struct U3Codec : TableCodec {
   static constexpr int lines = 3;
   using TableCodec::TableCodec;
-  template <int k> GLM_INLINE F value(const std::byte* p) const {
-    return lookup(table, shr<k % 4 * 8>(select(splat(0x04040404), plane1<k, 2>(p + 128), plane2<k>(p))));
+  struct Half {
+    const std::byte* low;
+    U high;
+    GLM_INLINE Half(const std::byte* lines, int half) : low(lines + half * 64), high(shift_right(load_words(lines + 128), half * 4)) {}
+  };
+  template <int k> GLM_INLINE F value(const Half& half) const {
+    const U codes = select(splat(0x04040404), move_bit<k / 4, 2>(half.high), plane2<k>(half.low));
+    return lookup(table, shr<k % 4 * 8>(codes));
   }
 };
 
 struct U4Codec : TableCodec {
   static constexpr int lines = 4;
   using TableCodec::TableCodec;
-  template <int k> GLM_INLINE F value(const std::byte* p) const {
-    return lookup(table, shr<k % 4 * 8 + k / 4 % 2 * 4>(load_words(p + k / 8 * 64)));
+  struct Half {
+    const std::byte* p;
+    GLM_INLINE Half(const std::byte* lines, int half) : p(lines + half * 128) {}
+  };
+  template <int k> GLM_INLINE F value(const Half& half) const {
+    return lookup(table, shr<k % 4 * 8 + k / 4 % 2 * 4>(load_words(half.p + k / 8 * 64)));
   }
 };
 
@@ -85,30 +110,38 @@ struct ByteCodec {
 struct U5Codec : ByteCodec {
   static constexpr int lines = 5;
   using ByteCodec::ByteCodec;
-  template <int k> GLM_INLINE F value(const std::byte* p) const {
-    const U low = bit_and(plane4<k>(p), splat(0x0f0f0f0f));
-    return byte_value<k % 4>(select(splat(0x10101010), plane1<k, 4>(p + 256), low), bias);
+  struct Half {
+    const std::byte* low;
+    U high;
+    GLM_INLINE Half(const std::byte* lines, int half) : low(lines + half * 128), high(shift_right(load_words(lines + 256), half * 4)) {}
+  };
+  template <int k> GLM_INLINE F value(const Half& half) const {
+    const U low = bit_and(plane4<k>(half.low), splat(0x0f0f0f0f));
+    return byte_value<k % 4>(select(splat(0x10101010), move_bit<k / 4, 4>(half.high), low), bias);
   }
 };
 
 struct U6Codec : ByteCodec {
   static constexpr int lines = 6;
   using ByteCodec::ByteCodec;
-  template <int k> GLM_INLINE F value(const std::byte* p) const {
-    const U low = bit_and(plane4<k>(p), splat(0x0f0f0f0f));
-    constexpr int from_bit = k / 4 % 4 * 2;
-    const U line = load_words(p + 256 + k / 16 * 64);
-    U high;
-    if constexpr (from_bit > 4) high = shr<from_bit - 4>(line);
-    else high = shl<4 - from_bit>(line);
-    return byte_value<k % 4>(select(splat(0x30303030), high, low), bias);
+  struct Half {
+    const std::byte *low, *high;
+    GLM_INLINE Half(const std::byte* lines, int half) : low(lines + half * 128), high(lines + 256 + half * 64) {}
+  };
+  template <int k> GLM_INLINE F value(const Half& half) const {
+    const U low = bit_and(plane4<k>(half.low), splat(0x0f0f0f0f));
+    return byte_value<k % 4>(select(splat(0x30303030), move_bit<k / 4 * 2, 4>(load_words(half.high)), low), bias);
   }
 };
 
 struct U8Codec : ByteCodec {
   static constexpr int lines = 8;
   using ByteCodec::ByteCodec;
-  template <int k> GLM_INLINE F value(const std::byte* p) const { return byte_value<k % 4>(load_words(p + k / 4 * 64), bias); }
+  struct Half {
+    const std::byte* p;
+    GLM_INLINE Half(const std::byte* lines, int half) : p(lines + half * 256) {}
+  };
+  template <int k> GLM_INLINE F value(const Half& half) const { return byte_value<k % 4>(load_words(half.p + k / 4 * 64), bias); }
 };
 
 // Scales and offsets of the groups of one panel.

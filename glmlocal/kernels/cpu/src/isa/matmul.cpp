@@ -27,9 +27,9 @@ GLM_INLINE const std::byte* panel_codes(const PackedMatrix& w, int panel) {
 template <bool scaled, int tiles> struct TileScales { F scale[tiles], offset[tiles]; };
 template <int tiles> struct TileScales<false, tiles> {};
 
-template <class Codec, int k, int tiles>
-GLM_INLINE F weight(const Codec& codec, const std::byte* lines, const TileScales<Codec::scaled, tiles>& scales, int tile) {
-  const F value = codec.template value<k>(lines);
+template <int k, class Codec, int tiles>
+GLM_INLINE F weight(const Codec& codec, const typename Codec::Half& half, const TileScales<Codec::scaled, tiles>& scales, int tile) {
+  const F value = codec.template value<k>(half);
   if constexpr (Codec::scaled) return fma(value, scales.scale[tile], scales.offset[tile]);
   else return value;
 }
@@ -57,33 +57,38 @@ void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const f
   unroll<num_rows>([&](auto m) { unroll<tiles>([&](auto t) { acc[m.v][t.v] = zero(); }); });
   TileScales<Codec::scaled, tiles> scales;
   for (int column = 0; column < w.padded_in(); column += kBlockColumns, block += panel_tiles * block_bytes) {
-    unroll<tiles * Codec::lines>([&](auto line) { __builtin_prefetch(block + line.v * 64 + kPrefetchBytes); });
-    unroll<2>([&](auto half) {
-      constexpr int first = decltype(half)::v * kHalfBlock;
-      if (first == 0 || scale_per_half) load_scales<Codec, tiles>(groups, column + first, first_tile, scales);
+    for (int line = 0; line < tiles * Codec::lines; ++line) __builtin_prefetch(block + line * 64 + kPrefetchBytes);
+    for (int half = 0; half < 2; ++half) {
+      const int first = column + half * kHalfBlock;
+      if (half == 0 || scale_per_half) load_scales<Codec, tiles>(groups, first, first_tile, scales);
       // Four columns of each tile in turn: enough independent chains to hide the latency of fma.
       unroll<kHalfBlock / 4>([&](auto quad) {
         unroll<tiles>([&](auto t) {
+          const typename Codec::Half lines(block + t.v * block_bytes, half);
           unroll<4>([&](auto j) {
-            constexpr int k = first + decltype(quad)::v * 4 + decltype(j)::v;
-            const F value = weight<Codec, k, tiles>(codec, block + t.v * block_bytes, scales, t.v);
-            unroll<num_rows>([&](auto m) { acc[m.v][t.v] = fma(value, broadcast(x[m.v][column + k]), acc[m.v][t.v]); });
+            constexpr int k = quad.v * 4 + j.v;
+            const F value = weight<k, Codec, tiles>(codec, lines, scales, t.v);
+            unroll<num_rows>([&](auto m) { acc[m.v][t.v] = fma(value, broadcast(x[m.v][first + k]), acc[m.v][t.v]); });
           });
         });
       });
-    });
+    }
   }
   unroll<num_rows>([&](auto m) {
     unroll<tiles>([&](auto t) { store(out + m.v * out_stride + (first_tile + t.v) * kTileRows, acc[m.v][t.v]); });
   });
 }
 
+// As many tiles at once as leave the accumulators in registers.
 template <class Codec, int num_rows>
 void multiply_few_rows(const PackedMatrix& w, int panel, const float* const* rows, float* out, ptrdiff_t out_stride) {
+  constexpr int together = kGemvChains / num_rows >= 4 ? 4 : kGemvChains / num_rows >= 2 ? 2 : 1;
   const int tiles = w.tiles_in(panel);
-  if (tiles == 4) return multiply_few_rows<Codec, num_rows, 4>(w, panel, 0, rows, out, out_stride);
-  if (tiles >= 2) multiply_few_rows<Codec, num_rows, 2>(w, panel, 0, rows, out, out_stride);
-  if (tiles % 2) multiply_few_rows<Codec, num_rows, 1>(w, panel, tiles - 1, rows, out, out_stride);
+  int tile = 0;
+  for (; tile + together <= tiles; tile += together) {
+    multiply_few_rows<Codec, num_rows, together>(w, panel, tile, rows, out, out_stride);
+  }
+  for (; tile < tiles; ++tile) multiply_few_rows<Codec, num_rows, 1>(w, panel, tile, rows, out, out_stride);
 }
 
 // out[k - begin][tiles * 16] for columns begin … end - 1, both multiples of 32.
@@ -100,14 +105,12 @@ void decode_columns(const PackedMatrix& w, int panel, int begin, int end, float*
     for (int tile = 0; tile < tiles; ++tile, lines += block_bytes) {
       float* to = out + tile * kTileRows;
       TileScales<Codec::scaled, 1> scales;
-      unroll<2>([&](auto half) {
-        constexpr int first = decltype(half)::v * kHalfBlock;
-        if (first == 0 || scale_per_half) load_scales<Codec, 1>(groups, column + first, tile, scales);
-        unroll<kHalfBlock>([&](auto j) {
-          constexpr int k = first + decltype(j)::v;
-          store(to + k * stride, weight<Codec, k, 1>(codec, lines, scales, 0));
-        });
-      });
+      for (int half = 0; half < 2; ++half) {
+        const int first = half * kHalfBlock;
+        if (half == 0 || scale_per_half) load_scales<Codec, 1>(groups, column + first, tile, scales);
+        const typename Codec::Half columns(lines, half);
+        unroll<kHalfBlock>([&](auto k) { store(to + (first + k.v) * stride, weight<k.v, Codec, 1>(codec, columns, scales, 0)); });
+      }
     }
   }
 }
@@ -161,7 +164,8 @@ void multiply_many_rows(const PackedMatrix& w, int panel, const float* const* ro
   float* weights = scratch(Scratch::panel, size_t(kChunkColumns) * kPanelRows);
   const int tiles = w.tiles_in(panel);
   const ptrdiff_t stride = tiles * kTileRows;
-  for (int begin = 0; begin < w.padded_in(); begin += kChunkColumns) {
+  int begin = 0;
+  do {  // once even without columns, to write the zeros
     const int end = begin + kChunkColumns < w.padded_in() ? begin + kChunkColumns : w.padded_in();
     decode_columns<Codec>(w, panel, begin, end, weights);
     for (int tile = 0; tile < tiles; tile += kGemmTiles) {
@@ -172,7 +176,8 @@ void multiply_many_rows(const PackedMatrix& w, int panel, const float* const* ro
                                                         out + m * out_stride + tile * kTileRows, out_stride, begin == 0);
       }
     }
-  }
+    begin += kChunkColumns;
+  } while (begin < w.padded_in());
 }
 
 template <class Codec>

@@ -7,7 +7,7 @@
 // The operations, all elementwise unless said otherwise:
 //   zero broadcast load store add sub mul div max min     fma(a, b, c) = a·b + c, fused where the ISA can (generic: rounded twice)
 //   load_f16 load_i8 load_u8                              16 narrower numbers in memory, widened
-//   load_words splat shr<n> shl<n> bit_and select(m, a, b) = (a & m) | (b & ~m)      on U
+//   load_words splat shift_right shr<n> shl<n> bit_and select(m, a, b) = (a & m) | (b & ~m)      on U
 //   as_float as_words to_words(round to nearest) to_float reinterpret and convert
 //   Table, make_table, lookup(table, words)               by the low 4 bits of each word
 //   byte_bias, byte_value<j>(words, bias)                 byte j of each word as fp32, minus the bias
@@ -16,6 +16,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #define GLM_INLINE inline __attribute__((always_inline))
 
@@ -26,19 +27,15 @@ struct Constant {
   static constexpr int v = value;
 };
 
-// Calls f(Constant<0>), f(Constant<1>) … with indices known at compile time, so that arrays of lanes stay in registers.
-template <int count, int index = 0, class F>
-GLM_INLINE void unroll(F&& f) {
-  if constexpr (index < count) {
-    f(Constant<index>{});
-    unroll<count, index + 1>(f);
-  }
+template <class F, int... indices>
+GLM_INLINE void unroll(F&& f, std::integer_sequence<int, indices...>) {
+  (f(Constant<indices>{}), ...);
 }
 
-GLM_INLINE uint32_t load_u32(const void* p) {
-  uint32_t word;
-  __builtin_memcpy(&word, p, 4);
-  return word;
+// Calls f(Constant<0>), f(Constant<1>) … with indices known at compile time, so that arrays of lanes stay in registers.
+template <int count, class F>
+GLM_INLINE void unroll(F&& f) {
+  unroll(f, std::make_integer_sequence<int, count>{});
 }
 
 }  // namespace glmlocal::GLM_ISA

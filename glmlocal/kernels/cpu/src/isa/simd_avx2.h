@@ -48,6 +48,10 @@ GLM_INLINE U load_words(const void* p) {
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
 }
 GLM_INLINE U splat(uint32_t x) { const __m256i v = _mm256_set1_epi32(int(x)); return {v, v}; }
+GLM_INLINE U shift_right(U x, int n) {
+  const __m128i count = _mm_cvtsi32_si128(n);
+  return {_mm256_srl_epi32(x.lo, count), _mm256_srl_epi32(x.hi, count)};
+}
 template <int n> GLM_INLINE U shr(U x) { return {_mm256_srli_epi32(x.lo, n), _mm256_srli_epi32(x.hi, n)}; }
 template <int n> GLM_INLINE U shl(U x) { return {_mm256_slli_epi32(x.lo, n), _mm256_slli_epi32(x.hi, n)}; }
 GLM_INLINE U bit_and(U a, U b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
@@ -88,6 +92,7 @@ GLM_INLINE float maximum(F x) {
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 
+inline constexpr int kGemvChains = 4;  // accumulators while weights are decoded
 inline constexpr int kGemmRows = 6, kGemmTiles = 1;  // 12 accumulators, 2 weights, 1 activation of 16 registers
 
 }  // namespace glmlocal::GLM_ISA

@@ -30,6 +30,7 @@ GLM_INLINE F load_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu
 
 GLM_INLINE U load_words(const void* p) { return _mm512_loadu_si512(p); }
 GLM_INLINE U splat(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+GLM_INLINE U shift_right(U x, int n) { return _mm512_srl_epi32(x, _mm_cvtsi32_si128(n)); }
 template <int n> GLM_INLINE U shr(U x) { if constexpr (n == 0) return x; else return _mm512_srli_epi32(x, n); }
 template <int n> GLM_INLINE U shl(U x) { if constexpr (n == 0) return x; else return _mm512_slli_epi32(x, n); }
 GLM_INLINE U bit_and(U a, U b) { return _mm512_and_si512(a, b); }
@@ -64,6 +65,7 @@ GLM_INLINE float maximum(F x) {
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 
+inline constexpr int kGemvChains = 16;  // accumulators while weights are decoded
 inline constexpr int kGemmRows = 6, kGemmTiles = 4;  // 24 accumulators, 4 weights, 1 activation of 32 registers
 
 }  // namespace glmlocal::GLM_ISA

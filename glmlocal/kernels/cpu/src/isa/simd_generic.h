@@ -41,6 +41,7 @@ GLM_INLINE F exp2_int(F n) {
 
 GLM_INLINE U load_words(const void* p) { U x; __builtin_memcpy(&x, p, sizeof x); return x; }
 GLM_INLINE U splat(uint32_t x) { const QuadU q{x, x, x, x}; return {{q, q, q, q}}; }
+GLM_INLINE U shift_right(U x, int n) { return map<U>([&](int i) { return x.v[i] >> n; }); }
 template <int n> GLM_INLINE U shr(U x) { return map<U>([&](int i) { return x.v[i] >> n; }); }
 template <int n> GLM_INLINE U shl(U x) { return map<U>([&](int i) { return x.v[i] << n; }); }
 GLM_INLINE U bit_and(U a, U b) { return map<U>([&](int i) { return a.v[i] & b.v[i]; }); }
@@ -90,6 +91,7 @@ GLM_INLINE float reduce(F x, Op&& op) {
 GLM_INLINE float sum(F x) { return reduce(x, [](float a, float b) { return a + b; }); }
 GLM_INLINE float maximum(F x) { return reduce(x, [](float a, float b) { return a > b ? a : b; }); }
 
+inline constexpr int kGemvChains = 2;  // accumulators while weights are decoded
 inline constexpr int kGemmRows = 2, kGemmTiles = 1;  // SSE2: 8 accumulators, 4 weights, 1 activation of 16 registers
 
 }  // namespace glmlocal::GLM_ISA

@@ -10,6 +10,8 @@ void panel_product(const PackedMatrix& w, int panel, const float* const* rows, i
 void panel_weights(const PackedMatrix& w, int panel, float* out);
 void silu_mul(float* gate, const float* up, int n);
 void add_scaled(float* out, const float* x, float scale, int n);
+void attend(const AttentionTask& task);
+void merge_splits(float* partials, ptrdiff_t stride, int num_splits, int head_dim, float* out);
 double fma_flops(int iterations);
 float read_bytes(const void* data, size_t num_bytes);
 
@@ -20,6 +22,8 @@ const KernelTable table{
     .panel_weights = panel_weights,
     .silu_mul = silu_mul,
     .add_scaled = add_scaled,
+    .attend = attend,
+    .merge_splits = merge_splits,
     .fma_flops = fma_flops,
     .read_bytes = read_bytes,
 };

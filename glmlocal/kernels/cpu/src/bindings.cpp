@@ -1,0 +1,213 @@
+// Python bindings and nothing else. Ops take addresses that glmlocal/kernels/cpu has validated; weights are objects that
+// keep the buffer they point into alive. The GIL is released while an op runs.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <map>
+#include <stdexcept>
+
+#include "isa.h"
+#include "memory.h"
+#include "ops.h"
+#include "packed_matrix.h"
+#include "thread_pool.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using namespace glmlocal;
+using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Address = uintptr_t;
+
+const std::map<std::string, Codes> kCodes{{"f32", Codes::f32}, {"bf16", Codes::bf16}, {"f16", Codes::f16},
+                                          {"u8", Codes::u8},   {"u6", Codes::u6},     {"u5", Codes::u5},
+                                          {"u4", Codes::u4},   {"u3", Codes::u3},     {"u2", Codes::u2}};
+const std::map<std::string, FloatType> kFloatTypes{{"f16", FloatType::f16}, {"f32", FloatType::f32}};
+
+template <class Value>
+Value named(const std::map<std::string, Value>& names, const std::string& name) {
+  if (const auto found = names.find(name); found != names.end()) return found->second;
+  std::string known;
+  for (const auto& [key, value] : names) known += (known.empty() ? "" : ", ") + key;
+  throw std::invalid_argument("'" + name + "' is not one of " + known);
+}
+
+template <class T>
+T* pointer(Address address, const char* what) {
+  if (address == 0) throw std::invalid_argument(std::string(what) + ": the tensor has no memory (freed?)");
+  if (address % alignof(T) != 0) throw std::invalid_argument(std::string(what) + ": misaligned memory");
+  return reinterpret_cast<T*>(address);
+}
+
+// A packed matrix and the array it borrows.
+struct Matrix {
+  Bytes buffer;
+  PackedMatrix packed;
+
+  Matrix(const MatrixLayout& layout, const MatrixFormat& format, Bytes data, float zero_point, const std::vector<float>& values)
+      : buffer(std::move(data)) {
+    if (int64_t(buffer.size()) != layout.num_bytes) {
+      throw std::invalid_argument("buffer of " + std::to_string(buffer.size()) + " bytes, wanted " + std::to_string(layout.num_bytes));
+    }
+    if (reinterpret_cast<Address>(buffer.data()) % kAlignment != 0) {
+      throw std::invalid_argument("buffer at " + std::to_string(reinterpret_cast<Address>(buffer.data())) +
+                                  ", wanted an address that is a multiple of 64 (see allocate)");
+    }
+    const int bits = lines_per_block(format.codes);
+    if (bits <= 4 && values.size() != size_t(1) << bits) {
+      throw std::invalid_argument(std::to_string(values.size()) + " values for codes of " + std::to_string(bits) + " bits");
+    }
+    packed = make_packed_matrix(layout, format, reinterpret_cast<const std::byte*>(buffer.data()), zero_point, values.data());
+  }
+
+  void run(Address x, int64_t num_rows, Address bias, Address out) const {
+    if (num_rows <= 0 || packed.out_features() == 0) return;
+    const float* from = packed.in_features() == 0 ? nullptr : pointer<const float>(x, "x");
+    float* to = pointer<float>(out, "out");
+    const float* add = bias == 0 ? nullptr : pointer<const float>(bias, "bias");
+    nb::gil_scoped_release release;
+    linear(packed, from, num_rows, add, to);
+  }
+
+  // The weights as the kernels see them, fp32 [out, in]: for tests and for the plain path.
+  void unpack(Address out) const {
+    if (packed.out_features() == 0 || packed.in_features() == 0) return;
+    float* to = pointer<float>(out, "out");
+    std::vector<float> panel(size_t(packed.padded_in()) * kPanelRows);
+    for (int p = 0; p < packed.panels(); ++p) {
+      kernels().panel_weights(packed, p, panel.data());
+      const int stride = packed.tiles_in(p) * kTileRows;
+      for (int row = 0; row < packed.rows_in(p); ++row) {
+        for (int k = 0; k < packed.in_features(); ++k) {
+          to[(int64_t(p) * kPanelRows + row) * packed.in_features() + k] = panel[size_t(k) * stride + row];
+        }
+      }
+    }
+  }
+};
+
+// The experts of one layer; keeps their matrices alive.
+struct Experts {
+  std::vector<nb::object> owners;
+  std::vector<const PackedMatrix*> gate, up, down;
+  int64_t hidden_size = 0, intermediate_size = 0;
+
+  Experts(nb::sequence gates, nb::sequence ups, nb::sequence downs) {
+    if (nb::len(gates) != nb::len(ups) || nb::len(gates) != nb::len(downs) || nb::len(gates) == 0) {
+      throw std::invalid_argument("experts: wanted as many gate as up as down matrices, at least one; found " +
+                                  std::to_string(nb::len(gates)) + ", " + std::to_string(nb::len(ups)) + ", " +
+                                  std::to_string(nb::len(downs)));
+    }
+    take(gates, gate);
+    take(ups, up);
+    take(downs, down);
+    hidden_size = gate[0]->in_features();
+    intermediate_size = gate[0]->out_features();
+    for (size_t e = 0; e < gate.size(); ++e) {
+      check("gate", e, *gate[e], intermediate_size, hidden_size);
+      check("up", e, *up[e], intermediate_size, hidden_size);
+      check("down", e, *down[e], hidden_size, intermediate_size);
+    }
+  }
+
+  void run(Address x, int64_t num_tokens, Address ids, Address weights, int top_k, Address out) const {
+    if (num_tokens <= 0 || hidden_size == 0) return;
+    const float* from = pointer<const float>(x, "x");
+    const int32_t* id = top_k == 0 ? nullptr : pointer<const int32_t>(ids, "topk_ids");
+    const float* weight = top_k == 0 ? nullptr : pointer<const float>(weights, "topk_weights");
+    float* to = pointer<float>(out, "out");
+    int64_t bad;
+    {
+      nb::gil_scoped_release release;
+      bad = experts_ffn({gate.data(), up.data(), down.data(), int(gate.size())}, from, num_tokens, id, weight, top_k, to);
+    }
+    if (bad >= 0) {
+      throw nb::index_error(("topk_ids: expert " + std::to_string(id[bad]) + " of token " + std::to_string(bad / top_k) +
+                             ", but there are " + std::to_string(gate.size())).c_str());
+    }
+  }
+
+ private:
+  void take(nb::sequence objects, std::vector<const PackedMatrix*>& into) {
+    for (nb::handle object : objects) {
+      into.push_back(&nb::cast<const Matrix&>(object).packed);
+      owners.push_back(nb::borrow(object));
+    }
+  }
+
+  static void check(const char* name, size_t expert, const PackedMatrix& matrix, int64_t out, int64_t in) {
+    if (matrix.out_features() == out && matrix.in_features() == in) return;
+    throw std::invalid_argument("expert " + std::to_string(expert) + ": " + name + " is [" + std::to_string(matrix.out_features()) +
+                                ", " + std::to_string(matrix.in_features()) + "], wanted [" + std::to_string(out) + ", " +
+                                std::to_string(in) + "]");
+  }
+};
+
+nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate(size_t num_bytes) {
+  auto* memory = new std::shared_ptr<std::byte>(allocate_weights(num_bytes));
+  nb::capsule owner(memory, [](void* p) noexcept { delete static_cast<std::shared_ptr<std::byte>*>(p); });
+  return {memory->get(), {num_bytes}, owner};
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.def("isa", &isa);
+  m.def("available_isas", &available_isas);
+  m.def("set_isa", [](const std::string& name) {
+    if (set_isa(name)) return;
+    std::string known;
+    for (const std::string& each : available_isas()) known += (known.empty() ? "" : ", ") + each;
+    throw std::invalid_argument("ISA '" + name + "' is not available here; available: " + known);
+  }, "name"_a);
+
+  m.def("configure_threads", &configure_threads, "cpus"_a, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("num_threads", &num_threads);
+  m.def("read_bandwidth", &read_bandwidth, "num_bytes"_a = size_t(512) << 20, nb::call_guard<nb::gil_scoped_release>());
+  m.def("fma_peak", &fma_peak, nb::call_guard<nb::gil_scoped_release>());
+  m.def("fork_join", [](int tasks, double cost_ns) { parallel_for(tasks, cost_ns, [](int) {}); }, "tasks"_a, "cost_ns"_a,
+        nb::call_guard<nb::gil_scoped_release>());
+
+  m.attr("TILE_ROWS") = kTileRows;
+  m.attr("PANEL_TILES") = kPanelTiles;
+  m.attr("BLOCK_COLUMNS") = kBlockColumns;
+  m.def("allocate", &allocate, "num_bytes"_a);
+
+  nb::class_<MatrixFormat>(m, "MatrixFormat")
+      .def("__init__", [](MatrixFormat* self, const std::string& codes, const std::string& scale_type, int group_size, int super_size,
+                          bool has_sub_scale, bool has_min, bool has_sub_min) {
+        new (self) MatrixFormat{named(kCodes, codes), named(kFloatTypes, scale_type), group_size, super_size, has_sub_scale, has_min, has_sub_min};
+      }, "codes"_a, nb::kw_only(), "scale_type"_a = "f16", "group_size"_a = 0, "super_size"_a = 0, "has_sub_scale"_a = false,
+         "has_min"_a = false, "has_sub_min"_a = false);
+
+  nb::class_<MatrixLayout>(m, "MatrixLayout")
+      .def_ro("out_features", &MatrixLayout::out_features)
+      .def_ro("in_features", &MatrixLayout::in_features)
+      .def_ro("tiles", &MatrixLayout::tiles)
+      .def_ro("blocks", &MatrixLayout::blocks)
+      .def_ro("groups", &MatrixLayout::groups)
+      .def_ro("supers", &MatrixLayout::supers)
+      .def_ro("codes_offset", &MatrixLayout::codes_offset)
+      .def_ro("scale_offset", &MatrixLayout::scale_offset)
+      .def_ro("sub_scale_offset", &MatrixLayout::sub_scale_offset)
+      .def_ro("min_offset", &MatrixLayout::min_offset)
+      .def_ro("sub_min_offset", &MatrixLayout::sub_min_offset)
+      .def_ro("num_bytes", &MatrixLayout::num_bytes);
+  m.def("matrix_layout", &matrix_layout, "out_features"_a, "in_features"_a, "format"_a);
+
+  nb::class_<Matrix>(m, "Matrix")
+      .def(nb::init<const MatrixLayout&, const MatrixFormat&, Bytes, float, const std::vector<float>&>(), "layout"_a, "format"_a,
+           nb::arg("data").noconvert(), "zero_point"_a, "values"_a)
+      .def("linear", &Matrix::run, "x"_a, "num_rows"_a, "bias"_a, "out"_a)
+      .def("unpack", &Matrix::unpack, "out"_a);
+
+  nb::class_<Experts>(m, "Experts")
+      .def(nb::init<nb::sequence, nb::sequence, nb::sequence>(), "gate"_a, "up"_a, "down"_a)
+      .def_ro("hidden_size", &Experts::hidden_size)
+      .def_ro("intermediate_size", &Experts::intermediate_size)
+      .def("ffn", &Experts::run, "x"_a, "num_tokens"_a, "topk_ids"_a, "topk_weights"_a, "top_k"_a, "out"_a);
+}

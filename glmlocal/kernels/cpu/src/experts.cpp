@@ -1,0 +1,147 @@
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "isa.h"
+#include "memory.h"
+#include "ops.h"
+#include "thread_pool.h"
+
+namespace glmlocal {
+namespace {
+
+// One (token, slot) of the routing.
+struct Pair {
+  int64_t token;
+  float weight;
+};
+
+// All pairs, expert by expert; within an expert by token.
+struct Routing {
+  std::vector<Pair> pairs;
+  std::vector<int64_t> first;  // [num_experts + 1] index into pairs
+};
+
+// One panel of gate and up for some of one expert's pairs.
+struct HiddenTask {
+  int expert, panel;
+  int64_t first_pair;
+  int num_pairs;
+};
+
+int64_t find_bad_id(const int32_t* ids, int64_t count, int num_experts) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= num_experts) return i;
+  }
+  return -1;
+}
+
+void sort_by_expert(Routing& routing, int num_experts, int64_t num_pairs, const int32_t* ids, const float* weights, int top_k) {
+  std::vector<int64_t>& first = routing.first;
+  first.assign(size_t(num_experts) + 1, 0);
+  for (int64_t i = 0; i < num_pairs; ++i) ++first[size_t(ids[i]) + 1];
+  for (int e = 0; e < num_experts; ++e) first[e + 1] += first[e];
+  routing.pairs.resize(size_t(num_pairs));
+  // Filling moves first[e] to the start of expert e + 1; the shift afterwards puts it back.
+  for (int64_t i = 0; i < num_pairs; ++i) routing.pairs[size_t(first[ids[i]]++)] = {i / top_k, weights[i]};
+  for (int e = num_experts; e > 0; --e) first[e] = first[e - 1];
+  first[0] = 0;
+}
+
+void list_hidden_tasks(std::vector<HiddenTask>& tasks, const ExpertMatrices& experts, const Routing& routing) {
+  tasks.clear();
+  int active = 0;
+  for (int e = 0; e < experts.num_experts; ++e) active += routing.first[e + 1] > routing.first[e];
+  for (int e = 0; e < experts.num_experts; ++e) {
+    const int64_t begin = routing.first[e], end = routing.first[e + 1];
+    if (begin == end) continue;
+    const int panels = experts.gate[e]->panels();
+    const int chunk = chunk_rows(end - begin, int64_t(panels) * active);
+    for (int64_t at = begin; at < end; at += chunk) {
+      for (int panel = 0; panel < panels; ++panel) {
+        tasks.push_back({e, panel, at, int(std::min<int64_t>(chunk, end - at))});
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_tokens, const int32_t* ids,
+                    const float* weights, int top_k, float* out) {
+  const int64_t num_pairs = num_tokens * top_k;
+  if (const int64_t bad = find_bad_id(ids, num_pairs, experts.num_experts); bad >= 0) return bad;
+  if (num_tokens == 0) return -1;
+  thread_local Routing routing_storage;
+  thread_local std::vector<HiddenTask> task_storage;
+  Routing& routing = routing_storage;  // the tasks below run on other threads: they must see this thread's
+  std::vector<HiddenTask>& tasks = task_storage;
+  sort_by_expert(routing, experts.num_experts, num_pairs, ids, weights, top_k);
+  list_hidden_tasks(tasks, experts, routing);
+
+  const PackedMatrix &any_gate = *experts.gate[0], &any_down = *experts.down[0];
+  const int64_t hidden_size = any_gate.in_features();
+  const ptrdiff_t x_stride = any_gate.padded_in(), h_stride = any_down.padded_in();
+  const ptrdiff_t out_stride = any_down.layout.tiles * kTileRows;
+  if (x_stride != hidden_size) {
+    float* padded = scratch(Scratch::padded, size_t(num_tokens) * x_stride);
+    for (int64_t t = 0; t < num_tokens; ++t) {
+      std::memcpy(padded + t * x_stride, x + t * hidden_size, hidden_size * sizeof(float));
+      std::fill(padded + t * x_stride + hidden_size, padded + (t + 1) * x_stride, 0.0f);
+    }
+    x = padded;
+  }
+  float* hidden = scratch(Scratch::hidden, size_t(num_pairs) * h_stride);
+  float* sums = out_stride == hidden_size ? out : scratch(Scratch::rows, size_t(num_tokens) * out_stride);
+  const KernelTable& kernel = kernels();
+  double gate_cost = 0, down_cost = 0;
+  for (int e = 0; e < experts.num_experts; ++e) {
+    const int64_t count = routing.first[e + 1] - routing.first[e];
+    if (count == 0) continue;
+    gate_cost += 2 * product_cost_ns(*experts.gate[e], count);
+    down_cost += product_cost_ns(*experts.down[e], count);
+  }
+
+  parallel_for(int(tasks.size()), gate_cost, [&](int index) {
+    const HiddenTask task = tasks[size_t(index)];
+    const PackedMatrix &gate = *experts.gate[task.expert], &up = *experts.up[task.expert];
+    const float* rows[kMaxChunkRows];
+    for (int i = 0; i < task.num_pairs; ++i) rows[i] = x + routing.pairs[size_t(task.first_pair + i)].token * x_stride;
+    const int width = gate.tiles_in(task.panel) * kTileRows;
+    float* to = hidden + task.first_pair * h_stride + int64_t(task.panel) * kPanelRows;
+    float* up_tile = scratch(Scratch::tile, size_t(task.num_pairs) * width);
+    kernel.panel_product(gate, task.panel, rows, task.num_pairs, to, h_stride);
+    kernel.panel_product(up, task.panel, rows, task.num_pairs, up_tile, width);
+    for (int i = 0; i < task.num_pairs; ++i) kernel.silu_mul(to + i * h_stride, up_tile + i * width, width);
+    // The last panel also clears what pads the row to whole blocks of columns.
+    if (const ptrdiff_t end = int64_t(task.panel) * kPanelRows + width; task.panel == gate.panels() - 1) {
+      for (int i = 0; i < task.num_pairs; ++i) std::fill(to + i * h_stride + width, to + i * h_stride + width + (h_stride - end), 0.0f);
+    }
+  });
+
+  parallel_for(any_down.panels(), down_cost, [&](int panel) {
+    const int64_t column = int64_t(panel) * kPanelRows;
+    const int width = any_down.tiles_in(panel) * kTileRows;
+    for (int64_t t = 0; t < num_tokens; ++t) std::fill_n(sums + t * out_stride + column, width, 0.0f);
+    float* tile = scratch(Scratch::tile, size_t(kMaxChunkRows) * width);
+    const float* rows[kMaxChunkRows];
+    for (int e = 0; e < experts.num_experts; ++e) {
+      for (int64_t at = routing.first[e]; at < routing.first[e + 1]; at += kMaxChunkRows) {
+        const int count = int(std::min<int64_t>(kMaxChunkRows, routing.first[e + 1] - at));
+        for (int i = 0; i < count; ++i) rows[i] = hidden + (at + i) * h_stride;
+        kernel.panel_product(*experts.down[e], panel, rows, count, tile, width);
+        for (int i = 0; i < count; ++i) {
+          const Pair pair = routing.pairs[size_t(at + i)];
+          kernel.add_scaled(sums + pair.token * out_stride + column, tile + i * width, pair.weight, width);
+        }
+      }
+    }
+  });
+
+  if (sums != out) {
+    for (int64_t t = 0; t < num_tokens; ++t) std::memcpy(out + t * hidden_size, sums + t * out_stride, hidden_size * sizeof(float));
+  }
+  return -1;
+}
+
+}  // namespace glmlocal

@@ -1,0 +1,38 @@
+// The ops as Python calls them: raw pointers to contiguous fp32, shapes already checked, work spread over the thread pool.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "packed_matrix.h"
+
+namespace glmlocal {
+
+// out[m][n] = Σ_k x[m][k] · w[n][k] (+ bias[n]); x [num_rows, in], bias [out] or null, out [num_rows, out].
+void linear(const PackedMatrix& w, const float* x, int64_t num_rows, const float* bias, float* out);
+
+struct ExpertMatrices {
+  const PackedMatrix* const* gate;  // [num_experts], each [intermediate, hidden]
+  const PackedMatrix* const* up;    // the same
+  const PackedMatrix* const* down;  // each [hidden, intermediate]
+  int num_experts;
+};
+
+// out[t] = Σ over t's slots of weight · down(silu(gate(x[t])) · up(x[t])), summed in ascending order of expert id, so that a
+// token's result does not depend on the batch it is in. x, out [num_tokens, hidden]; ids, weights [num_tokens, top_k].
+// Returns -1, or without doing anything the index of the first id that is not 0 … num_experts - 1.
+int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_tokens, const int32_t* ids,
+                    const float* weights, int top_k, float* out);
+
+// GB/s at which all threads together read memory beyond the last-level cache: best of several passes over num_bytes.
+double read_bandwidth(size_t num_bytes);
+// fp32 fma GFLOP/s of all threads together, nothing loaded or stored.
+double fma_peak();
+
+// How a product is cut into tasks. Costs assume a core that reads 25 GB/s and computes 100 GFLOP/s: only the order of
+// magnitude matters, for deciding whether waking another thread pays.
+double product_cost_ns(const PackedMatrix& w, int64_t num_rows);
+inline constexpr int kMaxChunkRows = 192;
+int chunk_rows(int64_t num_rows, int64_t panels);
+
+}  // namespace glmlocal

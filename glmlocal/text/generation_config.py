@@ -1,0 +1,91 @@
+"""What a checkpoint says about sampling, and which tokens end a turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from glmlocal.errors import CheckpointError
+from glmlocal.text.json_file import quoted, read_json_object
+from glmlocal.text.tokenizer import Tokenizer
+
+_RANGES = {  # name: least, most; both allowed
+    "temperature": (0.0, 100.0),
+    "top_p": (1e-6, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-3, 1e3),
+}
+_MAX_EOS_IDS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """``generation_config.json``: the fields an engine can honour. None: the file says nothing.
+
+    ``do_sample`` is left out on purpose: GLM's files give a temperature without it.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None  # 0: off
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def sampling(self) -> dict[str, float | int]:
+        """The sampling fields that are set, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "eos_token_ids"}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def load_generation_defaults(directory: Path) -> GenerationDefaults:
+    """The directory's generation_config.json; empty if it has none. Raises CheckpointError naming the field."""
+    path = directory / "generation_config.json"
+    raw = read_json_object(path) or {}
+    numbers = {name: _number(raw, name, low, high, str(path)) for name, (low, high) in _RANGES.items()}
+    return GenerationDefaults(
+        **numbers, top_k=_top_k(raw, str(path)), eos_token_ids=eos_ids(raw.get("eos_token_id"), str(path))
+    )
+
+
+def stop_token_ids(
+    defaults: GenerationDefaults, config: Mapping[str, object], tokenizer: Tokenizer | None, vocab_size: int
+) -> tuple[int, ...]:
+    """Ids that end a turn, each once: of generation_config.json, of config.json, of the tokenizer (for a GGUF file its
+    eos, eot and eom). For GLM these are ``<|endoftext|>``, ``<|user|>`` and ``<|observation|>``.
+
+    Raises CheckpointError: an id that the model's vocabulary of ``vocab_size`` rows does not have.
+    """
+    ids = [*defaults.eos_token_ids, *eos_ids(config.get("eos_token_id"), "config.json")]
+    ids += tokenizer.eos_ids if tokenizer else ()
+    for id_ in ids:
+        if id_ >= vocab_size:
+            raise CheckpointError(f"eos_token_id {id_} is beyond the model's vocabulary of {vocab_size}")
+    return tuple(dict.fromkeys(ids))
+
+
+def eos_ids(value: object, where: str) -> tuple[int, ...]:
+    """``eos_token_id`` is an int, a list of them, or null. Raises CheckpointError."""
+    values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    if len(values) > _MAX_EOS_IDS or not all(type(id_) is int and id_ >= 0 for id_ in values):
+        raise CheckpointError(f"{where}: eos_token_id is {quoted(value)}; it must be a token id or a list of them")
+    return tuple(dict.fromkeys(values))
+
+
+def _number(raw: Mapping[str, object], name: str, low: float, high: float, where: str) -> float | None:
+    value = raw.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN is in no range
+        raise CheckpointError(f"{where}: {name} is {quoted(value)}; it must be a number of {low:g} … {high:g}")
+    return float(value)
+
+
+def _top_k(raw: Mapping[str, object], where: str) -> int | None:
+    value = raw.get("top_k")
+    if value is None:
+        return None
+    if type(value) is not int or not -1 <= value < 2**31:
+        raise CheckpointError(f"{where}: top_k is {quoted(value)}; it must be a count, 0 or -1 for off")
+    return max(value, 0)

@@ -1,0 +1,43 @@
+"""Everything textual that belongs to one checkpoint, wherever its files keep it. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glmlocal.text.chat_template import ChatTemplate, chat_template_from_gguf, load_chat_template
+from glmlocal.text.generation_config import GenerationDefaults, load_generation_defaults, stop_token_ids
+from glmlocal.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """Tokenizer, template (None for a base model), sampling defaults, and the tokens that end an answer."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    defaults: GenerationDefaults
+    eos_token_ids: frozenset[int]
+
+
+def load_model_text(
+    directory: Path, config: Mapping[str, Any], gguf_metadata: Mapping[str, Any] | None, vocab_size: int
+) -> ModelText:
+    """From the GGUF metadata, or from the directory's files. Raises CheckpointError.
+
+    A generation_config.json beside a GGUF file is not read: it may belong to another model of the same folder.
+    """
+    if gguf_metadata is not None:
+        tokenizer, source = tokenizer_from_gguf(gguf_metadata), chat_template_from_gguf(gguf_metadata)
+        defaults = GenerationDefaults()
+    else:
+        tokenizer, source = load_tokenizer(directory), load_chat_template(directory)
+        defaults = load_generation_defaults(directory)
+    return ModelText(
+        tokenizer,
+        None if source is None else ChatTemplate(source, tokenizer.special_tokens),
+        defaults,
+        frozenset(stop_token_ids(defaults, config, tokenizer, vocab_size)),
+    )
