@@ -43,8 +43,7 @@ class LLM:
         progress: bool = False,
     ) -> None:
         start_s = time.perf_counter()
-        if threads is not None:
-            kernels.set_num_threads(threads)
+        kernels.set_num_threads(threads)
         self.model_name = str(model)
         self._checkpoint = checkpoint = open_checkpoint(resolve(model, progress=progress))
         self.config = ModelConfig.from_hf(checkpoint.config)

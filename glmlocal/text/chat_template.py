@@ -5,7 +5,6 @@ The template is part of the checkpoint, so it is run as what it is: somebody els
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import jinja2
 from jinja2.exceptions import SecurityError
 
 from glmlocal.errors import CheckpointError, RequestError
-from glmlocal.text.json_file import quoted, read_json_object, read_text_file
+from glmlocal.text.files import one_line, quoted, read_json_object, read_text_file
 from glmlocal.text.messages import normalize_messages, plain
-from glmlocal.text.template_meter import TemplateOverrun, metered
+from glmlocal.text.template_meter import MAX_VALUE, TemplateOverrun, input_weight, metered
 from glmlocal.text.template_sandbox import MAX_SOURCE_CHARS, TemplateEnvironment
 
 MAX_PROMPT_CHARS = 16_000_000
@@ -40,10 +39,10 @@ class ChatTemplate:
             with metered():
                 self._template = TemplateEnvironment().load(source)
         except jinja2.TemplateSyntaxError as error:
-            message = f"the chat template cannot be read: line {error.lineno}: {_one_line(error.message)}"
+            message = f"the chat template cannot be read: line {error.lineno}: {one_line(error.message)}"
             raise CheckpointError(message) from error
         except Exception as error:  # nesting too deep for Python, numbers too long, a constant that cannot be computed
-            message = f"the chat template cannot be compiled: {_one_line(error) or type(error).__name__}"
+            message = f"the chat template cannot be compiled: {one_line(error) or type(error).__name__}"
             raise CheckpointError(message) from error
 
     def render(
@@ -63,19 +62,24 @@ class ChatTemplate:
             **self._special_tokens,
             **{name: plain(value, name) for name, value in kwargs.items()},
             "messages": normalize_messages(messages),
-            "tools": plain(list(tools), "tools") if tools else None,
+            "tools": _tools(tools),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            with metered(variables):
+            allowance = input_weight(variables)
+        except TemplateOverrun:
+            raise RequestError(f"the conversation is too large to render: over {MAX_VALUE // 1_000_000} MB") from None
+        try:
+            with metered(allowance):
                 prompt = self._template.render(variables)
-        except TemplateOverrun as error:
-            raise CheckpointError(f"the chat template was stopped: {error}") from error
+        except (TemplateOverrun, RecursionError, OverflowError, MemoryError) as error:
+            reason = one_line(error) or "out of memory"
+            raise CheckpointError(f"the chat template was stopped: {reason}") from error
         except SecurityError as error:
-            raise CheckpointError(f"the chat template does what it must not: {_one_line(error)}") from error
+            raise CheckpointError(f"the chat template does what it must not: {one_line(error)}") from error
         except Exception as error:  # raise_exception(), undefined variables, and every error of Python inside it
-            message = _one_line(error) or type(error).__name__
+            message = one_line(error) or type(error).__name__
             raise RequestError(f"the chat template refuses these messages: {message}") from error
         if len(prompt) > MAX_PROMPT_CHARS:
             raise CheckpointError(f"the chat template made a prompt of {len(prompt)} characters from these messages")
@@ -113,6 +117,9 @@ def _source(value: object, where: str) -> str | None:
     return value if value.strip() else None
 
 
-def _one_line(error: object) -> str:
-    """A template's message may be anything; on a terminal it is one line of at most 300 characters."""
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(error)).strip()[:300]
+def _tools(tools: Sequence[Mapping[str, object]] | None) -> object:
+    if not tools:
+        return None  # an empty list would make some templates announce tools
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RequestError("tools must be a list of objects")
+    return plain(tools, "tools")

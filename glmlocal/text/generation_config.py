@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from glmlocal.errors import CheckpointError
-from glmlocal.text.json_file import quoted, read_json_object
+from glmlocal.text.files import quoted, read_json_object
 from glmlocal.text.tokenizer import Tokenizer
 
 _RANGES = {  # name: least, most; both allowed

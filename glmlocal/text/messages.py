@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from glmlocal.errors import RequestError
 
 ROLES = ("system", "user", "assistant", "tool")
-MAX_CHARS = 8_000_000  # of one conversation with its tools: more than a million tokens
 _MAX_DEPTH = 64
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # the first is the one that templates read
 
@@ -22,6 +21,8 @@ def normalize_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[st
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise RequestError("messages must be a list of objects with a role and a content")
+    if not messages:
+        raise RequestError("messages is empty; a conversation needs at least one message")
     return [_message(message, f"message {index}") for index, message in enumerate(messages)]
 
 

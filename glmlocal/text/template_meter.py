@@ -18,8 +18,8 @@ from typing import Any
 from jinja2.exceptions import SecurityError
 
 MAX_VALUE = 32_000_000  # what one value may weigh
-MAX_CHARS = 128_000_000  # characters that one rendering may produce, intermediate results included
-MAX_WORK = 4_000_000
+MAX_CHARS = 64_000_000  # characters that one rendering may produce, intermediate results included
+MAX_WORK = 2_000_000  # GLM's templates take about 50 per message
 _NODE = 32  # weight of an item of a container: what it takes to visit it, in characters read
 _CHARS_PER_WORK = 256
 _MAX_BITS = 8192  # of an integer
@@ -100,13 +100,15 @@ def meter() -> Meter:
     return _METER.get()
 
 
-@contextmanager
-def metered(value: object = None) -> Iterator[None]:
-    """What templates do inside is paid from a fresh budget, which grows with ``value``, the input.
+def input_weight(value: object) -> int:
+    """What the input of a rendering weighs. Raises TemplateOverrun if it is more than a value may."""
+    return Meter(MAX_VALUE).weight(value)
 
-    Raises TemplateOverrun if the input itself is too large.
-    """
-    token = _METER.set(Meter(Meter(MAX_VALUE).weight(value)))
+
+@contextmanager
+def metered(allowance: int = 0) -> Iterator[None]:
+    """What templates do inside is paid from a fresh budget."""
+    token = _METER.set(Meter(allowance))
     try:
         yield
     finally:

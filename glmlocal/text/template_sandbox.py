@@ -70,7 +70,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def load(self, source: str) -> jinja2.Template:
         """Compile ``source``. Raises whatever jinja2 raises, and TemplateOverrun."""
-        tree = _Rewriter().visit(self.parse(source))
+        tree = self.parse(source)
+        for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+            raise jinja2.TemplateSyntaxError("a chat template cannot load another template", node.lineno)
+        tree = _Rewriter().visit(tree)
         return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:

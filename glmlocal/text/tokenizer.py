@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models
 
 from glmlocal.errors import CheckpointError, RequestError
-from glmlocal.text.json_file import parse_json_object, quoted, read_json_object, read_text_file
+from glmlocal.text.files import one_line, parse_json_object, quoted, read_json_object, read_text_file
 from glmlocal.text.pre_tokenizers import PRE_TOKENIZERS, nfc
 from glmlocal.units import MIB
 
@@ -143,7 +143,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _kind(part: object) -> str:
-    return str(part.get("type")) if isinstance(part, Mapping) else "none"
+    return quoted(part.get("type") if isinstance(part, Mapping) else part)
 
 
 def _check_bpe_spec(spec: Mapping[str, object], where: str) -> None:
@@ -189,7 +189,7 @@ def _parse_backend(text: str, where: str) -> tokenizers.Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the Rust library is not an Exception
-        raise CheckpointError(f"{where} cannot be used: {quoted(str(error))}; fetch the file again") from error
+        raise CheckpointError(f"{where} cannot be used: {one_line(error)}; fetch the file again") from error
 
 
 def _add_missing_tokens(backend: tokenizers.Tokenizer, decoder: object, where: str) -> None:

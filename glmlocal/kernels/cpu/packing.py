@@ -78,14 +78,10 @@ def _pack_dense(matrix: Tensor, kind: str | None) -> PackedWeight:
     buffer = _cpu.allocate(layout.num_bytes)
     bits = matrix.contiguous().view(torch.int32 if codes == "f32" else torch.int16).numpy()
     tiles = _pad(bits, layout).reshape(layout.tiles, _TILE_ROWS, layout.blocks, _BLOCK)
-    lines = _pairs(tiles) if codes == "bf16" else tiles
+    lines = tiles.view(_LITTLE) if codes == "bf16" else tiles  # bf16 keeps two neighbouring columns in a word
     # [tile, row, block, line] → lines of 16 rows
     _store(_section(buffer, layout.codes_offset, lines.dtype), lines.transpose(0, 2, 3, 1))
     return _bind(format_, layout, buffer, kind or codes, None, 0, [])
-
-
-def _pairs(tiles: NDArray[Any]) -> NDArray[Any]:
-    return tiles.view(_LITTLE)
 
 
 def _unpack_dense(weight: PackedWeight) -> Tensor:
@@ -120,44 +116,53 @@ def _pack_quantized(matrix: QuantizedMatrix) -> PackedWeight:
     lines = _code_lines(_pad(matrix.codes, layout), layout, scheme.bits)
     _store(_section(buffer, layout.codes_offset, lines.dtype), lines.transpose(0, 2, 3, 1))
 
-    float_type = np.dtype(np.float16 if scale_type == "f16" else np.float32)
-    for offset, values, dtype in (
-        (layout.scale_offset, matrix.super_scale, float_type),
-        (layout.sub_scale_offset, matrix.sub_scale, np.dtype(np.int8)),
-        (layout.min_offset, matrix.super_min, float_type),
-        (layout.sub_min_offset, matrix.sub_min, np.dtype(np.uint8)),
-    ):
+    for name, section in _group_sections(format_, layout).items():
+        values = getattr(matrix, name)
         if values is not None:
-            _store_groups(_section(buffer, offset, dtype), values.astype(dtype, copy=False), layout)
+            padded = np.zeros((layout.tiles * _TILE_ROWS, section.units), section.dtype)
+            padded[:rows, : values.shape[1]] = values
+            tiles = padded.reshape(layout.tiles, _TILE_ROWS, section.units).transpose(0, 2, 1)
+            _store(_section(buffer, section.offset, section.dtype), tiles)
     zero_point = 0 if scheme.codebook is not None else scheme.zero_point
     return _bind(format_, layout, buffer, scheme.name, scheme, zero_point, _table(scheme))
 
 
 def _unpack_quantized(weight: PackedWeight, scheme: QuantScheme) -> QuantizedMatrix:
     layout, format_, (rows, columns) = weight.layout, weight.format, weight.shape
-    section = _section(weight.buffer, layout.codes_offset, _LITTLE)
-    lines = _load(section, (layout.tiles, layout.blocks, scheme.bits, _TILE_ROWS)).transpose(0, 3, 1, 2)
-    float_type = np.dtype(np.float16 if format_.scale_type == "f16" else np.float32)
-    num_groups, num_supers = -(-columns // scheme.group_size), -(-columns // scheme.super_size)
+    words = _section(weight.buffer, layout.codes_offset, _LITTLE)
+    lines = _load(words, (layout.tiles, layout.blocks, scheme.bits, _TILE_ROWS)).transpose(0, 3, 1, 2)
+    arrays = {}
+    for name, section in _group_sections(format_, layout).items():
+        values = None
+        if section.offset >= 0:
+            found = _load(
+                _section(weight.buffer, section.offset, section.dtype), (layout.tiles, section.units, _TILE_ROWS)
+            )
+            values = found.transpose(0, 2, 1).reshape(-1, section.units)[:rows, : -(-columns // section.columns)]
+            values = values.astype(np.float32) if values.dtype == np.float16 else values
+        arrays[name] = values
+    codes = _codes(lines, scheme.bits).reshape(-1, layout.blocks * _BLOCK)[:rows, :columns]
+    return QuantizedMatrix(scheme, codes, **arrays)
 
-    def groups(offset: int, count: int, dtype: np.dtype[Any]) -> NDArray[Any] | None:
-        if offset < 0:
-            return None
-        padded = layout.groups if count == num_groups and num_groups != num_supers else layout.supers
-        tiles = _load(_section(weight.buffer, offset, dtype), (layout.tiles, padded, _TILE_ROWS))
-        return tiles.transpose(0, 2, 1).reshape(-1, padded)[:rows, :count]
 
-    scale = groups(layout.scale_offset, num_supers, float_type)
-    low = groups(layout.min_offset, num_supers if format_.has_sub_min else num_groups, float_type)
-    assert scale is not None
-    return QuantizedMatrix(
-        scheme,
-        _codes(lines, scheme.bits).reshape(-1, layout.blocks * _BLOCK)[:rows, :columns],
-        scale.astype(np.float32),
-        groups(layout.sub_scale_offset, num_groups, np.dtype(np.int8)),
-        None if low is None else low.astype(np.float32),
-        groups(layout.sub_min_offset, num_groups, np.dtype(np.uint8)),
-    )
+@dataclass(frozen=True, slots=True)
+class _GroupSection:
+    offset: int  # in the buffer; -1 when the format has none
+    dtype: np.dtype[Any]
+    units: int  # stored per row, padding included
+    columns: int  # input columns per unit
+
+
+def _group_sections(format_: _cpu.MatrixFormat, layout: _cpu.MatrixLayout) -> dict[str, _GroupSection]:
+    """Where the arrays of a QuantizedMatrix other than its codes are stored."""
+    floats = np.dtype(np.float16 if format_.scale_type == "f16" else np.float32)
+    supers, groups = (layout.supers, format_.super_size), (layout.groups, format_.group_size)
+    return {
+        "super_scale": _GroupSection(layout.scale_offset, floats, *supers),
+        "sub_scale": _GroupSection(layout.sub_scale_offset, np.dtype(np.int8), *groups),
+        "super_min": _GroupSection(layout.min_offset, floats, *(supers if format_.has_sub_min else groups)),
+        "sub_min": _GroupSection(layout.sub_min_offset, np.dtype(np.uint8), *groups),
+    }
 
 
 def _check(matrix: QuantizedMatrix) -> None:
@@ -264,13 +269,6 @@ def _load(section: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
         panels, _, width = view.shape[:3]
         out[tiles].reshape(panels, width, *shape[1:])[...] = view.swapaxes(1, 2)
     return out
-
-
-def _store_groups(section: NDArray[Any], values: NDArray[Any], layout: _cpu.MatrixLayout) -> None:
-    padded_units = layout.supers if values.shape[1] <= layout.supers else layout.groups
-    padded = np.zeros((layout.tiles * _TILE_ROWS, padded_units), values.dtype)
-    padded[: values.shape[0], : values.shape[1]] = values
-    _store(section, padded.reshape(layout.tiles, _TILE_ROWS, padded_units).transpose(0, 2, 1))
 
 
 def _bind(

@@ -147,6 +147,20 @@ struct Experts {
   }
 };
 
+void run_swiglu(const Matrix& gate, const Matrix& up, const Matrix& down, Address x, int64_t num_rows, Address out) {
+  const int64_t hidden = gate.packed.in_features(), intermediate = gate.packed.out_features();
+  if (up.packed.in_features() != hidden || up.packed.out_features() != intermediate || down.packed.in_features() != intermediate ||
+      down.packed.out_features() != hidden) {
+    throw std::invalid_argument("swiglu_ffn: up wanted [" + std::to_string(intermediate) + ", " + std::to_string(hidden) +
+                                "] and down transposed to that, as gate has it");
+  }
+  if (num_rows <= 0 || hidden == 0) return;
+  const float* from = pointer<const float>(x, "x");
+  float* to = pointer<float>(out, "out");
+  nb::gil_scoped_release release;
+  swiglu_ffn(gate.packed, up.packed, down.packed, from, num_rows, to);
+}
+
 nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate(size_t num_bytes) {
   auto* memory = new std::shared_ptr<std::byte>(allocate_weights(num_bytes));
   nb::capsule owner(memory, [](void* p) noexcept { delete static_cast<std::shared_ptr<std::byte>*>(p); });
@@ -182,7 +196,11 @@ NB_MODULE(_cpu, m) {
                           bool has_sub_scale, bool has_min, bool has_sub_min) {
         new (self) MatrixFormat{named(kCodes, codes), named(kFloatTypes, scale_type), group_size, super_size, has_sub_scale, has_min, has_sub_min};
       }, "codes"_a, nb::kw_only(), "scale_type"_a = "f16", "group_size"_a = 0, "super_size"_a = 0, "has_sub_scale"_a = false,
-         "has_min"_a = false, "has_sub_min"_a = false);
+         "has_min"_a = false, "has_sub_min"_a = false)
+      .def_prop_ro("scale_type", [](const MatrixFormat& format) { return format.scale_type == FloatType::f16 ? "f16" : "f32"; })
+      .def_ro("group_size", &MatrixFormat::group_size)
+      .def_ro("super_size", &MatrixFormat::super_size)
+      .def_ro("has_sub_min", &MatrixFormat::has_sub_min);
 
   nb::class_<MatrixLayout>(m, "MatrixLayout")
       .def_ro("out_features", &MatrixLayout::out_features)
@@ -204,6 +222,8 @@ NB_MODULE(_cpu, m) {
            nb::arg("data").noconvert(), "zero_point"_a, "values"_a)
       .def("linear", &Matrix::run, "x"_a, "num_rows"_a, "bias"_a, "out"_a)
       .def("unpack", &Matrix::unpack, "out"_a);
+
+  m.def("swiglu_ffn", &run_swiglu, "gate"_a, "up"_a, "down"_a, "x"_a, "num_rows"_a, "out"_a);
 
   nb::class_<Experts>(m, "Experts")
       .def(nb::init<nb::sequence, nb::sequence, nb::sequence>(), "gate"_a, "up"_a, "down"_a)

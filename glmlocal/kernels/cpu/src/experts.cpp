@@ -144,4 +144,14 @@ int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_t
   return -1;
 }
 
+void swiglu_ffn(const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, const float* x, int64_t num_rows,
+                float* out) {
+  thread_local std::vector<int32_t> ids;
+  thread_local std::vector<float> weights;
+  ids.assign(size_t(num_rows), 0);
+  weights.assign(size_t(num_rows), 1.0f);
+  const PackedMatrix *gates[]{&gate}, *ups[]{&up}, *downs[]{&down};
+  experts_ffn({gates, ups, downs, 1}, x, num_rows, ids.data(), weights.data(), 1, out);
+}
+
 }  // namespace glmlocal

@@ -24,6 +24,10 @@ struct ExpertMatrices {
 int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_tokens, const int32_t* ids,
                     const float* weights, int top_k, float* out);
 
+// The same with one expert for all rows and no weights. x, out [num_rows, hidden].
+void swiglu_ffn(const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, const float* x, int64_t num_rows,
+                float* out);
+
 // GB/s at which all threads together read memory beyond the last-level cache: best of several passes over num_bytes.
 double read_bandwidth(size_t num_bytes);
 // fp32 fma GFLOP/s of all threads together, nothing loaded or stored.

@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kTileLanes = kTileKeys / kLanes;
 constexpr int kRows = kGemmRows, kColumns = kGemmTiles;  // of a register tile
+constexpr int kPanelKeys = 32, kPanelLanes = kPanelKeys / kLanes;
+constexpr int kScoreColumns = kColumns < kPanelLanes ? kColumns : kPanelLanes;
 constexpr float kLowest = -3.402823466e38f;              // finite: minus infinity less itself would be NaN
 
 // The lines of the next tile, asked for one at a time while this one is worked on: rows are a page apart where there are
@@ -30,7 +32,8 @@ struct Prefetch {
 struct Workspace {
   int rows, head_dim, width;  // width: head_dim rounded up to whole vectors
   float* q;                   // [rows][head_dim], times the scale
-  float* keys;                // [head_dim][kTileKeys]
+  float* keys;                // [head_dim][kPanelKeys], L1
+  float* scores;              // [rows][kTileKeys]
   float* values;              // [kTileKeys][width], used where head_dim is not a multiple of 16
   float* maximum;             // [rows], of the current split
   float* own;                 // [rows][partial_size], for a split that is folded at once
@@ -46,13 +49,14 @@ Workspace make_workspace(const AttentionTask& task) {
   w.head_dim = task.head_dim;
   w.width = padded_head_dim(task.head_dim);
   const size_t rows = size_t(w.rows), width = size_t(w.width), partials = rows * size_t(partial_size(task.head_dim));
-  float* next = scratch(Scratch::attention, rows * width + 2 * kTileKeys * width + 2 * partials + rows);
+  float* next = scratch(Scratch::attention, (kPanelKeys + kTileKeys) * width + rows * kTileKeys + 2 * partials + rows * width + rows);
   auto take = [&](size_t size) {
     float* p = next;
     next += size;
     return p;
   };
-  w.keys = take(kTileKeys * width);
+  w.keys = take(kPanelKeys * width);
+  w.scores = take(rows * kTileKeys);
   w.values = take(kTileKeys * width);
   w.own = take(partials);
   w.folded = take(partials);
@@ -80,18 +84,20 @@ void find_rows(const AttentionTask& task, int first, int count, const float** ke
   }
 }
 
-// Brings `count` keys and values into the workspace. Lanes of keys that do not exist repeat the first key.
-void load_tile(const AttentionTask& task, int first, int count, Workspace& w) {
-  const float* keys[kTileKeys];
-  find_rows(task, first, count, keys, w.value_rows);
-  for (int i = count; i < kTileKeys; ++i) keys[i] = keys[0];
-  const int whole = w.head_dim / kLanes * kLanes, rest = w.head_dim - whole;
-  for (int key = 0; key < kTileKeys; key += kLanes) {
-    for (int d = 0; d < whole; d += kLanes) transpose(keys + key, d, w.keys + d * kTileKeys + key, kTileKeys);
-    for (int d = whole; d < w.head_dim; ++d) {
-      for (int i = 0; i < kLanes; ++i) w.keys[d * kTileKeys + key + i] = keys[key + i][d];
+// keys[feature][key] of kPanelKeys rows.
+void transpose_keys(const float* const* rows, int head_dim, float* keys) {
+  const int whole = head_dim / kLanes * kLanes;
+  for (int key = 0; key < kPanelKeys; key += kLanes) {
+    for (int d = 0; d < whole; d += kLanes) transpose(rows + key, d, keys + d * kPanelKeys + key, kPanelKeys);
+    for (int d = whole; d < head_dim; ++d) {
+      for (int i = 0; i < kLanes; ++i) keys[d * kPanelKeys + key + i] = rows[key + i][d];
     }
   }
+}
+
+// Values whose rows do not end with a whole vector are copied, with zeros after them.
+void pad_values(Workspace& w, int count) {
+  const int whole = w.head_dim / kLanes * kLanes, rest = w.head_dim - whole;
   if (rest == 0) return;
   for (int key = 0; key < count; ++key) {
     float* to = w.values + key * w.width;
@@ -106,7 +112,7 @@ template <int rows, int columns>
 GLM_INLINE void score_columns(const float* q, const float* keys, int head_dim, float* scores, Prefetch& prefetch) {
   F acc[rows][columns];
   unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { acc[r.v][c.v] = zero(); }); });
-  for (int d = 0; d < head_dim; ++d, keys += kTileKeys) {
+  for (int d = 0; d < head_dim; ++d, keys += kPanelKeys) {
     F key[columns];
     unroll<columns>([&](auto c) { key[c.v] = load(keys + c.v * kLanes); });
     prefetch.step();
@@ -180,11 +186,17 @@ GLM_INLINE void softmax_rows(float* scores, int num_keys, bool fresh, float* max
 }
 
 template <int rows>
-void attend_rows(const Workspace& w, int row, int num_keys, bool fresh) {
-  alignas(64) float scores[rows * kTileKeys], decay[kLanes];
-  for (int c = 0; c < kTileLanes; c += kColumns) {
-    score_columns<rows, kColumns>(w.q + row * w.head_dim, w.keys + c * kLanes, w.head_dim, scores + c * kLanes, *w.prefetch);
+void score_rows(const Workspace& w, int row, int first_key) {
+  for (int c = 0; c < kPanelLanes; c += kScoreColumns) {
+    score_columns<rows, kScoreColumns>(w.q + row * w.head_dim, w.keys + c * kLanes, w.head_dim,
+                                       w.scores + row * kTileKeys + first_key + c * kLanes, *w.prefetch);
   }
+}
+
+template <int rows>
+void add_rows(const Workspace& w, int row, int num_keys, bool fresh) {
+  alignas(64) float decay[kLanes];
+  float* scores = w.scores + row * kTileKeys;
   const int stride = w.width + kLanes;
   float* result = w.result + row * ptrdiff_t(stride);
   softmax_rows<rows>(scores, num_keys, fresh, w.maximum + row, result + w.width, stride, decay);
@@ -198,19 +210,19 @@ void attend_rows(const Workspace& w, int row, int num_keys, bool fresh) {
   }
 }
 
-template <int most>
-void attend_rows(int rows, const Workspace& w, int row, int num_keys, bool fresh) {
+// Calls f(Constant<rows>, row) for pieces of at most kRows rows that make up row … end - 1.
+template <int most, class Visit>
+GLM_INLINE void with_rows(int rows, int row, Visit& f) {
   if constexpr (most > 1) {
-    if (rows < most) return attend_rows<most - 1>(rows, w, row, num_keys, fresh);
+    if (rows < most) return with_rows<most - 1>(rows, row, f);
   }
-  attend_rows<most>(w, row, num_keys, fresh);
+  f(Constant<most>{}, row);
 }
-
-// Rows row … end - 1 see the first num_keys keys of the tile.
-void attend_range(const Workspace& w, int row, int end, int num_keys, bool fresh) {
+template <class Visit>
+GLM_INLINE void for_rows(int row, int end, Visit&& f) {
   for (int pieces = (end - row + kRows - 1) / kRows; pieces > 0; --pieces) {
     const int rows = (end - row + pieces - 1) / pieces;
-    attend_rows<kRows>(rows, w, row, num_keys, fresh);
+    with_rows<kRows>(rows, row, f);
     row += rows;
   }
 }
@@ -218,14 +230,25 @@ void attend_range(const Workspace& w, int row, int end, int num_keys, bool fresh
 // The first token that sees the key at this position.
 int first_token(const AttentionTask& task, int key) { return key > task.first_position ? key - task.first_position : 0; }
 
-void attend_tile(const AttentionTask& task, const Workspace& w, int first_key, bool fresh) {
+void attend_tile(const AttentionTask& task, Workspace& w, int first_key, int count, bool fresh) {
+  const float* keys[kTileKeys];
+  find_rows(task, first_key, count, keys, w.value_rows);
+  for (int i = count; i < kTileKeys; ++i) keys[i] = keys[0];
+  pad_values(w, count);
   int token = first_token(task, first_key);
+  for (int key = 0; key < count; key += kPanelKeys) {
+    transpose_keys(keys + key, w.head_dim, w.keys);
+    for_rows(token * task.group, w.rows, [&](auto rows, int row) { score_rows<decltype(rows)::v>(w, row, key); });
+  }
+  auto add = [&](int row, int end, int num_keys) {
+    for_rows(row, end, [&](auto rows, int first) { add_rows<decltype(rows)::v>(w, first, num_keys, fresh); });
+  };
   for (; token < task.num_tokens; ++token) {
     const int num_keys = task.first_position + token + 1 - first_key;
     if (num_keys >= kTileKeys) break;
-    attend_range(w, token * task.group, (token + 1) * task.group, num_keys, fresh);
+    add(token * task.group, (token + 1) * task.group, num_keys);
   }
-  attend_range(w, token * task.group, w.rows, kTileKeys, fresh);
+  add(token * task.group, w.rows, kTileKeys);
 }
 
 // folded ← both, as if their splits had been one.
@@ -271,7 +294,6 @@ void attend(const AttentionTask& task) {
     const int begin = split * kSplitKeys, end = begin + kSplitKeys < num_keys ? begin + kSplitKeys : num_keys;
     w.result = task.partials ? task.partials + (split - task.first_split) * task.partial_stride : split == 0 ? w.folded : w.own;
     for (int key = begin; key < end; key += kTileKeys) {
-      load_tile(task, key, end - key < kTileKeys ? end - key : kTileKeys, w);
       const int next = key + kTileKeys;
       prefetch.row = prefetch.num_rows = 0;
       if (next < num_keys) {
@@ -283,7 +305,7 @@ void attend(const AttentionTask& task) {
         const int steps = (w.rows + kRows - 1) / kRows * (task.head_dim * (kTileLanes / kColumns) + kTileKeys * ((w.width / kLanes + kColumns - 1) / kColumns));
         prefetch.lines_per_step = (2 * count * (w.width / kLanes) + steps - 1) / steps;
       }
-      attend_tile(task, w, key, key == begin);
+      attend_tile(task, w, key, end - key < kTileKeys ? end - key : kTileKeys, key == begin);
     }
     const int first_row = first_token(task, begin) * task.group;
     end_split(w, first_row);

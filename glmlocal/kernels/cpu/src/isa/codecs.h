@@ -1,6 +1,6 @@
 // How each kind of code becomes a float: one small struct per kind, whatever the ISA, batch size or scale codec.
 //
-// A codec is opened on half a block (16 columns) of one tile: Codec::Half half(lines, 0 or 1), where `lines` points at the
+// A codec is opened on half a block (16 columns) of one tile: half.open(lines, 0 or 1), where `lines` points at the
 // block (packed_matrix.h draws it). value<k>(half) is then value(code) of column k = 0 … 15 for the tile's 16 rows; k is a
 // constant, so shifts and masks are too and neighbouring columns share their loads.
 #pragma once
@@ -16,7 +16,7 @@ struct F32Codec {
   GLM_INLINE explicit F32Codec(const PackedMatrix&) {}
   struct Half {
     const std::byte* p;
-    GLM_INLINE Half(const std::byte* lines, int half) : p(lines + half * 1024) {}
+    GLM_INLINE void open(const std::byte* lines, int half) { p = lines + half * 1024; }
   };
   template <int k> GLM_INLINE F value(const Half& half) const { return load((const float*)(half.p + k * 64)); }
 };
@@ -27,7 +27,7 @@ struct Bf16Codec {
   GLM_INLINE explicit Bf16Codec(const PackedMatrix&) {}
   struct Half {
     const std::byte* p;
-    GLM_INLINE Half(const std::byte* lines, int half) : p(lines + half * 512) {}
+    GLM_INLINE void open(const std::byte* lines, int half) { p = lines + half * 512; }
   };
   template <int k> GLM_INLINE F value(const Half& half) const {
     const U pair = load_words(half.p + k / 2 * 64);
@@ -42,7 +42,7 @@ struct F16Codec {
   GLM_INLINE explicit F16Codec(const PackedMatrix&) {}
   struct Half {
     const std::byte* p;
-    GLM_INLINE Half(const std::byte* lines, int half) : p(lines + half * 512) {}
+    GLM_INLINE void open(const std::byte* lines, int half) { p = lines + half * 512; }
   };
   template <int k> GLM_INLINE F value(const Half& half) const { return load_f16((const uint16_t*)(half.p + k * 32)); }
 };
@@ -69,7 +69,7 @@ struct U2Codec : TableCodec {
   using TableCodec::TableCodec;
   struct Half {
     const std::byte* p;
-    GLM_INLINE Half(const std::byte* lines, int half) : p(lines + half * 64) {}
+    GLM_INLINE void open(const std::byte* lines, int half) { p = lines + half * 64; }
   };
   template <int k> GLM_INLINE F value(const Half& half) const { return lookup(table, shr<k % 4 * 8 + k / 4 * 2>(load_words(half.p))); }
 };
@@ -80,7 +80,7 @@ struct U3Codec : TableCodec {
   struct Half {
     const std::byte* low;
     U high;
-    GLM_INLINE Half(const std::byte* lines, int half) : low(lines + half * 64), high(shift_right(load_words(lines + 128), half * 4)) {}
+    GLM_INLINE void open(const std::byte* lines, int half) { low = lines + half * 64; high = shift_right(load_words(lines + 128), half * 4); }
   };
   template <int k> GLM_INLINE F value(const Half& half) const {
     const U codes = select(splat(0x04040404), move_bit<k / 4, 2>(half.high), plane2<k>(half.low));
@@ -93,7 +93,7 @@ struct U4Codec : TableCodec {
   using TableCodec::TableCodec;
   struct Half {
     const std::byte* p;
-    GLM_INLINE Half(const std::byte* lines, int half) : p(lines + half * 128) {}
+    GLM_INLINE void open(const std::byte* lines, int half) { p = lines + half * 128; }
   };
   template <int k> GLM_INLINE F value(const Half& half) const {
     return lookup(table, shr<k % 4 * 8 + k / 4 % 2 * 4>(load_words(half.p + k / 8 * 64)));
@@ -113,7 +113,7 @@ struct U5Codec : ByteCodec {
   struct Half {
     const std::byte* low;
     U high;
-    GLM_INLINE Half(const std::byte* lines, int half) : low(lines + half * 128), high(shift_right(load_words(lines + 256), half * 4)) {}
+    GLM_INLINE void open(const std::byte* lines, int half) { low = lines + half * 128; high = shift_right(load_words(lines + 256), half * 4); }
   };
   template <int k> GLM_INLINE F value(const Half& half) const {
     const U low = bit_and(plane4<k>(half.low), splat(0x0f0f0f0f));
@@ -126,7 +126,7 @@ struct U6Codec : ByteCodec {
   using ByteCodec::ByteCodec;
   struct Half {
     const std::byte *low, *high;
-    GLM_INLINE Half(const std::byte* lines, int half) : low(lines + half * 128), high(lines + 256 + half * 64) {}
+    GLM_INLINE void open(const std::byte* lines, int half) { low = lines + half * 128; high = lines + 256 + half * 64; }
   };
   template <int k> GLM_INLINE F value(const Half& half) const {
     const U low = bit_and(plane4<k>(half.low), splat(0x0f0f0f0f));
@@ -139,7 +139,7 @@ struct U8Codec : ByteCodec {
   using ByteCodec::ByteCodec;
   struct Half {
     const std::byte* p;
-    GLM_INLINE Half(const std::byte* lines, int half) : p(lines + half * 256) {}
+    GLM_INLINE void open(const std::byte* lines, int half) { p = lines + half * 256; }
   };
   template <int k> GLM_INLINE F value(const Half& half) const { return byte_value<k % 4>(load_words(half.p + k / 4 * 64), bias); }
 };

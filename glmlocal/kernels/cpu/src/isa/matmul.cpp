@@ -61,15 +61,15 @@ void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const f
     for (int half = 0; half < 2; ++half) {
       const int first = column + half * kHalfBlock;
       if (half == 0 || scale_per_half) load_scales<Codec, tiles>(groups, first, first_tile, scales);
-      // Four columns of each tile in turn: enough independent chains to hide the latency of fma.
-      unroll<kHalfBlock / 4>([&](auto quad) {
+      typename Codec::Half lines[tiles];
+      unroll<tiles>([&](auto t) { lines[t.v].open(block + t.v * block_bytes, half); });
+      // One column of every tile, then the next column: independent chains hide the latency of fma.
+      unroll<kHalfBlock>([&](auto k) {
+        F activation[num_rows];
+        unroll<num_rows>([&](auto m) { activation[m.v] = broadcast(x[m.v][first + k.v]); });
         unroll<tiles>([&](auto t) {
-          const typename Codec::Half lines(block + t.v * block_bytes, half);
-          unroll<4>([&](auto j) {
-            constexpr int k = quad.v * 4 + j.v;
-            const F value = weight<k, Codec, tiles>(codec, lines, scales, t.v);
-            unroll<num_rows>([&](auto m) { acc[m.v][t.v] = fma(value, broadcast(x[m.v][first + k]), acc[m.v][t.v]); });
-          });
+          const F value = weight<k.v, Codec, tiles>(codec, lines[t.v], scales, t.v);
+          unroll<num_rows>([&](auto m) { acc[m.v][t.v] = fma(value, activation[m.v], acc[m.v][t.v]); });
         });
       });
     }
@@ -108,7 +108,8 @@ void decode_columns(const PackedMatrix& w, int panel, int begin, int end, float*
       for (int half = 0; half < 2; ++half) {
         const int first = half * kHalfBlock;
         if (half == 0 || scale_per_half) load_scales<Codec, 1>(groups, column + first, tile, scales);
-        const typename Codec::Half columns(lines, half);
+        typename Codec::Half columns;
+        columns.open(lines, half);
         unroll<kHalfBlock>([&](auto k) { store(to + (first + k.v) * stride, weight<k.v, Codec, 1>(codec, columns, scales, 0)); });
       }
     }

@@ -6,12 +6,13 @@ namespace glmlocal::GLM_ISA {
 double fma_flops(int iterations) {
   // As many chains as a register tile of matmul.cpp has, so that latency is hidden and nothing is loaded.
   constexpr int chains = kGemmRows * kGemmTiles;
+  float start[chains * 16] = {};
+  asm volatile("" : "+m"(start));  // else equal chains would be computed once
   F acc[chains];
-  unroll<chains>([&](auto i) { acc[i.v] = zero(); });
-  F a = broadcast(1.0f), b = broadcast(0.5f);
+  unroll<chains>([&](auto i) { acc[i.v] = load(start + i.v * 16); });
+  const F factor = load(start), term = load(start + 16 % (chains * 16));
   for (int i = 0; i < iterations; ++i) {
-    asm volatile("" : "+m"(a), "+m"(b));
-    unroll<chains>([&](auto c) { acc[c.v] = fma(a, acc[c.v], b); });
+    unroll<chains>([&](auto c) { acc[c.v] = fma(factor, acc[c.v], term); });
   }
   F total = zero();
   unroll<chains>([&](auto i) { total = add(total, acc[i.v]); });

@@ -65,7 +65,7 @@ GLM_INLINE float maximum(F x) {
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 
-inline constexpr int kGemvChains = 16;  // accumulators while weights are decoded
+inline constexpr int kGemvChains = 8;  // accumulators while weights are decoded
 inline constexpr int kGemmRows = 6, kGemmTiles = 4;  // 24 accumulators, 4 weights, 1 activation of 32 registers
 
 }  // namespace glmlocal::GLM_ISA

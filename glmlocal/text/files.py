@@ -1,8 +1,9 @@
-"""Small JSON files that come with a checkpoint: read whole, size first, one clear error for whatever is wrong."""
+"""Small text and JSON files that come with a checkpoint: size first, one clear error for whatever is wrong."""
 
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from pathlib import Path
 
@@ -15,6 +16,11 @@ CONFIG_MAX_BYTES = 16 * MIB  # tokenizer_config.json with thousands of added tok
 def quoted(value: object) -> str:
     """A value from a file as an error message shows it: on one line, short however long it is."""
     return reprlib.repr(value)
+
+
+def one_line(message: object) -> str:
+    """Somebody else's message (a library's, a template's) as part of ours: no control characters, 300 at most."""
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(message)).strip()[:300]
 
 
 def read_text_file(path: Path, *, max_bytes: int = CONFIG_MAX_BYTES) -> str | None:

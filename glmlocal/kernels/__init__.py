@@ -1,0 +1,76 @@
+"""The ops that models are made of: one function per op, whatever runs it.
+
+Shapes, dtypes and meaning are those of ``reference.py``. Weights packed by ``pack`` run on the native CPU kernels where
+those are built (``cpu/``), and in plain torch where they are not; both give the same numbers within
+
+    linear, swiglu_ffn, experts_ffn     4 · 2^-24 · sqrt(in_features) · |x| · |w|, the rounding of fp32 sums
+    rms_norm, rope_, paged_attention    1e-5 relative
+    router_topk                         the same experts unless two scores tie to 1e-6
+
+and the native ones give the same bits for a row whatever batch it is part of and however many threads run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from glmlocal.kernels import cpu
+from glmlocal.kernels.reference import kv_write, paged_attention, rms_norm, rope_, router_topk
+
+# The signatures are the reference's in both cases, so that is what a type checker is shown.
+if TYPE_CHECKING or not cpu.available:
+    from glmlocal.kernels.reference import (
+        ExpertWeights,
+        Weight,
+        experts_ffn,
+        linear,
+        pack,
+        pack_experts,
+        swiglu_ffn,
+    )
+else:
+    from glmlocal.kernels.cpu.linear import PackedExperts as ExpertWeights
+    from glmlocal.kernels.cpu.linear import experts_ffn, linear, pack_experts, swiglu_ffn
+    from glmlocal.kernels.cpu.packing import PackedWeight as Weight
+    from glmlocal.kernels.cpu.packing import pack
+
+__all__ = [
+    "ExpertWeights",
+    "Weight",
+    "describe",
+    "experts_ffn",
+    "kv_write",
+    "linear",
+    "num_threads",
+    "pack",
+    "pack_experts",
+    "paged_attention",
+    "rms_norm",
+    "rope_",
+    "router_topk",
+    "set_num_threads",
+    "swiglu_ffn",
+]
+
+
+def describe() -> str:
+    """What runs the ops, in one line for people: the instruction set and threads, or why it is the plain reference."""
+    return cpu.describe()
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """How many threads share the work of one op; None: one per core that this process may use.
+
+    Torch keeps one thread where the kernels are native: its pool would spin on the cores that ours works on.
+    """
+    if cpu.available:
+        cpu.set_num_threads(num_threads)
+        torch.set_num_threads(1)
+    elif num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
+def num_threads() -> int:
+    return cpu.num_threads() if cpu.available else torch.get_num_threads()
