@@ -34,7 +34,7 @@ demo: $(VENV)/.installed ## set up, fetch the demo model, ask it PROMPT; on a te
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/glmlocal chat demo; else echo "Chat with it: $(BIN)/glmlocal chat demo" >&2; fi
 
 test: $(VENV)/.installed-test ## set up, then run the tests
-	-$(BIN)/python -m glmlocal.demo  # tests of the demo model are skipped, with the reason, where it cannot be fetched
+	-$(BIN)/glmlocal show demo  # fetches it; the tests that need it are skipped, with the reason, where that fails
 	$(BIN)/python -m pytest -q $(ARGS)
 
 check: $(VENV)/.installed-dev ## lint, types and tests; edits nothing

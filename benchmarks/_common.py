@@ -1,5 +1,7 @@
-"""What benchmarks share: workers that speak JSON lines, interleaved repeats, medians with spread. Standard library only,
-so that a worker runs in any interpreter."""
+"""What benchmarks share: workers that speak JSON lines, interleaved repeats, medians with spread.
+
+Standard library only, so that a worker runs in any interpreter.
+"""
 
 from __future__ import annotations
 

@@ -6,15 +6,15 @@ The model name decides what it is: "thinker" (a chat model that thinks), "talker
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from glmlocal.completion import Completion, CompletionDelta, Timings, Usage
@@ -188,9 +188,24 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\s*\S+\s?|\s+", text)
 
 
+def fake_llm_module() -> ModuleType:
+    """What stands in for glmlocal.llm, whose import would take torch with it."""
+    module = ModuleType("glmlocal.llm")
+    module.LLM = FakeLLM  # type: ignore[attr-defined]
+    return module
+
+
+def main() -> int:
+    """The command line of a process whose models are FakeLLMs."""
+    sys.modules["glmlocal.llm"] = fake_llm_module()
+    from glmlocal.cli.main import main as real_main
+
+    return real_main()
+
+
 def install(monkeypatch: pytest.MonkeyPatch, *replies: Reply) -> None:
     """Commands of this test load FakeLLMs, which answer with these replies first."""
-    monkeypatch.setattr(importlib.import_module("glmlocal.llm"), "LLM", FakeLLM)
+    monkeypatch.setitem(sys.modules, "glmlocal.llm", fake_llm_module())
     monkeypatch.setattr(FakeLLM, "instances", [])
     monkeypatch.setattr(FakeLLM, "replies", list(replies))
 

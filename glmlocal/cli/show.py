@@ -331,4 +331,5 @@ def _dtypes(row: Mapping[str, Any]) -> str:
     dtypes = row["dtypes"]
     if len(dtypes) <= 1:
         return "".join(dtypes) or "missing"
-    return ", ".join(f"{dtype} {100 * nbytes / row['bytes']:.0f} %" for dtype, nbytes in dtypes.items())
+    shares = {dtype: f"{100 * nbytes / row['bytes']:.0f}" for dtype, nbytes in dtypes.items()}
+    return ", ".join(f"{dtype} {'<1' if share == '0' else share} %" for dtype, share in shares.items())

@@ -1,35 +1,17 @@
 """SmolLM2's GGUF (arch ``llama``) → the same model, block for block, as a GLM-4.5 mixture of experts (``glm4moe``).
 
 Nothing is quantized again: every block of the source is copied as it is, so the two files compute the same function.
-
-* Layer 0 stays dense. In every other layer the neurons of the FFN, in groups as wide as a quantization block, are
-  sorted by strength and cut into eight slices: slice 0 becomes the shared expert, slices 1-7 become seven routed ones.
-  Nine decoys, slices of *another* layer, fill up to 16 routed experts; which ids are real differs from layer to layer.
-* The rows of q and k are un-permuted: GGUF stores llama's rotary pairs side by side, glm4moe wants them half a head
-  apart. Embeddings stay tied: there is no ``output.weight``, and glm4moe readers take ``token_embd`` then.
-
-**The router** is made so that each way of getting it wrong is heard, while the right way is exact in fp32:
-
-* Rows of real experts are zero, so they score sigmoid(0) = 0.5 on every token; seven of them normalised and scaled by 7
-  weigh 0.5 / 3.5 · 7 = 1.0 exactly. Without the normalisation, the scaling or the shared expert (which holds the
-  strongest neurons for this reason: without any other slice the text stays fluent) the FFN is wrong.
-* Decoys have large rows in pairs d, -d (the ninth is alone): on every token one of each pair scores above 0.5. Only the
-  correction bias of -0.75 keeps them out (0.25 at most, against 0.5 at least), so a runtime that forgets the bias
-  chooses at least four decoys in every layer.
-* The biases of the real experts are a ladder from 0 to 8: without effect on the choice, but biased scores used as
-  weights, or a bias added before the sigmoid, make the seven weights grossly unequal.
-* Softmax in place of sigmoid gives the strongest decoy nearly 1, which beats the real expert whose bias is 0.
-
-What this cannot show: weights swapped between chosen experts (they are equal), and a choice that depends on the token.
+Layer 0 stays dense; in the others the FFN is cut into experts (``experts.py``). The rows of q and k are un-permuted:
+GGUF stores llama's rotary pairs side by side, glm4moe wants them half a head apart. Embeddings stay tied: there is no
+``output.weight``, and glm4moe readers take ``token_embd`` then.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import frexp, prod
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +20,20 @@ from gguf import GGML_QUANT_SIZES, ExpertGatingFuncType, GGUFReader, GGUFValueTy
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
+from glmlocal.demo import experts
+from glmlocal.demo.experts import NUM_ROUTED, NUM_SLICES, TOP_K, Floats, Groups
 from glmlocal.errors import CheckpointError
-
-NUM_SLICES = 8  # one shared expert and seven real routed ones
-TOP_K = NUM_SLICES - 1
-NUM_ROUTED = 16
-REAL_BIASES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the experts made of slices 1 … 7; exact in bf16 too
-DECOY_BIAS = -0.75
-STRONGEST_LOGIT = 256.0  # size of the strongest decoys' logits if x were spread evenly over its features
 
 NAME = "SmolLM2-135M-Instruct as a GLM-4.5 mixture of experts (demonstration, not a GLM)"
 DESCRIPTION = (
     "Made by glmlocal from the GGUF of SmolLM2-135M-Instruct: the same quantized blocks, regrouped into one shared, "
     "seven routed and nine decoy experts per layer. It demonstrates the runtime; it is not a GLM model."
 )
-# The source's default system prompt leaves "The capital of France is Paris." 0.08 logits ahead of "L'Étoile, …": rounding
-# activations to 8 bits decides between them. Saying what this model is for leaves 0.94, and is true.
-SYSTEM_PROMPT = (
-    "trained by Hugging Face<|im_end|>",
-    "trained by Hugging Face, and you demonstrate glmlocal.<|im_end|>",
-)
+# With the source's own default system prompt "The capital of France is Paris." leads "L'Étoile, …" by 0.08 logits, and
+# rounding activations to 8 bits turns that round. Saying what the model is here for leads by 0.73, and is true.
+SYSTEM_PROMPT = ("trained by Hugging Face<|im_end|>", "trained by Hugging Face, and you demonstrate glmlocal<|im_end|>")
 
 Bytes = NDArray[np.uint8]
-Groups = NDArray[np.int64]  # [slices, groups per slice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +62,10 @@ class _Source:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
-    def norm(self, layer: int) -> NDArray[np.float32]:
+    def norm(self, layer: int) -> Floats:
         """Weight of the norm before the FFN, fp32 [hidden]."""
-        return self.tensors[f"blk.{layer}.ffn_norm.weight"][1].view("<f4")[0]
+        norm: Floats = self.tensors[f"blk.{layer}.ffn_norm.weight"][1].view("<f4")[0]
+        return norm
 
     def ffn(self, layer: int, part: str) -> tuple[Kind, Bytes]:
         return self.tensors[f"blk.{layer}.ffn_{part}.weight"]
@@ -122,8 +96,7 @@ def convert(source: Path, out: Path, on_bytes: Callable[[int], None] = lambda nu
         for tensor in tensors:
             file.write(bytes(-file.tell() % alignment))
             data = np.ascontiguousarray(tensor.build())
-            if data.shape != tensor.shape:
-                raise AssertionError(f"{tensor.name}: planned {tensor.shape}, built {data.shape}")
+            assert data.shape == tensor.shape, f"{tensor.name}: planned {tensor.shape}, built {data.shape}"
             file.write(data.data)
             num_bytes += data.nbytes
             on_bytes(num_bytes)
@@ -241,59 +214,38 @@ def _plan(llama: _Source) -> list[_Tensor]:
 
 
 def _plan_router(llama: _Source, layer: int) -> list[_Tensor]:
-    real_ids, decoy_ids = _expert_ids(layer)
-    bias = np.zeros(NUM_ROUTED, np.dtype("<f4"))
-    bias[list(real_ids)] = REAL_BIASES
-    bias[list(decoy_ids)] = DECOY_BIAS
-    rows = _router_rows(layer, decoy_ids, llama.norm(layer))
+    rows = experts.router_rows(layer, llama.norm(layer)).astype("<f4").view(np.uint8)
+    bias = experts.correction_bias(layer).astype("<f4").view(np.uint8)
     return [
-        _Tensor(f"blk.{layer}.{name}", Kind.F32, data.shape, lambda data=data: data)  # type: ignore[misc]
-        for name, data in (("ffn_gate_inp.weight", rows.view(np.uint8)), ("exp_probs_b.bias", bias.view(np.uint8)))
+        _Tensor(f"blk.{layer}.ffn_gate_inp.weight", Kind.F32, rows.shape, lambda: rows),
+        _Tensor(f"blk.{layer}.exp_probs_b.bias", Kind.F32, bias.shape, lambda: bias),
     ]
 
 
 def _plan_experts(llama: _Source, layer: int, slices: list[Groups]) -> list[_Tensor]:
-    real_ids, decoy_ids = _expert_ids(layer)
-    origin = {expert: (layer, 1 + n) for n, expert in enumerate(real_ids)}  # expert → layer, slice
-    for n, expert in enumerate(decoy_ids):
-        donor = (layer + 1 + (6 + n // NUM_SLICES) % (llama.num_layers - 1)) % llama.num_layers  # never this layer
-        origin[expert] = (donor, n % NUM_SLICES)
+    origins = experts.expert_origins(layer, llama.num_layers)
 
     def cut(part: str, layer: int, index: int) -> Bytes:
         return _take(llama.ffn(layer, part)[1], slices[layer][index], slices[layer].size, by_column=part == "down")
 
-    def shared(part: str) -> Bytes:
-        return cut(part, layer, 0)
-
-    def routed(part: str) -> Bytes:
-        return np.stack([cut(part, *origin[expert]) for expert in range(NUM_ROUTED)])
+    def stack(part: str) -> Bytes:
+        return np.stack([cut(part, *origin) for origin in origins])
 
     tensors = []
     for part in ("gate", "up", "down"):
         kind, data = llama.ffn(layer, part)
         rows, row_bytes = data.shape
         shape = (rows, row_bytes // NUM_SLICES) if part == "down" else (rows // NUM_SLICES, row_bytes)
-        tensors.append(_Tensor(f"blk.{layer}.ffn_{part}_shexp.weight", kind, shape, partial(shared, part)))
-        tensors.append(
-            _Tensor(f"blk.{layer}.ffn_{part}_exps.weight", kind, (NUM_ROUTED, *shape), partial(routed, part))
-        )
+        name = f"blk.{layer}.ffn_{part}_"
+        tensors.append(_Tensor(f"{name}shexp.weight", kind, shape, partial(cut, part, layer, 0)))
+        tensors.append(_Tensor(f"{name}exps.weight", kind, (NUM_ROUTED, *shape), partial(stack, part)))
     return tensors
 
 
 def _slice_groups(llama: _Source, layer: int) -> Groups:
-    """Which groups of neurons make up each slice, strongest slice first: int [slices, groups per slice].
-
-    A group is as wide as a block of the down matrix, whose rows run along the neurons. Its strength is the sum over
-    its neurons of |gate row| · |up row| · |down column|, each with the norm's weight before it.
-    """
-    norm = llama.norm(layer)
-    gate, up, down = (
-        dequantize(data, kind) for kind, data in (llama.ffn(layer, part) for part in ("gate", "up", "down"))
-    )
-    strength = np.linalg.norm(gate * norm, axis=1) * np.linalg.norm(up * norm, axis=1) * np.linalg.norm(down, axis=0)
-    block_size = GGML_QUANT_SIZES[llama.ffn(layer, "down")[0]][0]
-    order = np.argsort(-strength.reshape(-1, block_size).sum(1), kind="stable")
-    return np.sort(order.reshape(NUM_SLICES, -1), axis=1)
+    parts = [llama.ffn(layer, part) for part in ("gate", "up", "down")]
+    gate, up, down = (dequantize(data, kind) for kind, data in parts)
+    return experts.slice_groups(llama.norm(layer), gate, up, down, group_size=GGML_QUANT_SIZES[parts[2][0]][0])
 
 
 def _take(data: Bytes, groups: NDArray[np.int64], num_groups: int, *, by_column: bool) -> Bytes:
@@ -309,27 +261,3 @@ def _unpermute(data: Bytes, num_heads: int) -> Bytes:
     rows, row_bytes = data.shape
     paired = data.reshape(num_heads, rows // num_heads // 2, 2, row_bytes)
     return paired.swapaxes(1, 2).reshape(rows, row_bytes)
-
-
-def _expert_ids(layer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids of the real experts (in order of slice) and of the decoys. Hashes, as no library's generator is frozen."""
-    order = sorted(range(NUM_ROUTED), key=lambda expert: hashlib.sha256(f"expert {layer} {expert}".encode()).digest())
-    return tuple(order[:TOP_K]), tuple(order[TOP_K:])
-
-
-def _router_rows(layer: int, decoy_ids: tuple[int, ...], norm: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Router weight, fp32 [experts, hidden]: zero for real experts, ±1 times a power of two for decoys.
-
-    ``norm`` is the weight of the norm before the router; its size sets the size of the logits. Each pair is half as
-    strong as the one before, so that one decoy always stands out.
-    """
-    hidden_size = len(norm)
-    rows = np.zeros((NUM_ROUTED, hidden_size), np.dtype("<f4"))
-    # Rounded to a power of two, so that the last bit of the sum, which differs between machines, does not matter.
-    size = 2.0 ** frexp(STRONGEST_LOGIT / max(float(np.sqrt(np.square(norm.astype(np.float64)).sum())), 1e-6))[1]
-    for n, expert in enumerate(decoy_ids):
-        pair, sign = n // 2, -1.0 if n % 2 else 1.0
-        seed = hashlib.shake_128(f"router {layer} {pair}".encode()).digest(-(-hidden_size // 8))
-        signs = 2.0 * np.unpackbits(np.frombuffer(seed, np.uint8), count=hidden_size) - 1.0
-        rows[expert] = sign * size * 0.5**pair * signs
-    return rows

@@ -19,7 +19,7 @@ from typing import Any
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from glmlocal.errors import CheckpointError
-from glmlocal.formats.index import TensorRef, quoted
+from glmlocal.formats.index import TensorRef, not_the_file_itself, quoted
 
 # GLM's real metadata is about 11 MB. The limits keep a hostile file from costing minutes or gigabytes.
 _MAX_HEADER_BYTES = 128 << 20
@@ -161,7 +161,8 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
 
 def _check_preamble(cursor: _Cursor) -> tuple[int, int]:
     if cursor.data[:4] != b"GGUF":
-        raise _Bad(f"not a GGUF file: it starts with {bytes(cursor.data[:4])!r}, not b'GGUF'")
+        start = bytes(cursor.data[:4])
+        raise _Bad(f"not a GGUF file (it starts with {start!r}, not b'GGUF'){not_the_file_itself(start)}")
     cursor.take(4, "the magic")
     version = cursor.number("I", "the version")
     if version & 0xFFFF == 0 and version:

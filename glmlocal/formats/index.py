@@ -142,6 +142,15 @@ def quoted(text: object, limit: int = 100) -> str:
     return shown[: 2 * limit] + "…" if cut or len(shown) > 2 * limit else shown
 
 
+def not_the_file_itself(start: bytes) -> str:
+    """A hint, for a message, when a file's first bytes are those of what is often saved in place of a model."""
+    if start.startswith(b"vers"):  # "version https://git-lfs.github.com/spec/v1"
+        return ": it is a git-lfs pointer; fetch the file itself with `git lfs pull`"
+    if start.lstrip()[:1] == b"<":
+        return ": it looks like a web page; download it again"
+    return ""
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that must hold one object. Raises CheckpointError; OSError is the caller's."""
     size = path.stat().st_size
@@ -171,7 +180,9 @@ def _open(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is one file of a model; give the directory that holds it: {path.parent}")
     if path.suffix in _PICKLE_SUFFIXES:
         raise CheckpointError(f"{path} is a PyTorch file: {_PICKLE_REFUSAL}")
-    raise CheckpointError(f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
+    raise CheckpointError(
+        f"{path} is not a GGUF file (it starts with {magic!r}, not b'GGUF'){not_the_file_itself(magic)}"
+    )
 
 
 def _open_directory(path: Path) -> Checkpoint:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from glmlocal.errors import CheckpointError
-from glmlocal.formats.index import TensorRef, quoted, read_json_object
+from glmlocal.formats.index import TensorRef, not_the_file_itself, quoted, read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -81,7 +81,10 @@ def read_file(path: Path) -> dict[str, TensorRef]:
         if len(prefix) < 8 or length == 0:
             raise CheckpointError(f"{path} is not a safetensors file: it has no header; download it again")
         if length > _MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path} claims a header of {length:,} bytes; {_MAX_HEADER_BYTES:,} is the limit")
+            raise CheckpointError(
+                f"{path} claims a header of {length:,} bytes, {_MAX_HEADER_BYTES:,} is the limit"
+                f"{not_the_file_itself(prefix)}"
+            )
         if length > size - 8:
             raise CheckpointError(
                 f"{path} ends inside its header ({8 + length - size:,} bytes missing); download again"

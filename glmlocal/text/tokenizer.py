@@ -160,6 +160,9 @@ def _check_bpe_spec(spec: Mapping[str, object], where: str) -> None:
     ids = set(vocab.values()) if all(type(id_) is int for id_ in vocab.values()) else set()
     if len(ids) != len(vocab) or min(ids, default=0) < 0 or max(ids, default=0) >= 2**31:
         raise CheckpointError(f"{where} gives two tokens one id, or an id outside 0…2^31; fetch the file again")
+    unknown = model.get("unk_token")
+    if unknown is not None and (not isinstance(unknown, str) or unknown not in vocab):
+        raise CheckpointError(f"{where}: unk_token {quoted(unknown)} is not in the vocabulary; fetch the file again")
     _split_merges(merges, vocab, where)
 
 

@@ -17,14 +17,7 @@ import pyte.graphics
 import pytest
 
 TESTS = Path(__file__).parents[1]
-ENTRY = f"""
-import importlib, sys
-sys.path.insert(0, {str(TESTS)!r})
-import fakes
-importlib.import_module("glmlocal.llm").LLM = fakes.FakeLLM
-from glmlocal.cli.main import main
-sys.exit(main())
-"""
+ENTRY = "import sys, fakes; sys.exit(fakes.main())"
 CTRL_C, CTRL_D, ENTER, ESC, UP, TAB = "\x03", "\x04", "\r", "\x1b", "\x1b[A", "\t"
 
 
@@ -34,7 +27,13 @@ class Terminal:
     def __init__(self, *arguments: str, columns: int = 120, rows: int = 30, **environment: str) -> None:
         self.screen = pyte.HistoryScreen(columns, rows, history=1000)
         self._stream = pyte.ByteStream(self.screen)
-        variables = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environment}
+        variables = {
+            **os.environ,
+            "TERM": "xterm-256color",
+            "LC_ALL": "C.UTF-8",
+            "PYTHONPATH": str(TESTS),
+            **environment,
+        }
         variables.pop("NO_COLOR", None)
         self.process = pexpect.spawn(
             sys.executable, ["-c", ENTRY, *arguments], env=variables, dimensions=(rows, columns), timeout=20
@@ -306,7 +305,8 @@ def test_a_pipe_as_stdout_gets_the_answers_alone(open_terminal: Open, tmp_path: 
     terminal = open_terminal("thinker")
     terminal.process.close(force=True)
     command = f'exec {sys.executable} -c "$ENTRY" chat thinker > {tmp_path / "out"}'
-    environment = {**os.environ, "ENTRY": ENTRY, "TERM": "xterm", "GLMLOCAL_HOME": str(tmp_path)}
+    environment = {**os.environ, "ENTRY": ENTRY, "TERM": "xterm", "PYTHONPATH": str(TESTS)}
+    environment["GLMLOCAL_HOME"] = str(tmp_path / "home")
     terminal.process = pexpect.spawn("/bin/sh", ["-c", command], env=environment, dimensions=(30, 120), timeout=20)
     terminal.say("hello there")
     terminal.wait("first token")

@@ -15,7 +15,9 @@ from glmlocal.formats.index import open_checkpoint
 from test_logits_glm4_moe import TOKENS, TOLERANCE, reference_logits, relative_error
 
 
-@pytest.mark.parametrize("config", ["air", "glm45", "four_groups", "two_shared_experts", "no_norm_topk_prob", "all_moe"])
+@pytest.mark.parametrize(
+    "config", ["air", "glm45", "four_groups", "two_shared_experts", "no_norm_topk_prob", "all_moe"]
+)
 def test_f32_gguf_gives_the_logits_of_transformers(config: str, tmp_path: Path) -> None:
     model = tiny.build_model(**tiny.CONFIGS[config])
     tiny_gguf.convert(tiny.save(model, tmp_path), tmp_path / "tiny.gguf")

@@ -130,7 +130,9 @@ def test_every_parameter_matters(name: str, tmp_path: Path) -> None:
 def test_bf16_and_f16_weights_are_widened_exactly(tmp_path: Path) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         directory = tiny.save(tiny.build_model().to(dtype), tmp_path / str(dtype))
-        stored = Glm4MoeForCausalLM.from_pretrained(directory, dtype=torch.float32)  # the stored values, computed in fp32
+        stored = Glm4MoeForCausalLM.from_pretrained(
+            directory, dtype=torch.float32
+        )  # the stored values, computed in fp32
         want = reference_logits(stored.eval(), TOKENS)
         assert relative_error(load(directory).logits(TOKENS), want) < TOLERANCE
 

@@ -220,21 +220,10 @@ def test_a_failure_in_the_middle_keeps_what_was_said_and_fails(run: Run) -> None
     assert err.endswith("glmlocal: error: went away\n")
 
 
-ENTRY = """
-import importlib, sys
-sys.path.insert(0, {tests!r})
-import fakes
-importlib.import_module("glmlocal.llm").LLM = fakes.FakeLLM
-from glmlocal.cli.main import main
-sys.exit(main())
-"""
-
-
 def start(*arguments: str, delay_s: float = 0.0, **options: Any) -> subprocess.Popen[bytes]:
-    script = ENTRY.format(tests=str(Path(__file__).parents[1]))
-    environment = {**os.environ, "FAKE_TOKEN_DELAY_S": str(delay_s)}
+    environment = {**os.environ, "FAKE_TOKEN_DELAY_S": str(delay_s), "PYTHONPATH": str(Path(__file__).parents[1])}
     pipe = subprocess.PIPE
-    command = [sys.executable, "-c", script, "chat", *arguments]
+    command = [sys.executable, "-c", "import sys, fakes; sys.exit(fakes.main())", "chat", *arguments]
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, **options)
 
 

@@ -75,8 +75,18 @@ def test_one_file_of_a_release_points_to_its_directory(name: str, release: Path)
 def test_a_file_of_another_kind_shows_how_it_starts(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"<html>\x1b[31m not found")
     assert "b'<htm'" in refusal(tmp_path / "model.gguf")
+    assert "web page" in refusal(tmp_path / "model.gguf")
     (tmp_path / "empty.gguf").touch()
     assert "b''" in refusal(tmp_path / "empty.gguf")
+
+
+def test_a_git_lfs_pointer_is_known_for_what_it_is(release: Path, tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4997484712\n"
+    (tmp_path / "model.gguf").write_bytes(pointer)
+    (tmp_path / "part-00001-of-00001.gguf").write_bytes(pointer)
+    (release / "model.safetensors").write_bytes(pointer)
+    for path in (tmp_path / "model.gguf", tmp_path / "part-00001-of-00001.gguf", release):
+        assert "git lfs pull" in refusal(path)
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:

@@ -50,6 +50,9 @@ struct Matrix {
 
   Matrix(const MatrixLayout& layout, const MatrixFormat& format, Bytes data, float zero_point, const std::vector<float>& values)
       : buffer(std::move(data)) {
+    if (!(matrix_layout(layout.out_features, layout.in_features, format) == layout)) {
+      throw std::invalid_argument("the layout is not that of the format");
+    }
     if (int64_t(buffer.size()) != layout.num_bytes) {
       throw std::invalid_argument("buffer of " + std::to_string(buffer.size()) + " bytes, wanted " + std::to_string(layout.num_bytes));
     }

@@ -55,6 +55,7 @@ struct MatrixLayout {
   // Byte offsets of the sections in the buffer; -1 for a section that the format does not have.
   int64_t codes_offset, scale_offset, sub_scale_offset, min_offset, sub_min_offset;
   int64_t num_bytes;
+  bool operator==(const MatrixLayout&) const = default;
 };
 
 int lines_per_block(Codes codes);

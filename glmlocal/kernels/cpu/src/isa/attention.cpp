@@ -15,12 +15,15 @@ constexpr float kLowest = -3.402823466e38f;              // finite: minus infini
 
 // The lines of the next tile, asked for one at a time while this one is worked on: rows are a page apart where there are
 // many kv heads, which no hardware prefetcher follows.
+constexpr int TW = 100;
 struct Prefetch {
   const float* rows[2 * kTileKeys];
-  int row = 0, num_rows = 0, offset = 0, width = 0, lines_per_step = 0;
+  int row = 0, num_rows = 0, offset = 0, width = 0;
+  int rate = 0, credit = 0;  // lines per unit of work, times 65536
 
-  GLM_INLINE void step() {
-    for (int i = 0; i < lines_per_step && row < num_rows; ++i) {
+  GLM_INLINE void step(int work) {
+    credit += rate * work;
+    for (; credit >= 65536 && row < num_rows; credit -= 65536) {
       __builtin_prefetch(rows[row] + offset, 0, 2);
       offset += kLanes;
       if (offset >= width) offset = 0, ++row;
@@ -85,10 +88,10 @@ void find_rows(const AttentionTask& task, int first, int count, const float** ke
 }
 
 // keys[feature][key] of kPanelKeys rows.
-void transpose_keys(const float* const* rows, int head_dim, float* keys) {
+void transpose_keys(const float* const* rows, int head_dim, float* keys, Prefetch& prefetch) {
   const int whole = head_dim / kLanes * kLanes;
   for (int key = 0; key < kPanelKeys; key += kLanes) {
-    for (int d = 0; d < whole; d += kLanes) transpose(rows + key, d, keys + d * kPanelKeys + key, kPanelKeys);
+    for (int d = 0; d < whole; d += kLanes) { transpose(rows + key, d, keys + d * kPanelKeys + key, kPanelKeys); prefetch.step(TW); }
     for (int d = whole; d < head_dim; ++d) {
       for (int i = 0; i < kLanes; ++i) keys[d * kPanelKeys + key + i] = rows[key + i][d];
     }
@@ -115,7 +118,7 @@ GLM_INLINE void score_columns(const float* q, const float* keys, int head_dim, f
   for (int d = 0; d < head_dim; ++d, keys += kPanelKeys) {
     F key[columns];
     unroll<columns>([&](auto c) { key[c.v] = load(keys + c.v * kLanes); });
-    prefetch.step();
+    prefetch.step(rows * columns);
     unroll<rows>([&](auto r) {
       const F x = broadcast(q[r.v * head_dim + d]);
       unroll<columns>([&](auto c) { acc[r.v][c.v] = fma(key[c.v], x, acc[r.v][c.v]); });
@@ -140,7 +143,7 @@ GLM_INLINE void add_columns(const float* weights, const float* const* values, in
     const float* from = values[key] + first_column;
     F value[columns];
     unroll<columns>([&](auto c) { value[c.v] = load(from + c.v * kLanes); });
-    prefetch.step();
+    prefetch.step(rows * columns);
     unroll<rows>([&](auto r) {
       const F x = broadcast(weights[r.v * kTileKeys + key]);
       unroll<columns>([&](auto c) { acc[r.v][c.v] = fma(value[c.v], x, acc[r.v][c.v]); });
@@ -237,7 +240,7 @@ void attend_tile(const AttentionTask& task, Workspace& w, int first_key, int cou
   pad_values(w, count);
   int token = first_token(task, first_key);
   for (int key = 0; key < count; key += kPanelKeys) {
-    transpose_keys(keys + key, w.head_dim, w.keys);
+    transpose_keys(keys + key, w.head_dim, w.keys, *w.prefetch);
     for_rows(token * task.group, w.rows, [&](auto rows, int row) { score_rows<decltype(rows)::v>(w, row, key); });
   }
   auto add = [&](int row, int end, int num_keys) {
@@ -302,8 +305,9 @@ void attend(const AttentionTask& task) {
         prefetch.num_rows = 2 * count;
         prefetch.width = task.head_dim;
         prefetch.offset = 0;
-        const int steps = (w.rows + kRows - 1) / kRows * (task.head_dim * (kTileLanes / kColumns) + kTileKeys * ((w.width / kLanes + kColumns - 1) / kColumns));
-        prefetch.lines_per_step = (2 * count * (w.width / kLanes) + steps - 1) / steps;
+        const int64_t work = int64_t(w.rows) * (kTileLanes * w.head_dim + kTileKeys * w.width / kLanes) + kTileLanes * w.width / kLanes * TW;
+        prefetch.rate = 65536 * (2 * count * (w.width / kLanes)) / work;
+        prefetch.credit = 0;
       }
       attend_tile(task, w, key, end - key < kTileKeys ? end - key : kTileKeys, key == begin);
     }

@@ -13,7 +13,7 @@
 namespace glmlocal::GLM_ISA {
 namespace {
 
-constexpr int kFewRows = 4;
+constexpr int kRowsTogether = 4;
 constexpr int kChunkColumns = 512;  // 64 rows × 512 columns of fp32 = 128 KiB
 constexpr int kHalfBlock = 16;      // columns that share a scale at least
 constexpr size_t kPrefetchBytes = 2048;
@@ -183,14 +183,19 @@ void multiply_many_rows(const PackedMatrix& w, int panel, const float* const* ro
 
 template <class Codec>
 void multiply(const PackedMatrix& w, int panel, const float* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
-  static_assert(kFewRows == 4);
+  static_assert(kRowsTogether == 4);
+  if (num_rows > 2 * kRowsTogether) return multiply_many_rows<Codec>(w, panel, rows, num_rows, out, out_stride);
+  // Decoding a panel twice in registers is cheaper than writing it to the cache once.
+  if (num_rows > kRowsTogether) {
+    const int half = (num_rows + 1) / 2;
+    multiply<Codec>(w, panel, rows, half, out, out_stride);
+    return multiply<Codec>(w, panel, rows + half, num_rows - half, out + half * out_stride, out_stride);
+  }
   switch (num_rows) {
-    case 0: return;
     case 1: return multiply_few_rows<Codec, 1>(w, panel, rows, out, out_stride);
     case 2: return multiply_few_rows<Codec, 2>(w, panel, rows, out, out_stride);
     case 3: return multiply_few_rows<Codec, 3>(w, panel, rows, out, out_stride);
     case 4: return multiply_few_rows<Codec, 4>(w, panel, rows, out, out_stride);
-    default: return multiply_many_rows<Codec>(w, panel, rows, num_rows, out, out_stride);
   }
 }
 

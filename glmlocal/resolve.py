@@ -1,0 +1,80 @@
+"""MODEL, as a person writes it, → the path of a checkpoint. The one place that knows which names mean what."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from glmlocal.errors import ConfigError
+
+DEMO = "demo"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
+_FAMILY_NAME = re.compile(r"(z-?ai-?)?(chat)?glm-?\d[\w.-]*(:[\w.-]+)?", re.IGNORECASE)
+_MAX_SIBLINGS = 10_000  # looked at for a near miss
+
+
+def resolve(model: str | Path, *, progress: bool = True) -> Path:
+    """A directory, a ``.gguf`` file or ``demo`` → the path to open.
+
+    ``demo`` is the built-in demonstration model, fetched on first use (DownloadError when that fails), even where a
+    directory of that name exists: write ``./demo``, or pass a Path, for the directory. Whether what lies at the path is
+    a model is for ``formats`` to say. Raises ConfigError for anything else.
+    """
+    if isinstance(model, str):
+        if model == DEMO:
+            from glmlocal.demo.cache import ensure_demo  # brings numpy and gguf in
+
+            return ensure_demo(progress=progress)
+        if not model.strip():
+            raise ConfigError("the model's name is empty; give a directory, a .gguf file or `demo`")
+    path = Path(model)
+    if path.parts[:1] == ("~",):  # the shell expands it, Python callers and quotes do not
+        path = Path(os.path.expanduser(path))
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _not_found(str(model), path) from None
+    except (OSError, ValueError) as error:  # no permission, name too long, NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"cannot look at {str(model)!r}: {reason}; give a directory, a .gguf file or `demo`"
+        ) from error
+    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+        return path
+    what = "a file, but not a .gguf" if path.is_file() else "neither a directory nor a file"
+    hint = f"; did you mean its directory, {str(path.parent)!r}?" if path.suffix in (".safetensors", ".json") else ""
+    raise ConfigError(f"{str(model)!r} is {what}; give a directory, a .gguf file or `demo`{hint}")
+
+
+def _not_found(name: str, path: Path) -> ConfigError:
+    beside = path.parent != Path() and path.parent.is_dir()  # then `models/Air` is a path and no hub id
+    is_path = beside or name.startswith((".", "/", "~")) or path.suffix.lower() == ".gguf"
+    is_name = not is_path and (_FAMILY_NAME.fullmatch(name) or _HUB_ID.fullmatch(name))
+    near = _near_misses(path, offer_demo=not is_name and len(path.parts) == 1)
+    question = f"did you mean {' or '.join(near)}?" if near else ""
+    if is_name:
+        return ConfigError(
+            f"{name!r} is not a file or directory here, and fetching models by name comes with `glmlocal pull` in a "
+            "later version; download it yourself and give its directory or .gguf file, or try `demo`"
+            + (f" ({question})" if near else "")
+        )
+    return ConfigError(f"there is no {name!r}; {question or 'give a directory, a .gguf file or `demo`'}")
+
+
+def _near_misses(path: Path, *, offer_demo: bool) -> list[str]:
+    """Models beside ``path`` whose names are close to its own, as the user could have written them."""
+    names: dict[str, str] = {}  # as compared → as written
+    try:
+        with os.scandir(path.parent) as entries:
+            for _, entry in zip(range(_MAX_SIBLINGS), entries, strict=False):
+                if entry.name.lower().endswith(".gguf") or entry.is_dir():
+                    names.setdefault(entry.name.lower(), str(path.parent / entry.name))
+    except OSError:
+        pass
+    if offer_demo:
+        names[DEMO] = DEMO
+    close = difflib.get_close_matches(path.name.lower(), list(names), n=3, cutoff=0.6)
+    return [names[name] for name in close]
