@@ -1,6 +1,6 @@
 """The engines that benchmarks compare, each run as a worker: ``python engines.py NAME`` answers calls on stdin.
 
-All have the same four operations on token ids and time only their own work: what an application would wait for, with
+All have the same operations on token ids and time only their own work: what an application would wait for, with
 nothing but a greedy choice on top. Imports at the top are of the standard library, as the worker may run in another
 interpreter.
 """
@@ -28,6 +28,9 @@ class Engine(Protocol):
 
     def decode(self, prompt: list[int], num_tokens: int) -> float:
         """Seconds for ``num_tokens`` tokens after the first one."""
+
+    def encode(self, text: str) -> list[int] | None:
+        """Token ids, None where the engine has no tokenizer."""
 
     def vocab_size(self) -> int: ...
 
@@ -92,7 +95,8 @@ class LlamaCpp(_StepEngine):
         self._context = llama_cpp.llama_init_from_model(self._model, options)
         if not self._context:
             raise RuntimeError(f"llama.cpp has no memory for a context of {context} tokens")
-        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._vocab_size = llama_cpp.llama_vocab_n_tokens(self._vocab)
 
     def _reset(self) -> None:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
@@ -105,6 +109,12 @@ class LlamaCpp(_StepEngine):
                 raise RuntimeError("llama_decode failed")
         logits = self._llama.llama_get_logits_ith(self._context, -1)
         return self._np.ctypeslib.as_array(logits, (self._vocab_size,))
+
+    def encode(self, text: str) -> list[int]:
+        data = text.encode()
+        tokens = (self._llama.llama_token * len(data))()
+        count = self._llama.llama_tokenize(self._vocab, data, len(data), tokens, len(data), False, False)
+        return [int(token) for token in tokens[:count]]
 
     def vocab_size(self) -> int:
         return int(self._vocab_size)
@@ -138,6 +148,9 @@ class Transformers(_StepEngine):
             out = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1].numpy()
 
+    def encode(self, text: str) -> None:
+        return None  # the file's tokenizer is not rebuilt for transformers
+
     def vocab_size(self) -> int:
         return int(self._model.config.vocab_size)
 
@@ -160,6 +173,7 @@ def dequantized(path: Path) -> tuple[Any, dict[str, Any]]:
 
     Read with the ``gguf`` package alone, so that a mistake of our own reader cannot hide.
     """
+    import numpy as np
     import torch
     from gguf import GGUFReader, dequantize
 
@@ -168,7 +182,8 @@ def dequantized(path: Path) -> tuple[Any, dict[str, Any]]:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def read(name: str) -> Any:
-        return torch.from_numpy(dequantize(tensors[name].data, tensors[name].tensor_type)).float()
+        # A copy: fp32 tensors are mapped read-only.
+        return torch.from_numpy(np.array(dequantize(tensors[name].data, tensors[name].tensor_type), np.float32))
 
     config = _config(field, tensors)
     weights = {"model.embed_tokens.weight": read("token_embd.weight"), "model.norm.weight": read("output_norm.weight")}
@@ -259,6 +274,9 @@ class Glmlocal:
         if first + rest != num_tokens + 1:
             raise RuntimeError(f"glmlocal stopped after {first + rest} of {num_tokens + 1} tokens")
         return elapsed_s * num_tokens / rest
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._llm.tokenizer.encode(text))
 
     def vocab_size(self) -> int:
         return int(self._llm.config.vocab_size)

@@ -36,7 +36,13 @@ from glmlocal.units import format_bytes
 NAMES = ("glmlocal", "llama.cpp", "transformers")
 PREFILL_TOKENS = (32, 128, 512)
 DECODE_TOKENS, DECODE_CONTEXTS = 64, (0, 512)
-GREEDY_PROMPTS, GREEDY_TOKENS, LEAST_AGREEING = 4, 32, 32
+GREEDY_TOKENS, LEAST_AGREEING = 32, 32
+GREEDY_PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived",
+    "Water boils when it is heated because",
+    "def fibonacci(n):\n",
+)
 BUSY = 0.15  # of the processors used by others before we start: numbers are noise then
 FP32_EXPANSION = 8  # bytes in memory per byte of file for transformers, at 4 bits
 
@@ -64,6 +70,10 @@ class WorkerPeer:
     def greedy(self, prompt: list[int], num_tokens: int) -> dict[str, Any]:
         answer: dict[str, Any] = self.worker.call("greedy", prompt=prompt, num_tokens=num_tokens)
         return answer
+
+    def encode(self, text: str) -> list[int] | None:
+        ids: list[int] | None = self.worker.call("encode", text=text)
+        return ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +161,10 @@ def check_greedy(peers: Mapping[str, Peer], vocab_size: int) -> dict[str, Agreem
     reference = next((name for name in ("transformers", "llama.cpp") if name in speaking), None)
     if reference is None or len(speaking) < 2:
         return {}
-    prompts = [make_prompt(vocab_size, f"greedy {n}", 8) for n in range(GREEDY_PROMPTS)]
+    encoder = next((peer for peer in speaking.values() if peer.encode("a")), None)
+    prompts = [
+        make_prompt(vocab_size, text, 8) if encoder is None else encoder.encode(text) or [] for text in GREEDY_PROMPTS
+    ]
     answers = {name: [peer.greedy(prompt, GREEDY_TOKENS) for prompt in prompts] for name, peer in speaking.items()}
     return {
         name: agreement([answer["tokens"] for answer in texts], answers[reference])
@@ -259,7 +272,8 @@ def _cell_prompt(vocab_size: int, cell: str, repeat: int, length: int) -> list[i
 def print_greedy(greedy: Mapping[str, Agreement]) -> None:
     for name, result in greedy.items():
         verdict = (
-            result.mismatch or f"{result.tokens} tokens agree, {result.ties} of {GREEDY_PROMPTS} texts part at a tie"
+            result.mismatch
+            or f"{result.tokens} tokens agree, {result.ties} of {len(GREEDY_PROMPTS)} texts part at a tie"
         )
         print(f"greedy  {name}: {verdict}")
     if not greedy:

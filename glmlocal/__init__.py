@@ -1,8 +1,8 @@
 """Run GLM-4.5-class mixture-of-experts models on the machine you own.
 
-    from glmlocal import LLM
-    with LLM("demo") as llm:
-        print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
+from glmlocal import LLM
+with LLM("demo") as llm:
+    print(llm.chat([{"role": "user", "content": "What is the capital of France?"}]).text)
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ def loading_bar(total_bytes: int, *, enabled: bool) -> Iterator[Callable[[int], 
 
     console = Console(stderr=True)
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal) as p:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as p:
         task = p.add_task("loading", total=total_bytes)
         yield lambda num_bytes: p.advance(task, num_bytes)

@@ -1,4 +1,4 @@
-"""Tiny GLM-4.5-architecture checkpoints, saved by transformers, with every bias, norm and correction bias non-trivial."""
+"""Tiny GLM-4.5-architecture checkpoints, saved by transformers; every bias, norm and correction bias is random."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tiny checkpoints of tiny.py as ``glm4moe`` GGUF files, written with the gguf package as llama.cpp's converter does."""
+"""The checkpoints of tiny.py as ``glm4moe`` GGUF files, written with the gguf package as llama.cpp's converter does."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]
         expert = int(parts.pop(parts.index("experts") + 1)) if "experts" in parts else -1
         out.setdefault(".".join(parts), []).append((expert, tensor.float()))
     return {
-        name: (torch.stack([t for _, t in sorted(items, key=lambda item: item[0])]) if items[0][0] >= 0 else items[0][1])
+        name: (
+            torch.stack([t for _, t in sorted(items, key=lambda item: item[0])]) if items[0][0] >= 0 else items[0][1]
+        )
         .contiguous()
         .numpy()
         for name, items in out.items()

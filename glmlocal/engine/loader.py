@@ -19,7 +19,9 @@ from glmlocal.models.weights import WeightReader
 from glmlocal.units import format_bytes
 
 BLOCK_SIZE = 32  # tokens of KV in one block
-MAX_NUM_BATCHED_TOKENS = 512  # prefill chunk: large enough that each weight is read for many tokens, small enough to cancel
+MAX_NUM_BATCHED_TOKENS = (
+    512  # prefill chunk: large enough that each weight is read for many tokens, small enough to cancel
+)
 KV_FRACTION = 0.5  # of the memory that is free once the weights are counted
 
 
@@ -63,8 +65,8 @@ def free_bytes(checkpoint: Checkpoint) -> int:
     available, needed = memory.available_bytes(), checkpoint.tensors.nbytes
     if needed > available:
         raise PlanError(
-            f"{checkpoint.path.name} does not fit: its weights are {format_bytes(needed)}, but {format_bytes(available)} "
-            "of memory are free; close other programs or take a smaller quantization"
+            f"{checkpoint.path.name} does not fit: its weights are {format_bytes(needed)}, but "
+            f"{format_bytes(available)} of memory are free; close other programs or take a smaller quantization"
         )
     return available - needed
 

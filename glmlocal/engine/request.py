@@ -59,7 +59,8 @@ class SamplingParams:
             value = getattr(self, name)
             if not _is_number(value) or not least <= value <= most or (name == "top_p" and value == 0):
                 raise RequestError(f"{name} is {value!r}, wanted a number {legal}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        given: object = self.stop  # callers may give one string, or a list
+        stop = (given,) if isinstance(given, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._check_integers()

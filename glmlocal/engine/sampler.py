@@ -35,7 +35,9 @@ class Sampler:
             token_id = int(adjusted.argmax())
         else:
             token_id = self._draw(truncated_probs(adjusted, params), scheduled.request)
-        return SampledToken(token_id, None if params.logprobs is None else logprob_of(logits, token_id, params.logprobs))
+        return SampledToken(
+            token_id, None if params.logprobs is None else logprob_of(logits, token_id, params.logprobs)
+        )
 
     def _draw(self, probs: Tensor, request: Request) -> int:
         generator = self._generators.get(request.request_id)

@@ -44,7 +44,7 @@ class QuantizedMatrix:
     codes: NDArray[np.uint8]  # [out, in]
     super_scale: NDArray[np.float32]  # [out, in / super_size]; fp16 in the file, exact in fp32
     sub_scale: NDArray[np.int8] | None  # [out, in / group_size] for "two_level"
-    super_min: NDArray[np.float32] | None  # [out, in / super_size] for "two_level_min", [out, in / group_size] for "min"
+    super_min: NDArray[np.float32] | None  # [out, in / super_size] for "two_level_min", else per group
     sub_min: NDArray[np.uint8] | None  # [out, in / group_size] for "two_level_min"
 
     @property

@@ -16,9 +16,7 @@ class KVCache:
     values: tuple[Tensor, ...]
 
     @classmethod
-    def allocate(
-        cls, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
-    ) -> KVCache:
+    def allocate(cls, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> KVCache:
         """Address space for all blocks; the system gives memory to those that are written."""
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         return cls(

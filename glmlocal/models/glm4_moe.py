@@ -162,5 +162,3 @@ def _mtp_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: Tenso
         reader.embedding(embed) if embed in reader else None,
         reader.linear(head) if f"{head}.weight" in reader else None,
     )
-
-

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from glmlocal.errors import RequestError
+from glmlocal.text.files import quoted
 
 ROLES = ("system", "user", "assistant", "tool")
 _MAX_DEPTH = 64
@@ -47,7 +48,7 @@ def plain(value: object, where: str, depth: int = 0) -> object:
 
 def _key(key: object, where: str) -> str:
     if not isinstance(key, str):
-        raise RequestError(f"{where} has a key that is not a string: {key!r}")
+        raise RequestError(f"{where} has a key that is not a string: {quoted(key)}")
     return _text(key, where)
 
 
@@ -66,7 +67,7 @@ def _message(message: Mapping[str, object], where: str) -> dict[str, object]:
         raise RequestError(f"{where} is a {type(message).__name__}, not an object with a role and a content")
     role = message.get("role")
     if role not in ROLES:
-        raise RequestError(f"{where} has role {str(role)[:40]!r}; roles are {', '.join(ROLES)}")
+        raise RequestError(f"{where} has role {quoted(role)}; roles are {', '.join(ROLES)}")
     calls = message.get("tool_calls")
     copy = {key: value for key, value in message.items() if key != "tool_calls"}
     if calls:
@@ -92,14 +93,14 @@ def _check_content(content: object, role: str, where: str) -> None:
         found = "no content" if content is None else f"a content of type {type(content).__name__}"
         raise RequestError(f"{where} ({role}) has {found}; it must be text or a list of text parts")
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else "text"
-        if kind == "text" and (isinstance(part, str) or isinstance(part.get("text"), str)):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(part, str) or (isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str)):
             continue
         if role == "tool" and isinstance(part, dict) and kind not in _MEDIA:
             continue  # results in a form of the template's own
-        raise RequestError(
-            f"{where} ({role}) has a content part of type {str(kind)[:40]!r}; this model reads text only"
-        )
+        if kind is None or kind == "text":
+            raise RequestError(f"{where} ({role}) has a text part that is not text")
+        raise RequestError(f"{where} ({role}) has a content part of type {quoted(kind)}; this model reads text only")
 
 
 _MEDIA = {

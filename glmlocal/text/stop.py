@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from glmlocal.errors import RequestError
+from glmlocal.text.files import quoted
 
 
 def held_back(text: str, needles: Iterable[str]) -> int:
@@ -28,7 +29,7 @@ class StopStrings:
     def __init__(self, stops: Sequence[str] = ()) -> None:
         """Raises RequestError: a stop that is empty, which would end every answer before it begins."""
         if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
-            raise RequestError(f"stop must be a list of strings that are not empty, found {stops!r}")
+            raise RequestError(f"stop must be a list of strings that are not empty, found {quoted(stops)}")
         self._stops = tuple(stops)
         self._held = ""
         self._stopped = False

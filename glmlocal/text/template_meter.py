@@ -168,10 +168,8 @@ def pay_operator(operator: str, left: Any, right: Any) -> None:
 # Filters, tests and methods.
 
 _WITHHELD_FILTERS = {"pprint", "striptags", "urlize", "wordwrap", "xmlattr"}  # worse than linear; no use in a prompt
-_SHALLOW_FILTERS = {
-    *("attr", "batch", "count", "d", "default", "first", "items", "last", "length", "list", "map", "random"),
-    *("reject", "rejectattr", "reverse", "select", "selectattr", "slice"),
-}
+_CONSTANT_FILTERS = {"attr", "count", "d", "default", "first", "last", "length", "random"}
+_SHALLOW_FILTERS = {"batch", "items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr", "slice"}
 _SORTING_FILTERS = {"dictsort", "groupby", "max", "min", "sort", "unique"}
 _WIDENING_FILTERS = {"batch", "center", "indent", "round", "slice", "sum", "tojson", "truncate"}
 _SHALLOW_TESTS = {
@@ -220,7 +218,7 @@ def _pay_filter(name: str, value: Any, args: Sequence[Any]) -> None:
     meter().work(4)
     if name in _SHALLOW_FILTERS:
         meter().work(2 * len(value) if isinstance(value, list | tuple | Mapping | range) else 1)
-    else:
+    elif name not in _CONSTANT_FILTERS:
         for _ in range(8 if name in _SORTING_FILTERS else 1):
             meter().look(value, *args)
     if name == "join":

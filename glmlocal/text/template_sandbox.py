@@ -77,7 +77,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return self.template_class.from_code(self, self.compile(tree), self.make_globals(None))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        meter().work(4)
+        meter().work(6)
         if isinstance(__obj, types.BuiltinMethodType):
             pay_method(__obj, [*args, *kwargs.values()])
         elif not isinstance(__obj, Macro):  # a macro only binds its arguments
@@ -88,7 +88,12 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         pay_operator(operator, left, right)
         return meter().made(super().call_binop(context, operator, left, right))
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        meter().work(4)
+        return super().getattr(obj, attribute)
+
     def getitem(self, obj: Any, argument: Any) -> Any:
+        meter().work(2)
         if not isinstance(argument, str | int):
             meter().look(argument)  # hashing a tuple reads all of it
         return super().getitem(obj, argument)

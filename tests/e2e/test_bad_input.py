@@ -146,9 +146,23 @@ def test_a_prompt_longer_than_the_context_is_refused(checkpoint: Path, capsys: p
 
 def test_the_contract_of_one_answer(checkpoint: Path) -> None:
     """A real process: stdout is the answer and a newline, --json is one object with the same text."""
-    command = [sys.executable, "-m", "glmlocal", "chat", str(checkpoint), "-p", "fox", "--temp", "0", "--max-tokens", "9"]
+    command = [
+        sys.executable,
+        "-m",
+        "glmlocal",
+        "chat",
+        str(checkpoint),
+        "-p",
+        "fox",
+        "--temp",
+        "0",
+        "--max-tokens",
+        "9",
+    ]
     plain = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
-    as_json = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    as_json = subprocess.run(
+        [*command, "--json"], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+    )
     assert (plain.returncode, as_json.returncode) == (0, 0), plain.stderr + as_json.stderr
     answer = json.loads(as_json.stdout)
     assert set(answer) >= {"text", "reasoning", "finish_reason", "usage", "timings"}

@@ -17,12 +17,29 @@ from glmlocal.models.weights import WeightReader
 from glmlocal.paths import demo_dir
 
 NUM_TOKENS = 128
-COPIED_FIELDS = """
-    vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim n_routed_experts num_experts_per_tok n_shared_experts n_group topk_group
-    first_k_dense_replace use_qk_norm attention_bias routed_scaling_factor norm_topk_prob max_position_embeddings
-    rms_norm_eps tie_word_embeddings
-""".split()
+COPIED_FIELDS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "n_group",
+    "topk_group",
+    "first_k_dense_replace",
+    "use_qk_norm",
+    "attention_bias",
+    "routed_scaling_factor",
+    "norm_topk_prob",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_gguf
 import torch
 from safetensors.torch import save_file
 
+import tiny
+import tiny_gguf
 from glmlocal.engine.loader import load_engine
 from glmlocal.formats.index import open_checkpoint
 from test_logits_glm4_moe import TOKENS, TOLERANCE, reference_logits, relative_error

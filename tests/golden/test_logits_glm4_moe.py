@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Glm4MoeForCausalLM
 
+import tiny
 from glmlocal.engine.engine import Engine
 from glmlocal.engine.loader import load_engine
 from glmlocal.engine.request import Request, SamplingParams

@@ -32,6 +32,7 @@ class Fake:
         print("a library that prints on stdout")
         self.step = {step}
     def vocab_size(self): return 1000
+    def encode(self, text): return list(text.encode())
     def prefill(self, prompt): return len(prompt) * 0.001
     def decode(self, prompt, num_tokens): return num_tokens * 0.01
     def greedy(self, prompt, num_tokens):
@@ -119,8 +120,7 @@ def run_with_fakes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, commands: dict[str, list[str]], *arguments: str
 ) -> int:
     """peers.main on fake engines in place of the real ones."""
-    original = peers.Worker
-    monkeypatch.setattr(peers, "Worker", lambda command: original(commands[command[-1]]))
+    monkeypatch.setattr(peers, "Worker", lambda command: Worker(commands[command[-1]]))
     monkeypatch.setattr(peers, "_interpreter", lambda *_: sys.executable)
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")

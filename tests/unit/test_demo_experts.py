@@ -7,12 +7,13 @@ import pytest
 import torch
 from glmlocal.demo import experts
 from glmlocal.kernels.reference import router_topk
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 HIDDEN, NUM_LAYERS = 576, 30
 
 layers = st.integers(1, NUM_LAYERS - 1)
+few = settings(deadline=None, max_examples=30)
 
 
 def norm_weight(seed: int) -> np.ndarray:
@@ -33,6 +34,7 @@ def right_weights(layer: int) -> torch.Tensor:
     return weights
 
 
+@few
 @given(layers, st.integers(0, 1000), st.floats(0, 4))
 def test_router_gives_every_real_expert_exactly_one_in_fp32(layer: int, seed: int, spread: float) -> None:
     ids, weights = router_topk(
@@ -50,6 +52,7 @@ def test_router_gives_every_real_expert_exactly_one_in_fp32(layer: int, seed: in
     assert (weights == 1.0).all()
 
 
+@few
 @given(layers, st.integers(0, 1000))
 def test_weights_are_exact_in_numpy_too(layer: int, seed: int) -> None:
     rows, bias = experts.router_rows(layer, norm_weight(seed)), experts.correction_bias(layer)
@@ -116,6 +119,7 @@ def test_softmax_gives_most_tokens_a_decoy() -> None:
         assert (weights[:, list(experts.expert_ids(layer)[1])].sum(1) > 3.5).float().mean() > 0.9
 
 
+@few
 @given(layers, st.integers(0, 1000), st.floats(0, 4))
 def test_four_decoys_or_more_outscore_all_real_experts_on_every_token(layer: int, seed: int, spread: float) -> None:
     rows = torch.from_numpy(experts.router_rows(layer, norm_weight(seed)))
@@ -149,7 +153,7 @@ def test_slices_are_a_partition_with_the_strongest_neurons_first() -> None:
     gate, up = (rng.standard_normal((256, 16)).astype(np.float32) for _ in range(2))
     down = rng.standard_normal((16, 256)).astype(np.float32)
     down[:, 96:128] *= 100
-    norm[3], gate[32:64, 3] = 50, 50  # strong only when seen through the norm
+    norm[3], gate[32:64, 3] = 50, 8  # strong only when seen through the norm
     groups = experts.slice_groups(norm, gate, up, down, group_size=16)
     assert groups.shape == (8, 2)
     assert sorted(groups.ravel().tolist()) == list(range(16))

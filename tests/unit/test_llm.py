@@ -146,7 +146,13 @@ def test_logits_are_float32_per_token(llm: LLM) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "words"),
-    [([], "0 tokens"), ([384], "token 0 is 384"), ([1, -1], "token 1 is -1"), ([0] * 300, "300 tokens"), ([1.5], "1.5")],
+    [
+        ([], "0 tokens"),
+        ([384], "token 0 is 384"),
+        ([1, -1], "token 1 is -1"),
+        ([0] * 300, "300 tokens"),
+        ([1.5], "1.5"),
+    ],
 )
 def test_logits_refuse_what_they_cannot_score(llm: LLM, tokens: list[int], words: str) -> None:
     with pytest.raises(RequestError, match=words):

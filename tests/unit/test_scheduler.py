@@ -12,7 +12,9 @@ from glmlocal.errors import RequestError
 EOS = 9
 
 
-def make(*, num_blocks: int = 16, block_size: int = 4, context: int = 32, max_batch: int = 4, budget: int = 8) -> Scheduler:
+def make(
+    *, num_blocks: int = 16, block_size: int = 4, context: int = 32, max_batch: int = 4, budget: int = 8
+) -> Scheduler:
     return Scheduler(
         BlockPool(num_blocks, block_size), context=context, max_batch=max_batch, max_num_batched_tokens=budget
     )

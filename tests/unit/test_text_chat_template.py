@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from glmlocal.errors import CheckpointError, RequestError
+from glmlocal.text import template_meter
 from glmlocal.text.chat_template import ChatTemplate, chat_template_from_gguf, load_chat_template
 from glmlocal.text.template_meter import MAX_VALUE
 from glmlocal.text.template_sandbox import MAX_SOURCE_CHARS
@@ -91,7 +92,9 @@ def test_what_a_template_knows_of_thinking(source: str, supports: bool, can_disa
 
 
 def test_a_template_refuses_in_its_own_words() -> None:
-    with pytest.raises(RequestError, match="roles must alternate, found user twice$") as caught:
+    with pytest.raises(
+        RequestError, match=r"refuses these messages: roles must \[31m alternate, found user twice$"
+    ) as caught:
         render("{{ raise_exception('roles must\n\x1b[31m alternate, found ' ~ messages[0].role ~ ' twice') }}")
     assert "\x1b" not in str(caught.value)
     with pytest.raises(RequestError, match="'dict object' has no attribute 'nope'"):
@@ -226,12 +229,19 @@ HUGE = {
 
 
 @pytest.mark.parametrize("source", [*ENDLESS.values(), *HUGE.values()], ids=[*ENDLESS, *HUGE])
-def test_a_template_out_of_bounds_is_stopped(source: str) -> None:
-    start_s = time.process_time()
+def test_a_template_out_of_bounds_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_meter, "MAX_WORK", template_meter.MAX_WORK // 20)  # a smaller budget, a faster test
     with pytest.raises(CheckpointError, match="the chat template was stopped: ") as caught:
         render(source)
-    assert time.process_time() - start_s < 10  # 0 to 2 s
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["loops", "macros", "json"])
+def test_the_whole_budget_is_seconds(name: str) -> None:
+    start_s = time.process_time()
+    with pytest.raises(CheckpointError, match="the chat template was stopped: "):
+        render(ENDLESS[name])
+    assert time.process_time() - start_s < 10  # about 1 s
 
 
 def test_a_template_is_stopped_in_any_thread() -> None:
@@ -239,7 +249,7 @@ def test_a_template_is_stopped_in_any_thread() -> None:
 
     def work() -> None:
         try:
-            render(ENDLESS["loops"])
+            render(ENDLESS["recursion"])
         except CheckpointError as error:
             caught.append(error)
 
@@ -253,7 +263,7 @@ def test_a_template_is_stopped_in_any_thread() -> None:
     "source", ["{% set x = 'a' | center(1000000000) %}", "{% autoescape 'a'.ljust(10 ** 9) %}{% endautoescape %}"]
 )
 def test_nothing_runs_at_compile_time(source: str) -> None:
-    with pytest.raises(CheckpointError, match="stopped|compiled"):
+    with pytest.raises(CheckpointError, match=r"stopped|compiled"):
         ChatTemplate(source).render(HI)
 
 

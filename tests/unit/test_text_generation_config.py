@@ -22,7 +22,7 @@ def test_without_a_file_nothing_is_said(tmp_path: Path) -> None:
 
 
 def test_fields_are_read_and_others_ignored(tmp_path: Path) -> None:
-    text = '{"eos_token_id": [3, 1, 3], "temperature": 1, "top_p": 0.95, "top_k": 40, "do_sample": true, "pad_token_id": 3}'
+    text = '{"eos_token_id": [3, 1, 3], "temperature": 1, "top_p": 0.95, "top_k": 40, "do_sample": true, "pad": 3}'
     defaults = load(tmp_path, text)
     assert defaults == GenerationDefaults(temperature=1.0, top_p=0.95, top_k=40, eos_token_ids=(3, 1))
     assert defaults.sampling() == {"temperature": 1.0, "top_p": 0.95, "top_k": 40}

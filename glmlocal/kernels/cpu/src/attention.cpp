@@ -102,9 +102,10 @@ void paged_attention(const KeyValueCache& cache, const AttentionBatch& batch) {
     }
   }
   float* partials = num_partials ? scratch(Scratch::partials, size_t(num_partials)) : nullptr;
+  const int hpt = getenv("HPT") ? atoi(getenv("HPT")) : 1, pieces = kv_heads / hpt;
   auto run_job = [&](int index) {
-    const Job& job = jobs[index / kv_heads];
-    const int kv_head = index % kv_heads;
+    const Job& job = jobs[index / pieces];
+    const int kv_head = index % pieces * hpt;
     const QueryTile& tile = tiles[job.tile];
     AttentionTask task{};
     task.q = batch.q + tile.first_token * batch.q_stride + kv_head * group * head_dim;
@@ -115,7 +116,8 @@ void paged_attention(const KeyValueCache& cache, const AttentionBatch& batch) {
     task.values = cache.values + kv_head * head_dim;
     task.slot_stride = ptrdiff_t(kv_heads) * head_dim;
     task.block_stride = task.slot_stride * cache.block_size;
-    if (getenv("HM")) { task.slot_stride = head_dim; task.keys = cache.keys + kv_head * head_dim * cache.block_size;  task.values = cache.values + kv_head * head_dim * cache.block_size; }
+    task.head_stride = head_dim; task.num_heads = hpt;
+    if (getenv("HM")) { task.head_stride = head_dim * cache.block_size; task.slot_stride = head_dim; task.keys = cache.keys + kv_head * head_dim * cache.block_size;  task.values = cache.values + kv_head * head_dim * cache.block_size; }
     task.block_table = batch.block_tables + tile.request * batch.max_blocks;
     task.block_size = int(cache.block_size);
     task.num_tokens = tile.num_tokens;
@@ -128,11 +130,12 @@ void paged_attention(const KeyValueCache& cache, const AttentionBatch& batch) {
     if (tile.split) {
       const ptrdiff_t rows = tile.num_tokens * group;
       task.partial_stride = rows * size;
-      task.partials = partials + tile.partials + (kv_head * tile.num_splits + job.split) * task.partial_stride;
+      task.partials = partials + tile.partials + job.split * (rows * size * kv_heads) + kv_head * rows * size;
+    task.partial_stride = 0;
     }
     kernel.attend(task);
   };
-  parallel_for(int(jobs.size()) * kv_heads, flops * kNsPerFlop, run_job);
+  parallel_for(int(jobs.size()) * pieces, flops * kNsPerFlop, run_job);
   if (!partials) return;
 
   std::vector<int> split_tiles;
@@ -145,9 +148,9 @@ void paged_attention(const KeyValueCache& cache, const AttentionBatch& batch) {
     const int rows = tile.num_tokens * group;
     for (int row = 0; row < rows; ++row) {
       const int token = row / group;
-      float* first = partials + tile.partials + (kv_head * tile.num_splits * ptrdiff_t(rows) + row) * size;
+      float* first = partials + tile.partials + (kv_head * ptrdiff_t(rows) + row) * size;
       const int num_splits = ceil_div(tile.first_position + token + 1, kSplitKeys);
-      kernel.merge_splits(first, rows * size, num_splits, head_dim,
+      kernel.merge_splits(first, rows * size * kv_heads, num_splits, head_dim,
                           batch.out + (ptrdiff_t(tile.first_token + token) * batch.heads + kv_head * group + row % group) * head_dim);
     }
   });

@@ -45,10 +45,10 @@ struct AttentionTask {
   ptrdiff_t out_stride;
   const float* keys;  // of this kv head: slot s at s * slot_stride
   const float* values;
-  ptrdiff_t block_stride, slot_stride;
+  ptrdiff_t block_stride, slot_stride, head_stride;
   const int32_t* block_table;
   int block_size;
-  int num_tokens, group, head_dim;
+  int num_tokens, num_heads, group, head_dim;
   int first_position;  // of the first token; token t sees the keys at positions 0 … first_position + t
   int first_split, num_splits;
   float scale;

@@ -17,23 +17,26 @@ constexpr float kLowest = -3.402823466e38f;              // finite: minus infini
 // many kv heads, which no hardware prefetcher follows.
 constexpr int TW = 100;
 struct Prefetch {
-  const float* rows[2 * kTileKeys];
+  const float* const* keys;
+  const float* const* values;
+  ptrdiff_t head_offset = 0;
   int row = 0, num_rows = 0, offset = 0, width = 0;
   int rate = 0, credit = 0;  // lines per unit of work, times 65536
+  bool second = false;
 
   GLM_INLINE void step(int work) {
     credit += rate * work;
     for (; credit >= 65536 && row < num_rows; credit -= 65536) {
-      __builtin_prefetch(rows[row] + offset, 0, 2);
+      __builtin_prefetch((second ? values : keys)[row] + head_offset + offset, 0, 2);
       offset += kLanes;
-      if (offset >= width) offset = 0, ++row;
+      if (offset >= width) { offset = 0; if (++row == num_rows && !second) second = true, row = 0; }
     }
   }
 };
 
 // Everything a task works on; one row is one query head of one token.
 struct Workspace {
-  int rows, head_dim, width;  // width: head_dim rounded up to whole vectors
+  int rows, rows_per_head, head_dim, width;  // width: head_dim rounded up to whole vectors
   float* q;                   // [rows][head_dim], times the scale
   float* keys;                // [head_dim][kPanelKeys], L1
   float* scores;              // [rows][kTileKeys]
@@ -48,7 +51,8 @@ struct Workspace {
 
 Workspace make_workspace(const AttentionTask& task) {
   Workspace w{};
-  w.rows = task.num_tokens * task.group;
+  w.rows_per_head = task.num_tokens * task.group;
+  w.rows = w.rows_per_head * task.num_heads;
   w.head_dim = task.head_dim;
   w.width = padded_head_dim(task.head_dim);
   const size_t rows = size_t(w.rows), width = size_t(w.width), partials = rows * size_t(partial_size(task.head_dim));
@@ -70,9 +74,12 @@ Workspace make_workspace(const AttentionTask& task) {
 
 void scale_queries(const AttentionTask& task, const Workspace& w) {
   float* to = w.q;
-  for (int token = 0; token < task.num_tokens; ++token) {
-    const float* from = task.q + token * task.q_stride;
-    for (int i = 0; i < task.group * task.head_dim; ++i) *to++ = from[i] * task.scale;
+  const int size = task.group * task.head_dim;
+  for (int head = 0; head < task.num_heads; ++head) {
+    for (int token = 0; token < task.num_tokens; ++token) {
+      const float* from = task.q + token * task.q_stride + head * size;
+      for (int i = 0; i < size; ++i) *to++ = from[i] * task.scale;
+    }
   }
 }
 
@@ -233,25 +240,27 @@ GLM_INLINE void for_rows(int row, int end, Visit&& f) {
 // The first token that sees the key at this position.
 int first_token(const AttentionTask& task, int key) { return key > task.first_position ? key - task.first_position : 0; }
 
-void attend_tile(const AttentionTask& task, Workspace& w, int first_key, int count, bool fresh) {
-  const float* keys[kTileKeys];
-  find_rows(task, first_key, count, keys, w.value_rows);
-  for (int i = count; i < kTileKeys; ++i) keys[i] = keys[0];
+void attend_tile(const AttentionTask& task, Workspace& w, const float* const* keys, const float* const* values, int head,
+                 int first_key, int count, bool fresh) {
+  const float* head_keys[kTileKeys];
+  for (int i = 0; i < kTileKeys; ++i) head_keys[i] = keys[i < count ? i : 0] + head * task.head_stride;
+  for (int i = 0; i < count; ++i) w.value_rows[i] = values[i] + head * task.head_stride;
   pad_values(w, count);
   int token = first_token(task, first_key);
+  const int begin = head * w.rows_per_head, end = begin + w.rows_per_head;
   for (int key = 0; key < count; key += kPanelKeys) {
-    transpose_keys(keys + key, w.head_dim, w.keys, *w.prefetch);
-    for_rows(token * task.group, w.rows, [&](auto rows, int row) { score_rows<decltype(rows)::v>(w, row, key); });
+    transpose_keys(head_keys + key, w.head_dim, w.keys, *w.prefetch);
+    for_rows(begin + token * task.group, end, [&](auto rows, int row) { score_rows<decltype(rows)::v>(w, row, key); });
   }
-  auto add = [&](int row, int end, int num_keys) {
-    for_rows(row, end, [&](auto rows, int first) { add_rows<decltype(rows)::v>(w, first, num_keys, fresh); });
+  auto add = [&](int row, int row_end, int num_keys) {
+    for_rows(row, row_end, [&](auto rows, int first) { add_rows<decltype(rows)::v>(w, first, num_keys, fresh); });
   };
   for (; token < task.num_tokens; ++token) {
     const int num_keys = task.first_position + token + 1 - first_key;
     if (num_keys >= kTileKeys) break;
-    add(token * task.group, (token + 1) * task.group, num_keys);
+    add(begin + token * task.group, begin + (token + 1) * task.group, num_keys);
   }
-  add(token * task.group, w.rows, kTileKeys);
+  add(begin + token * task.group, end, kTileKeys);
 }
 
 // folded ← both, as if their splits had been one.
@@ -276,12 +285,10 @@ GLM_INLINE void write_result(const float* folded, int head_dim, float* out) {
 }
 
 // Turns the lanes' sums into the form that fold() takes.
-void end_split(const Workspace& w, int first_row) {
-  for (int row = first_row; row < w.rows; ++row) {
-    float* tail = w.result + row * ptrdiff_t(w.width + kLanes) + w.width;
-    tail[0] = sum(load(tail));
-    tail[1] = w.maximum[row];
-  }
+void end_split(const Workspace& w, int row) {
+  float* tail = w.result + row * ptrdiff_t(w.width + kLanes) + w.width;
+  tail[0] = sum(load(tail));
+  tail[1] = w.maximum[row];
 }
 
 }  // namespace
@@ -293,33 +300,43 @@ void attend(const AttentionTask& task) {
   scale_queries(task, w);
   const int size = partial_size(task.head_dim);
   const int num_keys = task.first_position + task.num_tokens;
+  const float *keys[2][kTileKeys], *values[2][kTileKeys];
+  int which = 0;
+  auto keys_of_tile = [&](int first) { return num_keys - first < kTileKeys ? num_keys - first : kTileKeys; };
+  find_rows(task, task.first_split * kSplitKeys, keys_of_tile(task.first_split * kSplitKeys), keys[0], values[0]);
   for (int split = task.first_split; split < task.first_split + task.num_splits; ++split) {
     const int begin = split * kSplitKeys, end = begin + kSplitKeys < num_keys ? begin + kSplitKeys : num_keys;
     w.result = task.partials ? task.partials + (split - task.first_split) * task.partial_stride : split == 0 ? w.folded : w.own;
-    for (int key = begin; key < end; key += kTileKeys) {
-      const int next = key + kTileKeys;
-      prefetch.row = prefetch.num_rows = 0;
-      if (next < num_keys) {
-        const int count = num_keys - next < kTileKeys ? num_keys - next : kTileKeys;
-        find_rows(task, next, count, prefetch.rows, prefetch.rows + count);
-        prefetch.num_rows = 2 * count;
+    for (int key = begin; key < end; key += kTileKeys, which ^= 1) {
+      const int count = keys_of_tile(key), next = key + kTileKeys;
+      if (next < num_keys) find_rows(task, next, keys_of_tile(next), keys[which ^ 1], values[which ^ 1]);
+      for (int head = 0; head < task.num_heads; ++head) {
+        const bool last = head + 1 == task.num_heads;
+        prefetch.keys = keys[which ^ last];
+        prefetch.values = values[which ^ last];
+        prefetch.head_offset = last ? 0 : (head + 1) * task.head_stride;
+        prefetch.num_rows = !last ? count : next < num_keys ? keys_of_tile(next) : 0;
+        prefetch.row = prefetch.offset = prefetch.credit = 0;
+        prefetch.second = false;
         prefetch.width = task.head_dim;
-        prefetch.offset = 0;
-        const int64_t work = int64_t(w.rows) * (kTileLanes * w.head_dim + kTileKeys * w.width / kLanes) + kTileLanes * w.width / kLanes * TW;
-        prefetch.rate = 65536 * (2 * count * (w.width / kLanes)) / work;
-        prefetch.credit = 0;
+        const int64_t work = int64_t(w.rows_per_head) * (kTileLanes * w.head_dim + kTileKeys * w.width / kLanes) + kTileLanes * w.width / kLanes * TW;
+        prefetch.rate = 65536 * (2 * prefetch.num_rows * (w.width / kLanes)) / work;
+        attend_tile(task, w, keys[which], values[which], head, key, count, key == begin);
       }
-      attend_tile(task, w, key, end - key < kTileKeys ? end - key : kTileKeys, key == begin);
     }
-    const int first_row = first_token(task, begin) * task.group;
-    end_split(w, first_row);
-    if (w.result != w.own) continue;
-    for (int row = first_row; row < w.rows; ++row) fold(w.folded + row * size, w.own + row * size, w.width);
+    for (int head = 0; head < task.num_heads; ++head) {
+      for (int r = first_token(task, begin) * task.group; r < w.rows_per_head; ++r) {
+        const int row = head * w.rows_per_head + r;
+        end_split(w, row);
+        if (w.result == w.own) fold(w.folded + row * size, w.own + row * size, w.width);
+      }
+    }
   }
   if (task.partials) return;
   for (int row = 0; row < w.rows; ++row) {
-    const int token = row / task.group, head = row % task.group;
-    write_result(w.folded + row * size, task.head_dim, task.out + token * task.out_stride + head * task.head_dim);
+    const int head = row / w.rows_per_head, token = row % w.rows_per_head / task.group, member = row % task.group;
+    write_result(w.folded + row * size, task.head_dim,
+                 task.out + token * task.out_stride + (head * task.group + member) * task.head_dim);
   }
 }
 
