@@ -10,12 +10,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from _common import serve
 
-TIE = 0.01  # of the range of the logits: tokens this close to the best may be chosen as well
+TIE = 0.02  # of the range of the logits, as bf16 is allowed: tokens this close to the best may be chosen as well
 MAX_BATCH = 512  # tokens of a prompt that are computed at once
 
 
@@ -79,9 +80,9 @@ class LlamaCpp(_StepEngine):
     """llama.cpp through the C functions of llama-cpp-python: its defaults, and logits of the last token only."""
 
     def __init__(self, model: str, threads: int, context: int) -> None:
-        import llama_cpp
         import numpy as np
 
+        llama_cpp = import_module("llama_cpp")
         self._llama, self._np = llama_cpp, np
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
@@ -125,13 +126,13 @@ class Transformers(_StepEngine):
 
     def __init__(self, model: str, threads: int, context: int) -> None:
         import torch
-        from transformers import DynamicCache, Glm4MoeForCausalLM
 
+        transformers = import_module("transformers")
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        self._torch, self._new_cache = torch, DynamicCache
+        self._torch, self._new_cache = torch, transformers.DynamicCache
         config, weights = dequantized(Path(model))
-        self._model = Glm4MoeForCausalLM(config).eval()
+        self._model = transformers.Glm4MoeForCausalLM(config).eval()
         missing, unexpected = self._model.load_state_dict(weights, strict=False, assign=True)
         if config.tie_word_embeddings:
             self._model.tie_weights()
@@ -204,14 +205,12 @@ def dequantized(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _config(field: dict[str, Any], tensors: dict[str, Any]) -> Any:
-    from transformers import Glm4MoeConfig
-
     def get(name: str, default: Any = None) -> Any:
         return field.get(f"glm4moe.{name}", default)
 
     head_dim = get("attention.key_length")
     rotary = get("rope.dimension_count", head_dim)
-    return Glm4MoeConfig(
+    return import_module("transformers").Glm4MoeConfig(
         vocab_size=int(tensors["token_embd.weight"].shape[1]),
         hidden_size=get("embedding_length"),
         intermediate_size=get("feed_forward_length"),

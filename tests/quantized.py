@@ -30,7 +30,14 @@ SCHEMES = {
 DENSE = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 # The widest sub-scales and sub-mins that each file format has.
-_SUB_SCALE = {"Q2_K": (0, 16), "Q3_K": (-32, 32), "Q4_K": (0, 64), "Q5_K": (0, 64), "Q6_K": (-128, 128), "IQ4_XS": (-32, 32)}
+_SUB_SCALE = {
+    "Q2_K": (0, 16),
+    "Q3_K": (-32, 32),
+    "Q4_K": (0, 64),
+    "Q5_K": (0, 64),
+    "Q6_K": (-128, 128),
+    "IQ4_XS": (-32, 32),
+}
 _SUB_MIN = {"Q2_K": 16, "Q4_K": 64, "Q5_K": 64}
 
 
@@ -63,7 +70,9 @@ def random_quantized(
         floats(supers),
         rng.integers(*_SUB_SCALE.get(scheme.name, (-128, 128)), (rows, groups)).astype(np.int8) if two_level else None,
         floats(groups) if low == "min" else floats(supers) if low == "two_level_min" else None,
-        rng.integers(0, _SUB_MIN.get(scheme.name, 256), (rows, groups), dtype=np.uint8) if low == "two_level_min" else None,
+        rng.integers(0, _SUB_MIN.get(scheme.name, 256), (rows, groups), dtype=np.uint8)
+        if low == "two_level_min"
+        else None,
     )
 
 

@@ -204,7 +204,7 @@ def _converse(
         sampling,
         thinking=llm.supports_thinking and not args.no_think,
         raw=raw,
-        debug=getattr(args, "debug", False),
+        debug=args.debug,
     )
     return session.run()
 

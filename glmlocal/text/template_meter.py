@@ -19,7 +19,7 @@ from jinja2.exceptions import SecurityError
 
 MAX_VALUE = 32_000_000  # what one value may weigh
 MAX_CHARS = 64_000_000  # characters that one rendering may produce, intermediate results included
-MAX_WORK = 2_000_000  # GLM's templates take about 50 per message
+MAX_WORK = 2_000_000  # GLM's templates take about 100 per message
 _NODE = 32  # weight of an item of a container: what it takes to visit it, in characters read
 _CHARS_PER_WORK = 256
 _MAX_BITS = 8192  # of an integer

@@ -3,112 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import termios
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import pexpect
-import pyte
-import pyte.graphics
 import pytest
+
+from pty_terminal import Terminal
 
 TESTS = Path(__file__).parents[1]
 ENTRY = "import sys, fakes; sys.exit(fakes.main())"
 CTRL_C, CTRL_D, ENTER, ESC, UP, TAB = "\x03", "\x04", "\r", "\x1b", "\x1b[A", "\t"
 
 
-class Terminal:
-    """A process in a pseudo-terminal and the screen that a person would see."""
-
-    def __init__(self, *arguments: str, columns: int = 120, rows: int = 30, **environment: str) -> None:
-        self.screen = pyte.HistoryScreen(columns, rows, history=1000)
-        self._stream = pyte.ByteStream(self.screen)
-        variables = {
-            **os.environ,
-            "TERM": "xterm-256color",
-            "LC_ALL": "C.UTF-8",
-            "PYTHONPATH": str(TESTS),
-            **environment,
-        }
-        variables.pop("NO_COLOR", None)
-        self.process = pexpect.spawn(
-            sys.executable, ["-c", ENTRY, *arguments], env=variables, dimensions=(rows, columns), timeout=20
-        )
-
-    @property
-    def lines(self) -> list[str]:
-        """All lines so far, those scrolled out of sight included, without blanks at their ends."""
-        columns = range(self.screen.columns)
-        gone = ["".join(line[x].data for x in columns) for line in self.screen.history.top]
-        return [line.rstrip() for line in [*gone, *self.screen.display]]
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)
-
-    def type(self, text: str) -> None:
-        self.process.send(text)
-
-    def read(self, timeout_s: float = 0.05) -> bool:
-        """Draw what has come; False at the end of the process's output."""
-        try:
-            self._stream.feed(self.process.read_nonblocking(65536, timeout_s))
-        except pexpect.TIMEOUT:
-            pass
-        except pexpect.EOF:
-            return False
-        return True
-
-    def wait(self, condition: str | Callable[[], bool], timeout_s: float = 15.0) -> None:
-        """Read until a text is on the screen, or a condition holds."""
-        end = time.monotonic() + timeout_s
-        while not (condition in self.text if isinstance(condition, str) else condition()):
-            assert time.monotonic() < end, f"never saw {condition!r} in:\n{self.text.rstrip()}"
-            assert self.read(), f"ended without {condition!r}:\n{self.text.rstrip()}"
-
-    def say(self, text: str) -> None:
-        """Type a message at an empty prompt."""
-        self.wait(self.at_prompt)
-        self.type(text + ENTER)
-
-    def at_prompt(self) -> bool:
-        return self.screen.display[self.screen.cursor.y].rstrip() == ">" and self.screen.cursor.x == 2
-
-    def end(self) -> int:
-        """Wait for the process to end; its exit code."""
-        while self.read(0.5):
-            pass
-        self.process.close()
-        assert self.process.exitstatus is not None, self.process.signalstatus
-        return int(self.process.exitstatus)
-
-    def is_dim(self, text: str) -> bool:
-        """Is every visible character of that text, which is on the screen, dim?"""
-        for y, line in enumerate(self.screen.display):
-            if text in line:
-                start = line.index(text)
-                cells = [self.screen.buffer[y][x] for x in range(start, start + len(text))]
-                return all(cell.italics for cell in cells if cell.data != " ")
-        raise AssertionError(f"no {text!r} in:\n{self.text.rstrip()}")
-
-
-@pytest.fixture(autouse=True)
-def _dim_is_italics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pyte does not know SGR 2 (dim); let it draw dim text as italics, which nothing here uses."""
-    monkeypatch.setitem(pyte.graphics.TEXT, 2, "+italics")
-    monkeypatch.setitem(pyte.graphics.TEXT, 22, "-italics")
-
-
 @pytest.fixture
 def open_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
-    def start(*arguments: str, **options: str | int) -> Terminal:
-        terminal = Terminal("chat", *arguments, GLMLOCAL_HOME=str(tmp_path / "home"), **options)  # type: ignore[arg-type]
+    def start(*arguments: str, **options: Any) -> Terminal:
+        environment = {"GLMLOCAL_HOME": str(tmp_path / "home"), "PYTHONPATH": str(TESTS)}
+        command = options.pop("command", None) or [sys.executable, "-c", ENTRY, "chat", *arguments]
+        terminal = Terminal(command, **{**environment, **options})
         opened.append(terminal)
         return terminal
 
@@ -302,12 +220,8 @@ def test_a_terminated_session_gives_the_terminal_back(open_terminal: Open) -> No
 
 
 def test_a_pipe_as_stdout_gets_the_answers_alone(open_terminal: Open, tmp_path: Path) -> None:
-    terminal = open_terminal("thinker")
-    terminal.process.close(force=True)
-    command = f'exec {sys.executable} -c "$ENTRY" chat thinker > {tmp_path / "out"}'
-    environment = {**os.environ, "ENTRY": ENTRY, "TERM": "xterm", "PYTHONPATH": str(TESTS)}
-    environment["GLMLOCAL_HOME"] = str(tmp_path / "home")
-    terminal.process = pexpect.spawn("/bin/sh", ["-c", command], env=environment, dimensions=(30, 120), timeout=20)
+    script = f'exec {sys.executable} -c "$ENTRY" chat thinker > {tmp_path / "out"}'
+    terminal = open_terminal(command=["/bin/sh", "-c", script], ENTRY=ENTRY)
     terminal.say("hello there")
     terminal.wait("first token")
     terminal.say("/quit")

@@ -125,12 +125,12 @@ def test_glm_templates_render_as_recorded(shared_directory: Path) -> None:
     form = r"^## (\S+) \| (\w+) \| ([^\n]*)\n\n```text\n(.*?)\n```\n(?=\n## |\Z)"
     cases = re.findall(form, recorded, re.DOTALL | re.MULTILINE)
     assert len(cases) == recorded.count("\n## ")
+    by_name = {path.name: ChatTemplate(path.read_text(encoding="utf-8")) for path in templates.glob("*.jinja")}
     num_compared = 0
     for name, conversation, kwargs, expected in cases:
-        if (templates / name).exists():
-            template = ChatTemplate((templates / name).read_text(encoding="utf-8"))
+        if name in by_name:
             tools = [{"type": "function", "function": _WEATHER}] if conversation == "tools" else None
-            rendered = template.render(_SHARED_CONVERSATIONS[conversation], tools=tools, **json.loads(kwargs))
+            rendered = by_name[name].render(_SHARED_CONVERSATIONS[conversation], tools=tools, **json.loads(kwargs))
             assert rendered == expected, (name, conversation, kwargs)
             num_compared += 1
     assert num_compared >= 56

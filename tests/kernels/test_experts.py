@@ -1,4 +1,4 @@
-"""swiglu_ffn and experts_ffn: right within fp32 rounding, and a token's result is its own whatever else is in the batch."""
+"""swiglu_ffn and experts_ffn: right within fp32 rounding, and a token's result is its own in any batch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from quantized import random_matrix, widened
 from torch import Tensor
 
 from glmlocal import kernels
 from glmlocal.kernels import cpu
+from quantized import random_matrix, widened
 
 if not cpu.available:
     pytest.skip("no native kernels here", allow_module_level=True)
@@ -71,7 +71,9 @@ def test_experts_are_right_and_tokens_do_not_meet(isa: str, layer: Layer) -> Non
     tolerance = 2.0**-24 * 16 * layer.hidden**0.5 * size
     assert bool(((out.double() - wanted).abs() <= tolerance).all())
     for t in range(23):
-        assert torch.equal(kernels.experts_ffn(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], layer.packed)[0], out[t])
+        assert torch.equal(
+            kernels.experts_ffn(x[t : t + 1], ids[t : t + 1], weights[t : t + 1], layer.packed)[0], out[t]
+        )
     order = torch.randperm(23, generator=torch.Generator().manual_seed(1))
     shuffled = kernels.experts_ffn(x[order], ids[order], weights[order], layer.packed)
     assert torch.equal(shuffled, out[order])
@@ -81,7 +83,9 @@ def test_the_order_of_a_tokens_experts_does_not_matter(isa: str, layer: Layer) -
     top_k = min(3, layer.num_experts)
     x, ids, weights = layer.inputs(4, top_k)
     out = kernels.experts_ffn(x, ids, weights, layer.packed)
-    assert torch.equal(kernels.experts_ffn(x, ids.flip(1).contiguous(), weights.flip(1).contiguous(), layer.packed), out)
+    assert torch.equal(
+        kernels.experts_ffn(x, ids.flip(1).contiguous(), weights.flip(1).contiguous(), layer.packed), out
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 300])
@@ -122,7 +126,9 @@ def test_no_tokens_and_no_experts_per_token(isa: str) -> None:
     assert kernels.experts_ffn(none, torch.zeros(0, 2).int(), torch.zeros(0, 2), layer.packed).shape == (0, 64)
     assert kernels.swiglu_ffn(none, layer.packed.gate[0], layer.packed.up[0], layer.packed.down[0]).shape == (0, 64)
     x = torch.randn(3, 64)
-    assert torch.equal(kernels.experts_ffn(x, torch.zeros(3, 0).int(), torch.zeros(3, 0), layer.packed), torch.zeros(3, 64))
+    assert torch.equal(
+        kernels.experts_ffn(x, torch.zeros(3, 0).int(), torch.zeros(3, 0), layer.packed), torch.zeros(3, 64)
+    )
 
 
 @pytest.mark.parametrize("large", [50.0, 1e4, 1e20])

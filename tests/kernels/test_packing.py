@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from quantized import DENSE, SCHEMES, random_matrix, random_quantized, widened
 
 from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
 from glmlocal.kernels import cpu
+from quantized import DENSE, SCHEMES, random_matrix, random_quantized, widened
 
 if not cpu.available:
     pytest.skip("no native kernels here", allow_module_level=True)
@@ -37,7 +37,9 @@ def assert_same(found: torch.Tensor | QuantizedMatrix, wanted: torch.Tensor | Qu
 
 @pytest.mark.parametrize("kind", [*SCHEMES, *DENSE])
 @pytest.mark.parametrize("scale_dtype", [np.float16, np.float32])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (15, 256), (16, 64), (17, 512), (64, 32), (65, 256), (192, 576)])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 32), (15, 256), (16, 64), (17, 512), (64, 32), (65, 256), (192, 576)]
+)
 def test_unpack_gives_back_what_was_packed(kind: str, scale_dtype: type, rows: int, columns: int) -> None:
     matrix = random_matrix(kind, rows, columns, scale_dtype=scale_dtype)
     assert_same(packing.unpack(packing.pack(matrix)), matrix)
@@ -72,11 +74,11 @@ def test_kernels_decode_the_weights_of_gguf_schemes_exactly(isa: str, kind: str)
     assert torch.equal(packing.pack(matrix).dequantize(), widened(matrix))
 
 
-@pytest.mark.parametrize(
-    ("kind", "bits"),
-    [("Q4_0", 4.5), ("Q4_1", 5.0), ("Q5_0", 5.5), ("Q8_0", 8.5), ("Q4_K", 4.625), ("Q5_K", 5.625), ("Q6_K", 6.5625)]
-    + [("Q3_K", 3.5625), ("Q2_K", 3.125), ("IQ4_NL", 4.5), ("IQ4_XS", 4.3125), ("bf16", 16.0), ("f16", 16.0), ("f32", 32.0)],
-)
+_BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q8_0": 8.5, "Q2_K": 3.125, "Q3_K": 3.5625, "Q4_K": 4.625, "Q5_K": 5.625}
+_BITS |= {"Q6_K": 6.5625, "IQ4_NL": 4.5, "IQ4_XS": 4.3125, "bf16": 16, "f16": 16, "f32": 32}
+
+
+@pytest.mark.parametrize(("kind", "bits"), _BITS.items())
 def test_memory_per_weight_is_about_that_of_the_file(kind: str, bits: float) -> None:
     rows, columns = 192, 1024
     assert packing.pack(random_matrix(kind, rows, columns)).nbytes * 8 / (rows * columns) == bits

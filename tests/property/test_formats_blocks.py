@@ -3,10 +3,10 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from crafted import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crafted import random_blocks
 from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, block_layout, unpack
 
 

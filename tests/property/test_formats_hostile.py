@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crafted import ARRAY, STRING, TINY, U32, safetensors_bytes, tiny_gguf, tiny_tensors, with_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from crafted import ARRAY, STRING, TINY, U32, safetensors_bytes, tiny_gguf, tiny_tensors, with_header
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.gguf_file import read_gguf
 from glmlocal.formats.index import TensorRef, open_checkpoint

@@ -5,10 +5,10 @@ import time
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_text import SPECIAL, gguf_metadata, tokenizer_json
 
 from glmlocal.text.detokenizer import IncrementalDetokenizer
 from glmlocal.text.tokenizer import tokenizer_from_gguf
+from tiny_text import SPECIAL, gguf_metadata, tokenizer_json
 
 TOKENIZER = tokenizer_from_gguf(gguf_metadata())
 REFERENCE = tokenizers.Tokenizer.from_str(tokenizer_json("glm4"))

@@ -109,6 +109,13 @@ def test_agreement_counts_until_the_first_difference() -> None:
     assert result == peers.Agreement(3, 0, "prompt 0, token 1: 6 instead of 2")
 
 
+def test_gate_is_strict_for_the_first_engine_and_lenient_for_peers() -> None:
+    parted, good = peers.Agreement(90, 1, "prompt 2, token 5: 1 instead of 2"), peers.Agreement(128, 0, None)
+    assert peers.wrong_engines({"glmlocal": parted, "llama.cpp": good}, "glmlocal") == ["glmlocal"]
+    assert peers.wrong_engines({"glmlocal": good, "llama.cpp": parted}, "glmlocal") == []
+    assert peers.wrong_engines({"llama.cpp": peers.Agreement(31, 4, None)}, "glmlocal") == ["llama.cpp"]
+
+
 def test_prompts_are_reproducible_and_never_share_a_prefix() -> None:
     prompts = [peers.make_prompt(50_000, f"prefill 32 {repeat}", 32) for repeat in range(-1, 20)]
     assert prompts[3] == peers.make_prompt(50_000, "prefill 32 2", 32)

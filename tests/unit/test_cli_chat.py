@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeLLM, Reply, install, stdin_holding
 
+from fakes import FakeLLM, Reply, install, stdin_holding
 from glmlocal.cli import chat, stdin
 from glmlocal.cli.main import main
 from glmlocal.errors import ConfigError, RequestError
@@ -222,6 +222,7 @@ def test_a_failure_in_the_middle_keeps_what_was_said_and_fails(run: Run) -> None
 
 def start(*arguments: str, delay_s: float = 0.0, **options: Any) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "FAKE_TOKEN_DELAY_S": str(delay_s), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment.pop("PYTHONUNBUFFERED", None)  # people do not have it, and it would hide a missing flush
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", "import sys, fakes; sys.exit(fakes.main())", "chat", *arguments]
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, **options)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fakes import VOCAB_SIZE, FakeLLM, FakeTokenizer, install
 
+from fakes import VOCAB_SIZE, FakeLLM, FakeTokenizer, install
 from glmlocal.cli import eval as eval_command
 from glmlocal.cli.main import main
 

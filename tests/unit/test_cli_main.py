@@ -23,13 +23,17 @@ Run = Callable[..., tuple[int, str, str]]
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs the command line with one more command, ``boom``, which raises or returns what it is given."""
 
-    def call(*arguments: str, outcome: BaseException | int = 0) -> tuple[int, str, str]:
+    def call(
+        *arguments: str, outcome: BaseException | int = 0, seen: list[argparse.Namespace] | None = None
+    ) -> tuple[int, str, str]:
         module = ModuleType("glmlocal.cli.boom")
 
         def add_parser(subparsers: Any) -> None:
             subparsers.add_parser("boom", help="go wrong").add_argument("--level", type=int)
 
         def command(args: argparse.Namespace) -> int:
+            if seen is not None:
+                seen.append(args)
             if isinstance(outcome, BaseException):
                 raise outcome
             return outcome
@@ -80,6 +84,14 @@ def test_debug_shows_the_traceback_before_or_after_the_command(run: Run, argumen
     assert "Traceback" in err
     assert err.endswith("glmlocal: error: no ␛[2J\n")
     assert "\x1b" not in err
+
+
+@pytest.mark.parametrize("arguments", [("--debug", "boom"), ("boom", "--debug")])
+def test_a_command_knows_that_it_is_debugged(run: Run, arguments: tuple[str, ...]) -> None:
+    seen: list[argparse.Namespace] = []
+    run(*arguments, seen=seen)
+    run("boom", seen=seen)
+    assert [args.debug for args in seen] == [True, False]
 
 
 def test_escape_sequences_and_newlines_of_a_message_never_reach_the_terminal(run: Run) -> None:
@@ -157,7 +169,10 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 def _process(code: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     script = f"import sys; sys.argv = ['glmlocal', 'chat', '--help']; {code}"
-    return subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, check=False, **options)
+    environment = {**os.environ, **options.pop("env", {})}
+    environment.pop("PYTHONUNBUFFERED", None)  # people do not have it, and it would hide what the last flush does
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, stderr=subprocess.PIPE, check=False, env=environment, **options)
 
 
 MAIN = "from glmlocal.cli.main import main; sys.exit(main())"
@@ -187,6 +202,6 @@ def test_closed_stdout_is_survived() -> None:
 @pytest.mark.parametrize("locale", ["C", "POSIX", "en_US.ISO-8859-1"])
 def test_output_is_utf8_whatever_the_locale(locale: str) -> None:
     code = "from glmlocal.cli.terminal import use_utf8; use_utf8(); print('\\u4e2d \\ud800', flush=True)"
-    environment = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = _process(code, stdout=subprocess.PIPE, env=environment)
     assert (done.returncode, done.stdout) == (0, "中 ?\n".encode())

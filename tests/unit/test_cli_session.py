@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeLLM, Reply, install
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import InMemoryHistory
 
+from fakes import FakeLLM, Reply, install
 from glmlocal.cli.chat_prompt import CommandCompleter, open_history
+from glmlocal.cli.chat_render import AnswerView
 from glmlocal.cli.chat_session import COMMANDS, Conversation, Session
 from glmlocal.cli.terminal import Console
 from glmlocal.errors import RequestError
@@ -165,6 +166,14 @@ def test_ctrl_c_stops_the_answer_and_keeps_it(interrupting: Callable[[int], None
     assert talk.llm.calls[1]["messages"] == talk.messages[:3]
     assert talk.messages[3]["content"] == "next"
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_stopped_answer_is_aborted_at_once(interrupting: Callable[[int], None]) -> None:
+    interrupting(1)
+    llm = FakeLLM("talker")
+    deltas = llm.chat([{"role": "user", "content": "a b c d"}], stream=True)
+    AnswerView(Console(io.StringIO(), io.StringIO())).run(lambda: deltas)  # type: ignore[arg-type,return-value]
+    assert llm.num_aborted == 1  # although somebody still holds the iterator
 
 
 def test_ctrl_c_while_thinking_keeps_the_thoughts(interrupting: Callable[[int], None]) -> None:

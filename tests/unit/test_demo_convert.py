@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+
 from demo_hf import Gguf, glm_model, llama_model
 from demo_model import HIDDEN, INTERMEDIATE, LAYERS, write_mini_llama
 from glmlocal.demo.cache import cached_demo
@@ -200,6 +201,7 @@ def test_another_source_is_refused(changed: dict[str, object], message: str, tmp
 
 
 def test_demo_bytes_are_the_pinned_ones(demo: tuple[Path, Path]) -> None:
+    assert demo[1].stat().st_size == WHEEL.model_size
     assert hashlib.sha256(demo[1].read_bytes()).hexdigest() == DEMO_SHA256
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from glmlocal.demo import experts
-from glmlocal.kernels.reference import router_topk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from glmlocal.demo import experts
+from glmlocal.kernels.reference import router_topk
 
 HIDDEN, NUM_LAYERS = 576, 30
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from crafted import HALF_FIELDS, random_blocks
 
+from crafted import HALF_FIELDS, random_blocks
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.ggml_blocks import DENSE_DTYPES, QUANTIZED_DTYPES, block_layout, unpack, view_dense
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+
 from crafted import (
     ARRAY,
     BOOL,
@@ -30,7 +32,6 @@ from crafted import (
     tiny_gguf,
     tiny_tensors,
 )
-
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, block_layout, unpack
 from glmlocal.formats.gguf_file import read_gguf
@@ -463,10 +464,12 @@ def test_metadata_beyond_the_limit_is_refused_by_that(tmp_path: Path) -> None:
     path.write_bytes(
         Gguf((("k", U64, 1 << 30),)).encode().replace(struct.pack("<I", U64), struct.pack("<I", STRING), 1)
     )
-    with open(path, "r+b") as file:
-        file.truncate(1 << 31)
-    with pytest.raises(CheckpointError, match="larger than"):
-        read_gguf(path)
+    in_array = tmp_path / "y.gguf"
+    in_array.write_bytes(Gguf((("k", ARRAY, raw("IQQ", STRING, 2, 1 << 30)),)).encode())
+    for file in (path, in_array):
+        os.truncate(file, 1 << 31)
+        with pytest.raises(CheckpointError, match="larger than"):
+            read_gguf(file)
 
 
 def test_the_vocabulary_of_a_glm_opens_in_good_time(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from crafted import TINY, safetensors_bytes, tiny_gguf, tiny_tensors, write_checkpoint
 
+import tiny
+from crafted import TINY, safetensors_bytes, tiny_gguf, tiny_tensors, write_checkpoint
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.index import Checkpoint, open_checkpoint, quoted
 from glmlocal.models.config import ModelConfig, check_tensors

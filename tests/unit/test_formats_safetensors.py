@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crafted import TINY, safetensors_bytes, tiny_tensors, with_header, write_checkpoint, write_index
 
+from crafted import TINY, safetensors_bytes, tiny_tensors, with_header, write_checkpoint, write_index
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.formats.safetensors import read_file
@@ -264,6 +264,19 @@ def test_a_tensor_that_its_shard_does_not_have_is_named(release: Path) -> None:
     write_index(release, {**index, "model.extra.weight": "model-00001-of-00003.safetensors"})
     with pytest.raises(CheckpointError, match=r"model\.extra\.weight"):
         open_checkpoint(release)
+
+
+def test_the_index_says_which_of_two_shards_a_tensor_comes_from(release: Path) -> None:
+    index = json.loads((release / "model.safetensors.index.json").read_text())["weight_map"]
+    shards = sorted(set(index.values()))
+    extra = {"model.norm.weight": np.zeros(3, np.float32), "only.here": np.ones(1, np.float32)}
+    (release / "model-extra.safetensors").write_bytes(safetensors_bytes(extra))
+    write_index(release, {**index, "only.here": "model-extra.safetensors"})
+    tensors = open_checkpoint(release).tensors
+    assert tensors["model.norm.weight"].file.name in shards
+    assert tensors["only.here"].file.name == "model-extra.safetensors"
+    write_index(release, {name: shard for name, shard in index.items() if name != "lm_head.weight"})
+    assert "lm_head.weight" not in open_checkpoint(release).tensors
 
 
 def test_a_file_that_the_index_does_not_name_is_left_alone(release: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import tiny
 from crafted import TINY, tiny_tensors, write_checkpoint
-
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.index import TensorIndex, TensorRef, open_checkpoint
 from glmlocal.models.config import (
@@ -139,6 +139,7 @@ def test_defaults_are_those_of_transformers() -> None:
         {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}},
         {"rope_scaling": {"type": "default"}, "rope_theta": 1e6, "partial_rotary_factor": 0.25},
         {"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}, "partial_rotary_factor": 0.25},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}, "rope_parameters": {"rope_theta": 1e6}},
         {},
         {"rope_parameters": {"rope_type": "default"}},
     ],

@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from crafted import STRING, TINY, U32, tiny_gguf, tiny_tensors, write_checkpoint
 
+from crafted import STRING, TINY, U32, tiny_gguf, tiny_tensors, write_checkpoint
 from glmlocal.cli import show
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.index import open_checkpoint
 
 
+CONFIG = {**TINY, "num_experts_per_tok": 1}
+
+
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "release", TINY, tiny_tensors(TINY), shards=2)
+    return write_checkpoint(tmp_path / "release", CONFIG, tiny_tensors(CONFIG), shards=2)
 
 
 def run(*arguments: str) -> int:
@@ -42,7 +45,7 @@ def test_json_says_what_the_model_is(release: Path, capsys: pytest.CaptureFixtur
     arrays = tiny_tensors(TINY)
     main = {name: array for name, array in arrays.items() if ".layers.3." not in name}
     total, without_mtp = (sum(array.size for array in group.values()) for group in (arrays, main))
-    idle = sum(a.size for n, a in main.items() if ".experts.2." in n or ".experts.3." in n)  # 2 of 4 are used
+    idle = sum(array.size for name, array in main.items() if ".experts." in name and ".experts.0." not in name)
     assert facts["parameters"] == {
         "total": total,
         "without_mtp": without_mtp,
@@ -53,7 +56,7 @@ def test_json_says_what_the_model_is(release: Path, capsys: pytest.CaptureFixtur
     assert facts["format"] == "safetensors"
     assert facts["problem"] is None
     assert facts["layers"] == {"total": 3, "dense": 1, "moe": 2}
-    assert facts["experts"] == {"routed": 4, "per_token": 2, "shared": 1, "groups": 1, "groups_used": 1}
+    assert facts["experts"] == {"routed": 4, "per_token": 1, "shared": 1, "groups": 1, "groups_used": 1}
     assert facts["attention"] == {
         "heads": 4, "kv_heads": 2, "head_dim": 32, "rotary_dim": 16, "bias": True, "qk_norm": True,
     }  # fmt: skip
@@ -119,7 +122,7 @@ def test_quantization_is_shown_per_kind_of_tensor(tmp_path: Path, capsys: pytest
 def test_the_text_names_what_a_person_asks_for(release: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, str(release))
     for words in (
-        "release", "Glm4MoeForCausalLM", "3: 1 dense, 2 MoE", "4 routed, 2 per token, 1 shared", "hidden 64",
+        "release", "Glm4MoeForCausalLM", "3: 1 dense, 2 MoE", "4 routed, 1 per token, 1 shared", "hidden 64",
         "4 heads of 32 (16 rotary), 2 for keys and values, biases, qk-norm", "512 tokens",
         "1,536 bytes per token (fp32; 768 at 16 bits)", "1, 2", "2 (model-00001-of-00002.safetensors",
         "routed experts", "32.00",

@@ -165,7 +165,7 @@ ENDLESS = {
     "loops": NESTED[0] + NESTED[1],
     "filtered loops": "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
     "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(100) }}",
-    "calls": f"{{% macro f() %}}{{{{ caller() }}}}{{% endmacro %}}{{% call f() %}}{NESTED[0]}{NESTED[1]}{{% endcall %}}",
+    "calls": "{% macro f() %}{{ caller() }}{% endmacro %}{% call f() %}" + NESTED[0] + NESTED[1] + "{% endcall %}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "blocks": "{% block a %}{{ self.a() }}{% endblock %}",
     "loop calls": "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
@@ -215,7 +215,8 @@ HUGE = {
     "sum": "{% set x = [[1] * 1000] * 1000 %}{{ x | sum(start=[]) }}",
     "shared lists": "{% set ns = namespace(a=[1]) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}"
     "{{ ns.a }}",
-    "shared json": "{% set ns = namespace(a=1) %}{% for i in range(60) %}{% set ns.a = {1: ns.a, 2: ns.a} %}{% endfor %}"
+    "shared json": "{% set ns = namespace(a=1) %}{% for i in range(60) %}{% set ns.a = {1: ns.a, 2: ns.a} %}"
+    "{% endfor %}"
     "{{ ns.a | tojson }}",
     "literal text": "{% macro m() %}" + NESTED[0] + "x" * 9999 + NESTED[1] + "{% endmacro %}{{ m() }}",
     "set block": "{% set x %}" + NESTED[0] + "x" * 9999 + NESTED[1] + "{% endset %}",

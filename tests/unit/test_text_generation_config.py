@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_text import gguf_metadata
 
 from glmlocal.errors import CheckpointError
 from glmlocal.text.generation_config import GenerationDefaults, eos_ids, load_generation_defaults, stop_token_ids
 from glmlocal.text.tokenizer import tokenizer_from_gguf
+from tiny_text import gguf_metadata
 
 
 def load(tmp_path: Path, text: str) -> GenerationDefaults:

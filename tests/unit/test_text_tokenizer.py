@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tiny_text import ADDED, HARD_TEXTS, PRE_TOKENIZER_JSON, SPECIAL, gguf_metadata, tokenizer_json, write_tokenizer
 
 from glmlocal.errors import CheckpointError, RequestError
 from glmlocal.text.pre_tokenizers import PRE_TOKENIZERS
 from glmlocal.text.tokenizer import load_tokenizer, tokenizer_from_gguf
+from tiny_text import ADDED, HARD_TEXTS, PRE_TOKENIZER_JSON, SPECIAL, gguf_metadata, tokenizer_json, write_tokenizer
 
 
 def hard_corpus() -> list[str]:

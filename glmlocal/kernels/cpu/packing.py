@@ -46,7 +46,7 @@ class PackedWeight:
 
 
 def pack(matrix: Tensor | QuantizedMatrix) -> PackedWeight:
-    """Copy one matrix [out, in] (fp32, bf16, fp16 or quantized) into kernel layout; ValueError where it is malformed."""
+    """Copy one matrix [out, in] (fp32, bf16, fp16 or quantized) into kernel layout; ValueError if it is malformed."""
     if isinstance(matrix, QuantizedMatrix):
         if _supported(matrix.scheme):
             return _pack_quantized(matrix)
@@ -74,7 +74,7 @@ def _pack_dense(matrix: Tensor, kind: str | None) -> PackedWeight:
         )
     codes = _DENSE_CODES[matrix.dtype]
     format_ = _cpu.MatrixFormat(codes)
-    layout = _cpu.matrix_layout(*matrix.shape, format_)
+    layout = _cpu.matrix_layout(matrix.shape[0], matrix.shape[1], format_)
     buffer = _cpu.allocate(layout.num_bytes)
     bits = matrix.contiguous().view(torch.int32 if codes == "f32" else torch.int16).numpy()
     tiles = _pad(bits, layout).reshape(layout.tiles, _TILE_ROWS, layout.blocks, _BLOCK)
@@ -86,9 +86,9 @@ def _pack_dense(matrix: Tensor, kind: str | None) -> PackedWeight:
 
 def _unpack_dense(weight: PackedWeight) -> Tensor:
     layout, (rows, columns) = weight.layout, weight.shape
-    dtype = {"f32": np.int32, "bf16": _LITTLE, "f16": np.int16}[weight.kind]
+    dtype: np.dtype[Any] = {"f32": np.dtype(np.int32), "bf16": _LITTLE, "f16": np.dtype(np.int16)}[weight.kind]
     per_line = _BLOCK // 2 if weight.kind == "bf16" else _BLOCK
-    section = _section(weight.buffer, layout.codes_offset, np.dtype(dtype))
+    section = _section(weight.buffer, layout.codes_offset, dtype)
     lines = _load(section, (layout.tiles, layout.blocks, per_line, _TILE_ROWS))
     tiles = np.ascontiguousarray(lines.transpose(0, 3, 1, 2))
     bits = tiles.view(np.int16 if weight.kind != "f32" else np.int32)
@@ -131,7 +131,7 @@ def _unpack_quantized(weight: PackedWeight, scheme: QuantScheme) -> QuantizedMat
     layout, format_, (rows, columns) = weight.layout, weight.format, weight.shape
     words = _section(weight.buffer, layout.codes_offset, _LITTLE)
     lines = _load(words, (layout.tiles, layout.blocks, scheme.bits, _TILE_ROWS)).transpose(0, 3, 1, 2)
-    arrays = {}
+    arrays: dict[str, NDArray[Any] | None] = {}
     for name, section in _group_sections(format_, layout).items():
         values = None
         if section.offset >= 0:
@@ -142,7 +142,9 @@ def _unpack_quantized(weight: PackedWeight, scheme: QuantScheme) -> QuantizedMat
             values = values.astype(np.float32) if values.dtype == np.float16 else values
         arrays[name] = values
     codes = _codes(lines, scheme.bits).reshape(-1, layout.blocks * _BLOCK)[:rows, :columns]
-    return QuantizedMatrix(scheme, codes, **arrays)
+    scale = arrays["super_scale"]
+    assert scale is not None
+    return QuantizedMatrix(scheme, codes, scale, arrays["sub_scale"], arrays["super_min"], arrays["sub_min"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,9 @@ def _check(matrix: QuantizedMatrix) -> None:
         values = getattr(matrix, name)
         found = None if values is None else values.shape
         if found != wanted.get(name):
-            raise ValueError(f"{scheme.name} matrix [{rows}, {columns}]: {name} wanted {wanted.get(name)}, found {found}")
+            raise ValueError(
+                f"{scheme.name} matrix [{rows}, {columns}]: {name} wanted {wanted.get(name)}, found {found}"
+            )
     if matrix.codes.size and int(matrix.codes.max()) >> scheme.bits:
         raise ValueError(f"{scheme.name} matrix: code {matrix.codes.max()} does not fit in {scheme.bits} bits")
     if scheme.codebook is not None and len(scheme.codebook) != 1 << scheme.bits:
@@ -244,7 +248,7 @@ def _section(buffer: NDArray[np.uint8], offset: int, dtype: np.dtype[Any]) -> ND
 
 
 def _panels(section: NDArray[Any], shape: tuple[int, ...]) -> list[tuple[slice, NDArray[Any]]]:
-    """The section as views [panel, unit, tile of the panel, …] with the tiles they hold: whole panels, then the last."""
+    """The section as views [panel, unit, tile of panel, …] with the tiles they hold: whole panels, then the last."""
     tiles, units, *line = shape
     full = tiles // _PANEL_TILES
     split = full * _PANEL_TILES

@@ -117,7 +117,8 @@ void paged_attention(const KeyValueCache& cache, const AttentionBatch& batch) {
     task.slot_stride = ptrdiff_t(kv_heads) * head_dim;
     task.block_stride = task.slot_stride * cache.block_size;
     task.head_stride = head_dim; task.num_heads = hpt;
-    if (getenv("HM")) { task.head_stride = head_dim * cache.block_size; task.slot_stride = head_dim; task.keys = cache.keys + kv_head * head_dim * cache.block_size;  task.values = cache.values + kv_head * head_dim * cache.block_size; }
+    task.key_slot_stride = task.slot_stride;
+    if (getenv("HM")) { task.head_stride = head_dim * cache.block_size; task.slot_stride = head_dim; task.key_slot_stride = getenv("KT") ? 1 : head_dim; task.keys = cache.keys + kv_head * head_dim * cache.block_size;  task.values = cache.values + kv_head * head_dim * cache.block_size; }
     task.block_table = batch.block_tables + tile.request * batch.max_blocks;
     task.block_size = int(cache.block_size);
     task.num_tokens = tile.num_tokens;

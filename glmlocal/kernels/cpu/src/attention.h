@@ -45,7 +45,7 @@ struct AttentionTask {
   ptrdiff_t out_stride;
   const float* keys;  // of this kv head: slot s at s * slot_stride
   const float* values;
-  ptrdiff_t block_stride, slot_stride, head_stride;
+  ptrdiff_t block_stride, slot_stride, head_stride, key_slot_stride;
   const int32_t* block_table;
   int block_size;
   int num_tokens, num_heads, group, head_dim;

@@ -9,13 +9,11 @@ namespace {
 
 constexpr int kTileLanes = kTileKeys / kLanes;
 constexpr int kRows = kGemmRows, kColumns = kGemmTiles;  // of a register tile
-constexpr int kPanelKeys = 32, kPanelLanes = kPanelKeys / kLanes;
-constexpr int kScoreColumns = kColumns < kPanelLanes ? kColumns : kPanelLanes;
 constexpr float kLowest = -3.402823466e38f;              // finite: minus infinity less itself would be NaN
 
 // The lines of the next tile, asked for one at a time while this one is worked on: rows are a page apart where there are
 // many kv heads, which no hardware prefetcher follows.
-constexpr int TW = 100;
+constexpr int TW = 100, SUB = 8, UN = 4;
 struct Prefetch {
   const float* const* keys;
   const float* const* values;
@@ -27,8 +25,10 @@ struct Prefetch {
   GLM_INLINE void step(int work) {
     credit += rate * work;
     for (; credit >= 65536 && row < num_rows; credit -= 65536) {
-      __builtin_prefetch((second ? values : keys)[row] + head_offset + offset, 0, 2);
-      offset += kLanes;
+      const float* p = (second ? values : keys)[row] + head_offset;
+      p += offset;
+      unroll<UN>([&](auto i) { __builtin_prefetch(p + i.v * kLanes, 0, 2); });
+      offset += UN * kLanes;
       if (offset >= width) { offset = 0; if (++row == num_rows && !second) second = true, row = 0; }
     }
   }
@@ -38,7 +38,9 @@ struct Prefetch {
 struct Workspace {
   int rows, rows_per_head, head_dim, width;  // width: head_dim rounded up to whole vectors
   float* q;                   // [rows][head_dim], times the scale
-  float* keys;                // [head_dim][kPanelKeys], L1
+  float* keys;                // [head_dim][kTileKeys], used where the cache has them the other way round
+  const float* key_columns[kTileLanes];
+  ptrdiff_t key_stride;
   float* scores;              // [rows][kTileKeys]
   float* values;              // [kTileKeys][width], used where head_dim is not a multiple of 16
   float* maximum;             // [rows], of the current split
@@ -56,13 +58,13 @@ Workspace make_workspace(const AttentionTask& task) {
   w.head_dim = task.head_dim;
   w.width = padded_head_dim(task.head_dim);
   const size_t rows = size_t(w.rows), width = size_t(w.width), partials = rows * size_t(partial_size(task.head_dim));
-  float* next = scratch(Scratch::attention, (kPanelKeys + kTileKeys) * width + rows * kTileKeys + 2 * partials + rows * width + rows);
+  float* next = scratch(Scratch::attention, 2 * kTileKeys * width + rows * kTileKeys + 2 * partials + rows * width + rows);
   auto take = [&](size_t size) {
     float* p = next;
     next += size;
     return p;
   };
-  w.keys = take(kPanelKeys * width);
+  w.keys = take(kTileKeys * width);
   w.scores = take(rows * kTileKeys);
   w.values = take(kTileKeys * width);
   w.own = take(partials);
@@ -85,22 +87,34 @@ void scale_queries(const AttentionTask& task, const Workspace& w) {
 
 // The addresses of the keys and values at positions first … first + count - 1.
 void find_rows(const AttentionTask& task, int first, int count, const float** keys, const float** values) {
+  const ptrdiff_t key_row = task.key_slot_stride == 1 ? task.head_dim : task.key_slot_stride;
   int block = first / task.block_size, offset = first % task.block_size;
   for (int i = 0; i < count; ++i) {
-    const ptrdiff_t at = task.block_table[block] * task.block_stride + offset * task.slot_stride;
-    keys[i] = task.keys + at;
-    values[i] = task.values + at;
+    const ptrdiff_t at = task.block_table[block] * task.block_stride;
+    keys[i] = task.keys + at + offset * key_row;
+    values[i] = task.values + at + offset * task.slot_stride;
     if (++offset == task.block_size) offset = 0, ++block;
   }
 }
 
-// keys[feature][key] of kPanelKeys rows.
-void transpose_keys(const float* const* rows, int head_dim, float* keys, Prefetch& prefetch) {
-  const int whole = head_dim / kLanes * kLanes;
-  for (int key = 0; key < kPanelKeys; key += kLanes) {
-    for (int d = 0; d < whole; d += kLanes) { transpose(rows + key, d, keys + d * kPanelKeys + key, kPanelKeys); prefetch.step(TW); }
-    for (int d = whole; d < head_dim; ++d) {
-      for (int i = 0; i < kLanes; ++i) keys[d * kPanelKeys + key + i] = rows[key + i][d];
+void find_keys(const AttentionTask& task, Workspace& w, const float* const* rows, int head, int first, int count) {
+  if (task.key_slot_stride == 1) {
+    w.key_stride = task.block_size;
+    for (int c = 0; c < kTileLanes; ++c) {
+      const int position = first + (c * kLanes < count ? c * kLanes : 0);
+      w.key_columns[c] = task.keys + task.block_table[position / task.block_size] * task.block_stride + position % task.block_size + head * task.head_stride;
+    }
+    return;
+  }
+  const float* keys[kTileKeys];
+  for (int i = 0; i < kTileKeys; ++i) keys[i] = rows[i < count ? i : 0] + head * task.head_stride;
+  w.key_stride = kTileKeys;
+  for (int c = 0; c < kTileLanes; ++c) w.key_columns[c] = w.keys + c * kLanes;
+  const int whole = w.head_dim / kLanes * kLanes;
+  for (int key = 0; key < kTileKeys; key += kLanes) {
+    for (int d = 0; d < whole; d += kLanes) { transpose(keys + key, d, w.keys + d * kTileKeys + key, kTileKeys); w.prefetch->step(TW); }
+    for (int d = whole; d < w.head_dim; ++d) {
+      for (int i = 0; i < kLanes; ++i) w.keys[d * kTileKeys + key + i] = keys[key + i][d];
     }
   }
 }
@@ -119,17 +133,23 @@ void pad_values(Workspace& w, int count) {
 
 // scores[row][key] = q[row] · keys[key], summed over the features in order.
 template <int rows, int columns>
-GLM_INLINE void score_columns(const float* q, const float* keys, int head_dim, float* scores, Prefetch& prefetch) {
+GLM_INLINE void score_columns(const float* q, const float* const* key_columns, ptrdiff_t key_stride, int head_dim, float* scores, Prefetch& prefetch) {
   F acc[rows][columns];
   unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { acc[r.v][c.v] = zero(); }); });
-  for (int d = 0; d < head_dim; ++d, keys += kPanelKeys) {
-    F key[columns];
-    unroll<columns>([&](auto c) { key[c.v] = load(keys + c.v * kLanes); });
-    prefetch.step(rows * columns);
-    unroll<rows>([&](auto r) {
-      const F x = broadcast(q[r.v * head_dim + d]);
-      unroll<columns>([&](auto c) { acc[r.v][c.v] = fma(key[c.v], x, acc[r.v][c.v]); });
-    });
+  const float* from[columns];
+  unroll<columns>([&](auto c) { from[c.v] = key_columns[c.v]; });
+  ptrdiff_t at = 0;
+  for (int begin = 0; begin < head_dim; begin += SUB) {
+    prefetch.step(rows * columns * SUB);
+    const int end = begin + SUB < head_dim ? begin + SUB : head_dim;
+    for (int d = begin; d < end; ++d, at += key_stride) {
+      F key[columns];
+      unroll<columns>([&](auto c) { key[c.v] = load(from[c.v] + at); });
+      unroll<rows>([&](auto r) {
+        const F x = broadcast(q[r.v * head_dim + d]);
+        unroll<columns>([&](auto c) { acc[r.v][c.v] = fma(key[c.v], x, acc[r.v][c.v]); });
+      });
+    }
   }
   unroll<rows>([&](auto r) {
     unroll<columns>([&](auto c) { store(scores + r.v * kTileKeys + c.v * kLanes, acc[r.v][c.v]); });
@@ -146,15 +166,18 @@ GLM_INLINE void add_columns(const float* weights, const float* const* values, in
       acc[r.v][c.v] = decay ? mul(load(result + r.v * stride + c.v * kLanes), broadcast(decay[r.v])) : zero();
     });
   });
-  for (int key = 0; key < num_keys; ++key) {
-    const float* from = values[key] + first_column;
-    F value[columns];
-    unroll<columns>([&](auto c) { value[c.v] = load(from + c.v * kLanes); });
-    prefetch.step(rows * columns);
-    unroll<rows>([&](auto r) {
-      const F x = broadcast(weights[r.v * kTileKeys + key]);
-      unroll<columns>([&](auto c) { acc[r.v][c.v] = fma(value[c.v], x, acc[r.v][c.v]); });
-    });
+  for (int begin = 0; begin < num_keys; begin += SUB) {
+    prefetch.step(rows * columns * SUB);
+    const int end = begin + SUB < num_keys ? begin + SUB : num_keys;
+    for (int key = begin; key < end; ++key) {
+      const float* from = values[key] + first_column;
+      F value[columns];
+      unroll<columns>([&](auto c) { value[c.v] = load(from + c.v * kLanes); });
+      unroll<rows>([&](auto r) {
+        const F x = broadcast(weights[r.v * kTileKeys + key]);
+        unroll<columns>([&](auto c) { acc[r.v][c.v] = fma(value[c.v], x, acc[r.v][c.v]); });
+      });
+    }
   }
   unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { store(result + r.v * stride + c.v * kLanes, acc[r.v][c.v]); }); });
 }
@@ -196,10 +219,10 @@ GLM_INLINE void softmax_rows(float* scores, int num_keys, bool fresh, float* max
 }
 
 template <int rows>
-void score_rows(const Workspace& w, int row, int first_key) {
-  for (int c = 0; c < kPanelLanes; c += kScoreColumns) {
-    score_columns<rows, kScoreColumns>(w.q + row * w.head_dim, w.keys + c * kLanes, w.head_dim,
-                                       w.scores + row * kTileKeys + first_key + c * kLanes, *w.prefetch);
+void score_rows(const Workspace& w, int row) {
+  for (int c = 0; c < kTileLanes; c += kColumns) {
+    score_columns<rows, kColumns>(w.q + row * w.head_dim, w.key_columns + c, w.key_stride, w.head_dim,
+                                  w.scores + row * kTileKeys + c * kLanes, *w.prefetch);
   }
 }
 
@@ -242,16 +265,12 @@ int first_token(const AttentionTask& task, int key) { return key > task.first_po
 
 void attend_tile(const AttentionTask& task, Workspace& w, const float* const* keys, const float* const* values, int head,
                  int first_key, int count, bool fresh) {
-  const float* head_keys[kTileKeys];
-  for (int i = 0; i < kTileKeys; ++i) head_keys[i] = keys[i < count ? i : 0] + head * task.head_stride;
   for (int i = 0; i < count; ++i) w.value_rows[i] = values[i] + head * task.head_stride;
+  find_keys(task, w, keys, head, first_key, count);
   pad_values(w, count);
   int token = first_token(task, first_key);
   const int begin = head * w.rows_per_head, end = begin + w.rows_per_head;
-  for (int key = 0; key < count; key += kPanelKeys) {
-    transpose_keys(head_keys + key, w.head_dim, w.keys, *w.prefetch);
-    for_rows(begin + token * task.group, end, [&](auto rows, int row) { score_rows<decltype(rows)::v>(w, row, key); });
-  }
+  for_rows(begin + token * task.group, end, [&](auto rows, int row) { score_rows<decltype(rows)::v>(w, row); });
   auto add = [&](int row, int row_end, int num_keys) {
     for_rows(row, row_end, [&](auto rows, int first) { add_rows<decltype(rows)::v>(w, first, num_keys, fresh); });
   };
@@ -319,8 +338,8 @@ void attend(const AttentionTask& task) {
         prefetch.row = prefetch.offset = prefetch.credit = 0;
         prefetch.second = false;
         prefetch.width = task.head_dim;
-        const int64_t work = int64_t(w.rows_per_head) * (kTileLanes * w.head_dim + kTileKeys * w.width / kLanes) + kTileLanes * w.width / kLanes * TW;
-        prefetch.rate = 65536 * (2 * prefetch.num_rows * (w.width / kLanes)) / work;
+        const int64_t work = int64_t(w.rows_per_head) * (kTileLanes * w.head_dim + kTileKeys * w.width / kLanes) + (task.key_slot_stride == 1 ? 0 : kTileLanes * w.width / kLanes * TW);
+        prefetch.rate = 68000 * (2 * prefetch.num_rows * (w.width / (UN * kLanes))) / work;
         attend_tile(task, w, keys[which], values[which], head, key, count, key == begin);
       }
     }
