@@ -27,10 +27,11 @@ class WorkerError(Exception):
 class Worker:
     """A long-lived child process that answers calls one at a time: ``call("prefill", tokens=[…])``.
 
-    A context manager; leaving it ends the process. Raises WorkerError.
+    A context manager; leaving it ends the process. ``name`` is for messages. Raises WorkerError.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        self._name = name
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed in __exit__)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
@@ -47,10 +48,11 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise WorkerError(f"the process ended with status {self._process.wait()}: {self._last_words()}")
+            status = self._process.wait()
+            raise WorkerError(f"{self._name} ended with status {status} in {operation}: {self._last_words()}")
         answer = json.loads(line)
         if "error" in answer:
-            raise WorkerError(answer["error"])
+            raise WorkerError(f"{self._name}: {answer['error']}")
         return answer["result"]
 
     def _last_words(self) -> str:

@@ -5,9 +5,9 @@
 
 Each engine stays loaded in its own process; they are measured by turns, one at a time, with prompts that never repeat
 (a prefix cache would answer at once). Correctness comes first: the first engine's greedy text must be the reference's,
-except where tokens are within 2 % of the range of its logits of each other, or nothing is measured. llama.cpp is llama-cpp-python in
-this interpreter or in ``--llama-python``, else a ``llama-bench`` on PATH, which shows no tokens to compare;
-transformers runs the dequantized weights in fp32, where they fit. The last line is one JSON object.
+except where tokens are within 2 % of the range of its logits of each other, or nothing is measured. llama.cpp is
+llama-cpp-python in this interpreter or in ``--llama-python``, else a ``llama-bench`` on PATH, which shows no tokens to
+compare; transformers runs the dequantized weights in fp32, where they fit. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def open_peers(args: argparse.Namespace, model: Path, stack: ExitStack) -> tuple
 
     Raises ConfigError when the first one, or one that was asked for by name, cannot run.
     """
-    context = max(max(args.prefill), max(args.context) + args.decode + 1, 256)
+    context = max(max(args.prefill) + 1, max(args.context) + args.decode + 2, 256)
     peers: dict[str, Peer] = {}
     skipped: dict[str, str] = {}
     vocab_size = 0
@@ -200,13 +200,13 @@ def open_peers(args: argparse.Namespace, model: Path, stack: ExitStack) -> tuple
                 assert program
                 peers[name] = LlamaBench(program, model, args.threads)
                 continue
-            worker = stack.enter_context(Worker([python, str(Path(__file__).with_name("engines.py")), name]))
+            worker = stack.enter_context(Worker(name, [python, str(Path(__file__).with_name("engines.py")), name]))
             worker.call("load", model=str(model), threads=args.threads, context=context)
             peers[name] = WorkerPeer(worker)
             vocab_size = worker.call("vocab_size")
         except WorkerError as error:
             if args.engines or name == names[0]:
-                raise ConfigError(f"{name} cannot run: {error}; leave it out with --engines") from None
+                raise ConfigError(f"{error}; name the others with --engines") from None
             skipped[name] = str(error)
     return peers, skipped, vocab_size
 

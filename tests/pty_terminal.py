@@ -60,7 +60,7 @@ class Terminal:
     def say(self, text: str) -> None:
         """Type a message at an empty prompt."""
         self.wait(self.at_prompt)
-        self.type(text + ENTER)
+        self.type(text + "\r")
 
     def at_prompt(self) -> bool:
         return self.screen.display[self.screen.cursor.y].rstrip() == ">" and self.screen.cursor.x == 2

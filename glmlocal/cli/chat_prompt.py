@@ -85,6 +85,11 @@ def _bindings() -> KeyBindings:
     return bindings
 
 
+def _continuation(width: int, line_number: int, wrap_count: int) -> str:
+    """What stands before the second and later lines: a mark for those of the message, blanks for wrapped ones."""
+    return " " * width if wrap_count else "· ".rjust(width)
+
+
 def line_reader(stream: TextIO, history: History) -> LineReader:
     """A reader that draws on that stream, which is a terminal."""
     output = create_output(stream)
@@ -97,7 +102,7 @@ def line_reader(stream: TextIO, history: History) -> LineReader:
         key_bindings=_bindings(),
         completer=CommandCompleter(),
         complete_while_typing=True,
-        prompt_continuation="· ",
+        prompt_continuation=_continuation,
     )
 
     def read(prompt: str) -> str:

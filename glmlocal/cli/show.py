@@ -277,13 +277,9 @@ def _lines(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     with_mtp = parameters["total"] != parameters["without_mtp"]
     mtp_note = f" (without MTP {parameters['without_mtp']:,})" if with_mtp else ""
     yield "parameters", f"{parameters['total']:,}{mtp_note}"
-    yield (
-        "active per token",
-        (
-            f"{format_count(parameters['active'])} "
-            f"({format_count(parameters['active_without_embeddings'])} without the embedding table)"
-        ),
-    )
+    without = parameters["active_without_embeddings"]
+    note = f" ({format_count(without)} without the embedding table)" if without != parameters["active"] else ""
+    yield "active per token", f"{format_count(parameters['active'])}{note}"
     yield "layers", f"{layers['total']}: {layers['dense']} dense, {layers['moe']} MoE"
     groups = f", {experts['groups_used']} of {experts['groups']} groups" if experts["groups"] > 1 else ""
     yield (

@@ -31,7 +31,7 @@ _DTYPES_OF_BITS = {
     64: ("U64", "I64", "F64", "C64"),
 }
 _BITS = {dtype: bits for bits, dtypes in _DTYPES_OF_BITS.items() for dtype in dtypes}
-_FUSED = re.compile(r"(.*\.mlp\.experts\.)(gate_up_proj|down_proj)")
+_STACKED = re.compile(r"(.*\.mlp\.)(?:experts|switch_mlp)\.(gate_up|gate|up|down)_proj(?:\.weight)?")
 _SEPARATORS = frozenset("/\\\0")
 
 
@@ -94,28 +94,27 @@ def read_file(path: Path) -> dict[str, TensorRef]:
 
 
 def per_expert(refs: dict[str, TensorRef]) -> dict[str, TensorRef]:
-    """Give fused routed experts the names and shapes of the per-expert form that is released.
+    """Give stacked routed experts the names and shapes of the per-expert form that is released.
 
     ``mlp.experts.gate_up_proj`` [E, 2I, H] (gate rows first) and ``mlp.experts.down_proj`` [E, H, I], as transformers
-    keeps them in memory, become slices ``mlp.experts.{e}.{gate,up,down}_proj.weight``.
+    keeps them in memory, and mlx-lm's ``mlp.switch_mlp.{gate,up,down}_proj.weight`` [E, out, in] become slices
+    ``mlp.experts.{e}.{gate,up,down}_proj.weight``.
     """
     out: dict[str, TensorRef] = {}
     for name, ref in refs.items():
-        fused = _FUSED.fullmatch(name.removesuffix(".weight"))
-        if fused is None or len(ref.shape) != 3:
+        stacked = _STACKED.fullmatch(name)
+        if stacked is None or len(ref.shape) != 3:
             _add(out, ref)
             continue
-        if ref.shape[0] > MAX_EXPERTS:
+        experts, rows, columns = ref.shape
+        parts = stacked[2].split("_")
+        if experts > MAX_EXPERTS or rows % len(parts):
             raise CheckpointError(
-                f"tensor {quoted(name)} of {ref.file} has {ref.shape[0]:,} experts; {MAX_EXPERTS} is the limit"
+                f"tensor {quoted(name)} of {ref.file} has shape {list(ref.shape)}; at most {MAX_EXPERTS} experts of "
+                f"{' and '.join(parts)}, of the same size, were expected"
             )
-        parts = ("gate_proj", "up_proj") if fused[2] == "gate_up_proj" else ("down_proj",)
-        if ref.shape[1] % len(parts):
-            raise CheckpointError(f"tensor {quoted(name)} of {ref.file} cannot be halved into gate and up: {ref.shape}")
-        shape = (ref.shape[1] // len(parts), ref.shape[2])
-        for slice_ref in split_tensor(
-            ref, [(f"{fused[1]}{e}.{part}.weight", shape) for e in range(ref.shape[0]) for part in parts]
-        ):
+        names = [f"{stacked[1]}experts.{e}.{part}_proj.weight" for e in range(experts) for part in parts]
+        for slice_ref in split_tensor(ref, [(expert, (rows // len(parts), columns)) for expert in names]):
             _add(out, slice_ref)
     return out
 
@@ -130,7 +129,7 @@ def split_tensor(ref: TensorRef, parts: Iterable[tuple[str, tuple[int, ...]]]) -
 
 def _add(refs: dict[str, TensorRef], ref: TensorRef) -> None:
     if ref.name in refs:
-        raise CheckpointError(f"{ref.file} stores {quoted(ref.name)} twice, once fused and once per expert")
+        raise CheckpointError(f"{ref.file} stores {quoted(ref.name)} twice, once in a stack")
     refs[ref.name] = ref
 
 

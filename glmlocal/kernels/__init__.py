@@ -4,7 +4,8 @@ Shapes, dtypes and meaning are those of ``reference.py``. Weights packed by ``pa
 those are built (``cpu/``), and in plain torch where they are not; both give the same numbers within
 
     linear, swiglu_ffn, experts_ffn     4 · 2^-24 · sqrt(in_features) · |x| · |w|, the rounding of fp32 sums
-    rms_norm, rope_, paged_attention    1e-5 relative
+    rms_norm, rope_store_               1e-6 of the largest value
+    paged_attention                     1e-5 relative
     router_topk                         the same experts unless two scores tie to 1e-6
 
 and the native ones give the same bits for a row whatever batch it is part of and however many threads run.
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from glmlocal.kernels import cpu
-from glmlocal.kernels.reference import kv_write, paged_attention, rms_norm, rope_, router_topk
+from glmlocal.kernels.reference import paged_attention
 
 # The signatures are the reference's in both cases, so that is what a type checker is shown.
 if TYPE_CHECKING or not cpu.available:
@@ -28,6 +29,9 @@ if TYPE_CHECKING or not cpu.available:
         linear,
         pack,
         pack_experts,
+        rms_norm,
+        rope_store_,
+        router_topk,
         swiglu_ffn,
     )
 else:
@@ -35,20 +39,20 @@ else:
     from glmlocal.kernels.cpu.linear import experts_ffn, linear, pack_experts, swiglu_ffn
     from glmlocal.kernels.cpu.packing import PackedWeight as Weight
     from glmlocal.kernels.cpu.packing import pack
+    from glmlocal.kernels.cpu.steps import rms_norm, rope_store_, router_topk
 
 __all__ = [
     "ExpertWeights",
     "Weight",
     "describe",
     "experts_ffn",
-    "kv_write",
     "linear",
     "num_threads",
     "pack",
     "pack_experts",
     "paged_attention",
     "rms_norm",
-    "rope_",
+    "rope_store_",
     "router_topk",
     "set_num_threads",
     "swiglu_ffn",

@@ -93,8 +93,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def router_topk(
-    x: Tensor,
-    weight: Tensor,
+    logits: Tensor,
     correction_bias: Tensor,
     *,
     top_k: int,
@@ -105,13 +104,13 @@ def router_topk(
 ) -> tuple[Tensor, Tensor]:
     """Choose each token's experts (glm-4.5's noaux_tc router: transformers ``Glm4MoeTopkRouter``).
 
-    x fp32 [tokens, hidden]; weight fp32 [experts, hidden]; correction_bias fp32 [experts], used for choosing only.
+    logits fp32 [tokens, experts]; correction_bias fp32 [experts], used for choosing only.
     Returns topk_ids int32 [tokens, top_k] and topk_weights fp32 [tokens, top_k]; their order is unspecified.
     """
-    scores = F.linear(x, weight).sigmoid()
+    scores = logits.sigmoid()
     choice = scores + correction_bias
     if n_group > 1:
-        grouped = choice.view(len(x), n_group, -1)
+        grouped = choice.view(len(logits), n_group, -1)
         group_scores = grouped.topk(2, dim=-1).values.sum(-1)
         kept = torch.zeros_like(group_scores, dtype=torch.bool)
         kept.scatter_(1, group_scores.topk(topk_group, dim=-1).indices, True)
@@ -144,6 +143,30 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     """
     k_cache.view(-1, *k.shape[1:])[slot_mapping] = k
     v_cache.view(-1, *v.shape[1:])[slot_mapping] = v
+
+
+def rope_store_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """What attention needs before it can look: ``rms_norm`` of each head where norms are given, ``rope_``, ``kv_write``.
+
+    q fp32 [tokens, heads, head_dim] and k are changed in place; q_norm, k_norm fp32 [head_dim]; the rest as there.
+    """
+    for x, norm in ((q, q_norm), (k, k_norm)):
+        if norm is not None:
+            x.copy_(rms_norm(x, norm, eps))
+        rope_(x, cos_sin, positions)
+    kv_write(k, v, k_cache, v_cache, slot_mapping)
 
 
 def paged_attention(

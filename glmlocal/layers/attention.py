@@ -9,7 +9,6 @@ from torch import Tensor
 from glmlocal import kernels
 from glmlocal.layers.context import ForwardContext
 from glmlocal.layers.linear import Linear
-from glmlocal.layers.norm import RMSNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +21,9 @@ class Attention:
     k_proj: Linear
     v_proj: Linear
     o_proj: Linear
-    q_norm: RMSNorm | None
-    k_norm: RMSNorm | None
+    q_norm: Tensor | None  # fp32 [head_dim]
+    k_norm: Tensor | None
+    norm_eps: float
     cos_sin: Tensor  # fp32 [max_positions, rotary_dim]
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
@@ -32,13 +32,21 @@ class Attention:
         q = self.q_proj(x).view(num_tokens, -1, self.head_dim)
         k = self.k_proj(x).view(num_tokens, -1, self.head_dim)
         v = self.v_proj(x).view(num_tokens, -1, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        kernels.rope_(q, self.cos_sin, context.positions)
-        kernels.rope_(k, self.cos_sin, context.positions)
         cache = context.kv_cache
         k_cache, v_cache = cache.keys[self.layer_idx], cache.values[self.layer_idx]
-        kernels.kv_write(k, v, k_cache, v_cache, context.slot_mapping)
+        kernels.rope_store_(
+            q,
+            k,
+            v,
+            self.q_norm,
+            self.k_norm,
+            self.norm_eps,
+            self.cos_sin,
+            context.positions,
+            k_cache,
+            v_cache,
+            context.slot_mapping,
+        )
         out = kernels.paged_attention(
             q, k_cache, v_cache, context.block_tables, context.query_start_loc, context.seq_lens, self.head_dim**-0.5
         )

@@ -26,7 +26,7 @@ class SwiGLU:
 class Router:
     """Sigmoid scores in fp32; the correction bias chooses, the plain scores weigh (glm-4.5's noaux_tc)."""
 
-    weight: Tensor  # fp32 [experts, hidden]
+    weight: kernels.Weight  # fp32 [experts, hidden]: the whole product is in fp32
     e_score_correction_bias: Tensor  # fp32 [experts]
     num_experts_per_tok: int
     n_group: int
@@ -37,8 +37,7 @@ class Router:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x fp32 [tokens, hidden] → topk_ids int32 and topk_weights fp32, both [tokens, num_experts_per_tok]."""
         return kernels.router_topk(
-            x,
-            self.weight,
+            kernels.linear(x, self.weight),
             self.e_score_correction_bias,
             top_k=self.num_experts_per_tok,
             n_group=self.n_group,

@@ -117,8 +117,9 @@ def _decoder_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: T
             reader.linear(f"{attn}.k_proj", bias=config.attention_bias),
             reader.linear(f"{attn}.v_proj", bias=config.attention_bias),
             reader.linear(f"{attn}.o_proj"),
-            reader.norm(f"{attn}.q_norm", eps) if config.use_qk_norm else None,
-            reader.norm(f"{attn}.k_norm", eps) if config.use_qk_norm else None,
+            reader.dense(f"{attn}.q_norm.weight") if config.use_qk_norm else None,
+            reader.dense(f"{attn}.k_norm.weight") if config.use_qk_norm else None,
+            eps,
             cos_sin,
         ),
         reader.norm(f"{prefix}.post_attention_layernorm", eps),
@@ -137,7 +138,7 @@ def _moe(config: ModelConfig, reader: WeightReader, prefix: str) -> MoE:
     ]
     return MoE(
         Router(
-            reader.dense(f"{prefix}.gate.weight"),
+            kernels.pack(reader.dense(f"{prefix}.gate.weight")),
             reader.dense(f"{prefix}.gate.e_score_correction_bias"),
             config.num_experts_per_tok,
             config.n_group,

@@ -50,7 +50,7 @@ def check_tensors(config: ModelConfig, tensors: TensorIndex) -> bool:
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise _missing(config, tensors, missing, expected)
-    _check_dtypes(tensors, expected)
+    _check_dtypes(config, tensors, expected)
     _check_shapes(tensors, expected)
     _refuse_strangers(config, tensors, expected)
     return mtp_problem(config, tensors) is None
@@ -68,7 +68,7 @@ def mtp_problem(config: ModelConfig, tensors: TensorIndex) -> str | None:
         return f"{missing} of its {len(expected)} tensors are missing"
     present = {name: shape for name, shape in optional_mtp_tensors(config).items() if name in tensors}
     try:
-        _check_dtypes(tensors, expected | present)
+        _check_dtypes(config, tensors, expected | present)
         _check_shapes(tensors, expected | present)
     except CheckpointError as error:
         return str(error)
@@ -138,12 +138,15 @@ def _missing(
     )
 
 
-def _check_dtypes(tensors: TensorIndex, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_dtypes(config: ModelConfig, tensors: TensorIndex, expected: Mapping[str, tuple[int, ...]]) -> None:
     quantized = QUANTIZED_DTYPES if tensors.kind == "gguf" else frozenset()
     wrong = [name for name in expected if tensors[name].dtype not in DENSE_DTYPES | quantized]
     if wrong:
-        dtype = tensors[wrong[0]].dtype
-        raise CheckpointError(f"tensor {wrong[0]} is {dtype}{_and_more(wrong)}, which is not supported: {_SUPPORTED}")
+        method = "" if config.quant_method is None else f" (quantized with {quoted(config.quant_method)})"
+        raise CheckpointError(
+            f"tensor {wrong[0]} is {tensors[wrong[0]].dtype}{method}{_and_more(wrong)}, which is not supported: "
+            f"{_SUPPORTED}"
+        )
     plain = [name for name in expected if tensors[name].dtype in quantized and _must_be_plain(name, expected[name])]
     if plain:
         raise CheckpointError(

@@ -121,6 +121,8 @@ _SHARED_CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 def test_glm_templates_render_as_recorded(shared_directory: Path) -> None:
     templates = shared_directory / "templates"
+    if not (templates / "rendered_examples.md").is_file():
+        pytest.skip(f"no rendered examples in {templates}")
     recorded = (templates / "rendered_examples.md").read_text(encoding="utf-8")
     form = r"^## (\S+) \| (\w+) \| ([^\n]*)\n\n```text\n(.*?)\n```\n(?=\n## |\Z)"
     cases = re.findall(form, recorded, re.DOTALL | re.MULTILINE)

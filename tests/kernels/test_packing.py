@@ -89,6 +89,7 @@ def test_a_codebook_too_long_for_the_kernels_is_widened_to_fp32() -> None:
     matrix = random_quantized(scheme, 20, 64, np.random.default_rng(0))
     packed = packing.pack(matrix)
     assert packed.kind == "wide"
+    assert_same(packing.unpack(packed), torch.from_numpy(matrix.dequantize()))
     assert torch.equal(packed.dequantize(), torch.from_numpy(matrix.dequantize()))
 
 

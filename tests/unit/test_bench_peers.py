@@ -57,7 +57,7 @@ def fake_engine(tmp_path: Path) -> Callable[[int], list[str]]:
 
 
 def test_worker_answers_although_libraries_print(fake_engine: Callable[..., list[str]]) -> None:
-    with Worker(fake_engine()) as worker:
+    with Worker("fake", fake_engine()) as worker:
         worker.call("load", model="m.gguf", threads=1, context=64)
         assert worker.call("vocab_size") == 1000
         assert worker.call("prefill", prompt=[1, 2, 3]) == pytest.approx(0.003)
@@ -65,8 +65,8 @@ def test_worker_answers_although_libraries_print(fake_engine: Callable[..., list
 
 
 def test_worker_reports_errors_in_one_line_and_lives_on(fake_engine: Callable[..., list[str]]) -> None:
-    with Worker(fake_engine()) as worker:
-        with pytest.raises(WorkerError, match=r"^ValueError: no such$"):
+    with Worker("fake", fake_engine()) as worker:
+        with pytest.raises(WorkerError, match=r"^fake: ValueError: no such$"):
             worker.call("load", model="bad.gguf", threads=1, context=64)
         worker.call("load", model="m.gguf", threads=1, context=64)
         with pytest.raises(WorkerError, match="no attribute 'nonsense'"):
@@ -74,9 +74,9 @@ def test_worker_reports_errors_in_one_line_and_lives_on(fake_engine: Callable[..
 
 
 def test_worker_that_dies_says_its_last_words(fake_engine: Callable[..., list[str]]) -> None:
-    with Worker(fake_engine()) as worker:
+    with Worker("fake", fake_engine()) as worker:
         worker.call("load", model="m.gguf", threads=1, context=64)
-        with pytest.raises(WorkerError, match=r"status 3: out of memory"):
+        with pytest.raises(WorkerError, match=r"^fake ended with status 3 in crash: out of memory$"):
             worker.call("crash")
         with pytest.raises(WorkerError, match="status 3"):
             worker.call("vocab_size")
@@ -127,7 +127,7 @@ def run_with_fakes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, commands: dict[str, list[str]], *arguments: str
 ) -> int:
     """peers.main on fake engines in place of the real ones."""
-    monkeypatch.setattr(peers, "Worker", lambda command: Worker(commands[command[-1]]))
+    monkeypatch.setattr(peers, "Worker", lambda name, command: Worker(name, commands[name]))
     monkeypatch.setattr(peers, "_interpreter", lambda *_: sys.executable)
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
@@ -183,11 +183,11 @@ def test_peer_that_cannot_run_is_left_out_unless_asked_for(
     commands = {"glmlocal": fake_engine(), "llama.cpp": fake_engine(), "transformers": broken}
     assert run_with_fakes(monkeypatch, tmp_path, commands) == 0
     out = capsys.readouterr().out
-    assert "without transformers: the process ended with status 1: no library" in out
+    assert "without transformers: transformers ended with status 1 in load: no library" in out
     assert "no library" in last_json(out)["skipped"]["transformers"]
     assert run_with_fakes(monkeypatch, tmp_path, commands, "--engines", "glmlocal,transformers") == 2
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1].startswith("peers.py: transformers cannot run: ")
+    assert captured.err.splitlines()[-1].startswith("peers.py: transformers ended with status 1")
 
 
 def test_llama_bench_is_read(tmp_path: Path) -> None:

@@ -306,9 +306,7 @@ def test_directory_that_cannot_be_written_is_named(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(
-        DownloadError, match=rf"demo is not writable \({os.strerror(code)}\); set GLMLOCAL GLMLOCAL_HOME"
-    ):
+    with pytest.raises(DownloadError, match=rf"demo is not writable \({os.strerror(code)}\); set GLMLOCAL_HOME"):
         ensure_demo(progress=False, pin=pin)
 
 

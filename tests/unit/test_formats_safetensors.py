@@ -116,6 +116,21 @@ def test_fused_experts_become_the_released_names(tmp_path: Path) -> None:
         assert tensors.read(name).tobytes() == array.tobytes(), name
 
 
+def test_the_expert_stacks_of_mlx_become_the_released_names(tmp_path: Path) -> None:
+    released = tiny_tensors(TINY, mtp=False)
+    stacked = {name: array for name, array in released.items() if ".experts." not in name}
+    for layer in (1, 2):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            stacked[f"model.layers.{layer}.mlp.switch_mlp.{part}.weight"] = np.stack(
+                [released[f"model.layers.{layer}.mlp.experts.{e}.{part}.weight"] for e in range(4)]
+            )
+    tensors = open_checkpoint(write_checkpoint(tmp_path / "mlx", TINY, stacked)).tensors
+    assert set(tensors) == set(released)
+    for name, array in released.items():
+        assert tensors[name].shape == array.shape
+        assert tensors.read(name).tobytes() == array.tobytes(), name
+
+
 def test_fused_and_separate_experts_of_one_name_are_refused(tmp_path: Path) -> None:
     tensors = tiny_tensors(TINY)
     tensors["model.layers.1.mlp.experts.down_proj"] = np.zeros((4, 64, 32), np.float32)

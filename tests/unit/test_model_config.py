@@ -363,6 +363,14 @@ def test_an_unsupported_quantization_is_named_where_its_tensors_have_other_names
         check_tensors(config, index_of(refs))
 
 
+def test_an_unsupported_quantization_is_named_where_its_tensors_have_another_dtype() -> None:
+    config = ModelConfig.from_hf({**TINY, "quantization": {"bits": 4}})
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight is U32 \(quantized with 'mlx'\), which is not supported"
+    ):
+        check_tensors(config, index_of({**COMPLETE, "lm_head.weight": ((96, 8), "U32")}))
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [

@@ -16,7 +16,6 @@ from glmlocal.cli import show
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.index import open_checkpoint
 
-
 CONFIG = {**TINY, "num_experts_per_tok": 1}
 
 
@@ -125,14 +124,16 @@ def test_the_text_names_what_a_person_asks_for(release: Path, capsys: pytest.Cap
         "release", "Glm4MoeForCausalLM", "3: 1 dense, 2 MoE", "4 routed, 1 per token, 1 shared", "hidden 64",
         "4 heads of 32 (16 rotary), 2 for keys and values, biases, qk-norm", "512 tokens",
         "1,536 bytes per token (fp32; 768 at 16 bits)", "1, 2", "2 (model-00001-of-00002.safetensors",
-        "routed experts", "32.00",
+        "routed experts", "32.00", "without the embedding table",
     ):  # fmt: skip
         assert words in text, words
 
 
 def test_a_tied_table_is_counted_as_the_head_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {**TINY, "tie_word_embeddings": True, "num_nextn_predict_layers": 0}
-    facts = as_json(capsys, write_checkpoint(tmp_path / "tied", config, tiny_tensors(config, mtp=False)))
+    path = write_checkpoint(tmp_path / "tied", config, tiny_tensors(config, mtp=False))
+    assert "without the embedding table" not in shown(capsys, str(path))
+    facts = as_json(capsys, path)
     assert facts["parameters"]["active"] == facts["parameters"]["active_without_embeddings"]
     assert facts["mtp"]["present"] is False
     assert facts["tie_word_embeddings"] is True

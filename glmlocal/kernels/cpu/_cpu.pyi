@@ -20,6 +20,8 @@ class MatrixFormat:
         has_sub_min: bool = False,
     ) -> None: ...
     @property
+    def codes(self) -> str: ...
+    @property
     def scale_type(self) -> str: ...
     @property
     def group_size(self) -> int: ...
@@ -85,3 +87,37 @@ def num_threads() -> int: ...
 def read_bandwidth(num_bytes: int = ...) -> float: ...
 def fma_peak() -> float: ...
 def fork_join(tasks: int, cost_ns: float) -> None: ...
+def rms_norm(x: int, rows: int, features: int, weight: int, eps: float, out: int) -> None: ...
+def rope_store(
+    q: int,
+    k: int,
+    v: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    q_norm: int,
+    k_norm: int,
+    eps: float,
+    cos_sin: int,
+    max_positions: int,
+    rotary_dim: int,
+    positions: int,
+    slots: int,
+    k_cache: int,
+    v_cache: int,
+    num_slots: int,
+) -> None: ...
+def router_topk(
+    logits: int,
+    rows: int,
+    experts: int,
+    correction_bias: int,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+    topk_ids: int,
+    topk_weights: int,
+) -> None: ...

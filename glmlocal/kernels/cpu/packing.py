@@ -55,7 +55,7 @@ def pack(matrix: Tensor | QuantizedMatrix) -> PackedWeight:
 
 
 def unpack(weight: PackedWeight) -> Tensor | QuantizedMatrix:
-    """The matrix that was packed, from the packed bytes alone."""
+    """The matrix that was packed, from the packed bytes alone (fp32 for a scheme that had to be widened)."""
     return _unpack_dense(weight) if weight.scheme is None else _unpack_quantized(weight, weight.scheme)
 
 
@@ -85,16 +85,16 @@ def _pack_dense(matrix: Tensor, kind: str | None) -> PackedWeight:
 
 
 def _unpack_dense(weight: PackedWeight) -> Tensor:
-    layout, (rows, columns) = weight.layout, weight.shape
-    dtype: np.dtype[Any] = {"f32": np.dtype(np.int32), "bf16": _LITTLE, "f16": np.dtype(np.int16)}[weight.kind]
-    per_line = _BLOCK // 2 if weight.kind == "bf16" else _BLOCK
-    section = _section(weight.buffer, layout.codes_offset, dtype)
+    layout, codes, (rows, columns) = weight.layout, weight.format.codes, weight.shape
+    dtypes: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.int32), "bf16": _LITTLE, "f16": np.dtype(np.int16)}
+    per_line = _BLOCK // 2 if codes == "bf16" else _BLOCK
+    section = _section(weight.buffer, layout.codes_offset, dtypes[codes])
     lines = _load(section, (layout.tiles, layout.blocks, per_line, _TILE_ROWS))
     tiles = np.ascontiguousarray(lines.transpose(0, 3, 1, 2))
-    bits = tiles.view(np.int16 if weight.kind != "f32" else np.int32)
+    bits = tiles.view(np.int16 if codes != "f32" else np.int32)
     matrix = bits.reshape(layout.tiles * _TILE_ROWS, layout.blocks * _BLOCK)[:rows, :columns]
-    names = {codes: torch_dtype for torch_dtype, codes in _DENSE_CODES.items()}
-    return torch.from_numpy(np.ascontiguousarray(matrix)).view(names[weight.kind])
+    names = {name: torch_dtype for torch_dtype, name in _DENSE_CODES.items()}
+    return torch.from_numpy(np.ascontiguousarray(matrix)).view(names[codes])
 
 
 def _pack_quantized(matrix: QuantizedMatrix) -> PackedWeight:

@@ -13,21 +13,28 @@
 
 namespace glmlocal {
 
-inline constexpr int kTileKeys = 64;    // one transposed tile of keys, 32 KiB at 128 features, stays in L1 or L2
-inline constexpr int kSplitKeys = 512;  // what one thread does of a long sequence at a time
 inline constexpr int kLanes = 16;
+inline constexpr int kTileKeys = 64;    // keys and values of 128 features: 64 KiB
+inline constexpr int kSplitKeys = 512;  // what one thread does of a long sequence at a time
 
-struct KeyValueCache {  // fp32 [num_blocks, block_size, kv_heads, head_dim] each
-  const float* keys;
-  const float* values;
+// fp32 [num_blocks, block_size, kv_heads, head_dim], anywhere in memory: distances in floats. Fastest are keys whose slots
+// are neighbours, [num_blocks, kv_heads, head_dim, block_size], as the dot products want them, with a block_size that is
+// a multiple of 16, and values whose features are, [num_blocks, kv_heads, block_size, head_dim].
+struct CacheStrides {
+  ptrdiff_t block, slot, head, feature;
+};
+struct KeyValueCache {
+  float* keys;
+  float* values;
+  CacheStrides key_strides, value_strides;  // features of a value are neighbours
   int64_t num_blocks, block_size, kv_heads, head_dim;
 };
 
 // New tokens of all requests one after another; those of request r are query_start_loc[r] … [r + 1] and its last ones.
 struct AttentionBatch {
-  const float* q;           // [tokens, heads, head_dim], tokens q_stride floats apart
+  const float* q;  // [tokens, heads, head_dim], tokens q_stride floats apart
   ptrdiff_t q_stride;
-  float* out;               // [tokens, heads, head_dim]
+  float* out;  // [tokens, heads, head_dim]
   int64_t tokens, heads;
   const int32_t* block_tables;  // [requests, max_blocks]
   int64_t max_blocks;
@@ -37,33 +44,32 @@ struct AttentionBatch {
   float scale;
 };
 
-// Some consecutive new tokens of one request, the query heads of one kv head, some consecutive splits of its keys.
+// Some consecutive new tokens of one request, the query heads of some kv heads, some consecutive splits of the keys.
 struct AttentionTask {
-  const float* q;  // [num_tokens, group, head_dim]
+  const float* q;  // [num_tokens, num_heads, group, head_dim], tokens q_stride floats apart
   ptrdiff_t q_stride;
   float* out;
   ptrdiff_t out_stride;
-  const float* keys;  // of this kv head: slot s at s * slot_stride
+  const float* keys;  // of the first kv head
   const float* values;
-  ptrdiff_t block_stride, slot_stride, head_stride, key_slot_stride;
+  CacheStrides key_strides, value_strides;
   const int32_t* block_table;
   int block_size;
   int num_tokens, num_heads, group, head_dim;
   int first_position;  // of the first token; token t sees the keys at positions 0 … first_position + t
   int first_split, num_splits;
   float scale;
-  // Where the task covers only some of the splits: per split and row (token, head of the group) what `merge_splits`
-  // takes, [num_splits][rows][partial_size(head_dim)]. Null where it covers all and writes `out`.
+  // Where the task covers only one of the splits: what `merge_splits` takes, for each row (kv head, token, head of the
+  // group), [rows][partial_size(head_dim)]. Null where it covers all and writes `out`.
   float* partials;
-  ptrdiff_t partial_stride;  // floats from one split to the next
 };
 
 constexpr int padded_head_dim(int head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
 
-// Unnormalized result, then the sum of exponentials, then the maximum.
+// The weighted sum of values, then the sum of the weights, then the largest score.
 constexpr int partial_size(int head_dim) { return padded_head_dim(head_dim) + kLanes; }
 
-// Throws std::invalid_argument where a length, a block id or the sizes do not fit together; reads nothing else.
+// Throws std::invalid_argument where a length or a block id does not fit the cache or the other lengths.
 void check_attention(const KeyValueCache& cache, const AttentionBatch& batch);
 
 // The batch must have passed check_attention().

@@ -12,6 +12,7 @@
 #include "memory.h"
 #include "ops.h"
 #include "packed_matrix.h"
+#include "steps.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -34,6 +35,14 @@ Value named(const std::map<std::string, Value>& names, const std::string& name) 
   std::string known;
   for (const auto& [key, value] : names) known += (known.empty() ? "" : ", ") + key;
   throw std::invalid_argument("'" + name + "' is not one of " + known);
+}
+
+template <class Value>
+std::string name_of(const std::map<std::string, Value>& names, Value value) {
+  for (const auto& [name, each] : names) {
+    if (each == value) return name;
+  }
+  return "";
 }
 
 template <class T>
@@ -164,6 +173,53 @@ void run_swiglu(const Matrix& gate, const Matrix& up, const Matrix& down, Addres
   swiglu_ffn(gate.packed, up.packed, down.packed, from, num_rows, to);
 }
 
+void run_rms_norm(Address x, int64_t rows, int64_t features, Address weight, float eps, Address out) {
+  if (rows <= 0 || features <= 0) return;
+  const float *from = pointer<const float>(x, "x"), *scale = pointer<const float>(weight, "weight");
+  float* to = pointer<float>(out, "out");
+  nb::gil_scoped_release release;
+  rms_norm(from, rows, features, scale, eps, to);
+}
+
+void run_rope_store(Address q, Address k, Address v, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                    Address q_norm, Address k_norm, float eps, Address cos_sin, int64_t max_positions, int64_t rotary_dim,
+                    Address positions, Address slots, Address k_cache, Address v_cache, int64_t num_slots) {
+  if (tokens <= 0) return;
+  const RopeStore job{
+      .q = pointer<float>(q, "q"), .k = pointer<float>(k, "k"), .v = pointer<const float>(v, "v"),
+      .tokens = tokens, .heads = heads, .kv_heads = kv_heads, .head_dim = head_dim,
+      .q_norm = q_norm == 0 ? nullptr : pointer<const float>(q_norm, "q_norm"),
+      .k_norm = k_norm == 0 ? nullptr : pointer<const float>(k_norm, "k_norm"), .eps = eps,
+      .cos_sin = pointer<const float>(cos_sin, "cos_sin"), .max_positions = max_positions, .rotary_dim = rotary_dim,
+      .positions = pointer<const int64_t>(positions, "positions"), .slots = pointer<const int64_t>(slots, "slot_mapping"),
+      .k_cache = pointer<float>(k_cache, "k_cache"), .v_cache = pointer<float>(v_cache, "v_cache"), .num_slots = num_slots};
+  int64_t bad;
+  {
+    nb::gil_scoped_release release;
+    bad = rope_store(job);
+  }
+  if (bad >= 0) {
+    throw nb::index_error(("token " + std::to_string(bad) + " has position " + std::to_string(job.positions[bad]) + " and slot " +
+                           std::to_string(job.slots[bad]) + ", wanted below " + std::to_string(max_positions) + " and " +
+                           std::to_string(num_slots)).c_str());
+  }
+}
+
+void run_router_topk(Address logits, int64_t rows, int64_t experts, Address correction_bias, int64_t top_k, int64_t n_group,
+                     int64_t topk_group, bool norm_topk_prob, float routed_scaling_factor, Address ids, Address weights) {
+  const bool grouped = n_group >= 1 && topk_group >= 1 && topk_group <= n_group && experts % n_group == 0;
+  if (!grouped || top_k < 1 || top_k > experts / n_group * topk_group) {
+    throw std::invalid_argument("router_topk: cannot choose " + std::to_string(top_k) + " of " + std::to_string(experts) +
+                                " experts in " + std::to_string(topk_group) + " of " + std::to_string(n_group) + " groups");
+  }
+  if (rows <= 0) return;
+  const float *from = pointer<const float>(logits, "logits"), *bias = pointer<const float>(correction_bias, "correction_bias");
+  int32_t* id = pointer<int32_t>(ids, "topk_ids");
+  float* weight = pointer<float>(weights, "topk_weights");
+  nb::gil_scoped_release release;
+  router_topk({experts, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor}, from, rows, bias, id, weight);
+}
+
 nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate(size_t num_bytes) {
   auto* memory = new std::shared_ptr<std::byte>(allocate_weights(num_bytes));
   nb::capsule owner(memory, [](void* p) noexcept { delete static_cast<std::shared_ptr<std::byte>*>(p); });
@@ -173,6 +229,9 @@ nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate(size_t num_bytes) {
 }  // namespace
 
 NB_MODULE(_cpu, m) {
+  // A model that lives until the interpreter exits is no leak worth a page of warnings.
+  nb::set_leak_warnings(false);
+
   m.def("isa", &isa);
   m.def("available_isas", &available_isas);
   m.def("set_isa", [](const std::string& name) {
@@ -200,7 +259,8 @@ NB_MODULE(_cpu, m) {
         new (self) MatrixFormat{named(kCodes, codes), named(kFloatTypes, scale_type), group_size, super_size, has_sub_scale, has_min, has_sub_min};
       }, "codes"_a, nb::kw_only(), "scale_type"_a = "f16", "group_size"_a = 0, "super_size"_a = 0, "has_sub_scale"_a = false,
          "has_min"_a = false, "has_sub_min"_a = false)
-      .def_prop_ro("scale_type", [](const MatrixFormat& format) { return format.scale_type == FloatType::f16 ? "f16" : "f32"; })
+      .def_prop_ro("codes", [](const MatrixFormat& format) { return name_of(kCodes, format.codes); })
+      .def_prop_ro("scale_type", [](const MatrixFormat& format) { return name_of(kFloatTypes, format.scale_type); })
       .def_ro("group_size", &MatrixFormat::group_size)
       .def_ro("super_size", &MatrixFormat::super_size)
       .def_ro("has_sub_min", &MatrixFormat::has_sub_min);
@@ -225,6 +285,13 @@ NB_MODULE(_cpu, m) {
            nb::arg("data").noconvert(), "zero_point"_a, "values"_a)
       .def("linear", &Matrix::run, "x"_a, "num_rows"_a, "bias"_a, "out"_a)
       .def("unpack", &Matrix::unpack, "out"_a);
+
+  m.def("rms_norm", &run_rms_norm, "x"_a, "rows"_a, "features"_a, "weight"_a, "eps"_a, "out"_a);
+  m.def("rope_store", &run_rope_store, "q"_a, "k"_a, "v"_a, "tokens"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "q_norm"_a,
+        "k_norm"_a, "eps"_a, "cos_sin"_a, "max_positions"_a, "rotary_dim"_a, "positions"_a, "slots"_a, "k_cache"_a,
+        "v_cache"_a, "num_slots"_a);
+  m.def("router_topk", &run_router_topk, "logits"_a, "rows"_a, "experts"_a, "correction_bias"_a, "top_k"_a, "n_group"_a,
+        "topk_group"_a, "norm_topk_prob"_a, "routed_scaling_factor"_a, "topk_ids"_a, "topk_weights"_a);
 
   m.def("swiglu_ffn", &run_swiglu, "gate"_a, "up"_a, "down"_a, "x"_a, "num_rows"_a, "out"_a);
 

@@ -25,6 +25,11 @@ struct KernelTable {
   void (*silu_mul)(float* gate, const float* up, int n);                     // gate ← silu(gate) · up
   void (*add_scaled)(float* out, const float* x, float scale, int n);        // out ← fma(x, scale, out)
 
+  // isa/steps.cpp: one row of n floats, any n
+  void (*rms_norm_row)(const float* x, const float* weight, float eps, int n, float* out);  // out may be x
+  void (*rotate)(float* head, const float* cos, const float* sin, int half);  // RoPE on 2 · half features, half-split pairs
+  void (*sigmoid)(const float* x, int n, float* out);
+
   // isa/attention.cpp
   void (*attend)(const AttentionTask& task);
   // Folds num_splits partial results of one row, `stride` floats apart, and writes [head_dim]; the first one is overwritten.

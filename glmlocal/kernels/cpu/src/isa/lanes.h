@@ -1,4 +1,4 @@
-// Beyond simd.h: rows whose length is no multiple of 16, and transposing.
+// Beyond simd.h: rows whose length is no multiple of 16.
 #pragma once
 
 #include "isa/simd.h"
@@ -26,66 +26,5 @@ alignas(64) inline constexpr float kLaneIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 
 
 // `yes` in the first n lanes, `no` in the others.
 GLM_INLINE F where_first(int n, F yes, F no) { return where_less(load(kLaneIndex), broadcast(float(n)), yes, no); }
-
-// out[column * out_stride + row] = rows[row][column] for 16 rows and 16 columns.
-#if defined(__AVX512F__)
-GLM_INLINE void transpose(const float* const* rows, int first_column, float* out, ptrdiff_t out_stride) {
-  unroll<4>([&](auto quad) {
-    constexpr int column = 4 * decltype(quad)::v;
-    // Quarter L of r[j] holds four columns of row 4·L + j, so that a 4×4 transpose within the quarters finishes the job.
-    __m512 r[4];
-    unroll<4>([&](auto j) {
-      const float* const* row = rows + j.v;
-      const int at = first_column + column;
-      __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(row[0] + at));
-      x = _mm512_insertf32x4(x, _mm_loadu_ps(row[4] + at), 1);
-      x = _mm512_insertf32x4(x, _mm_loadu_ps(row[8] + at), 2);
-      r[j.v] = _mm512_insertf32x4(x, _mm_loadu_ps(row[12] + at), 3);
-    });
-    const __m512 a = _mm512_unpacklo_ps(r[0], r[1]), b = _mm512_unpackhi_ps(r[0], r[1]);
-    const __m512 c = _mm512_unpacklo_ps(r[2], r[3]), d = _mm512_unpackhi_ps(r[2], r[3]);
-    float* to = out + column * out_stride;
-    store(to, _mm512_shuffle_ps(a, c, 0x44));
-    store(to + out_stride, _mm512_shuffle_ps(a, c, 0xEE));
-    store(to + 2 * out_stride, _mm512_shuffle_ps(b, d, 0x44));
-    store(to + 3 * out_stride, _mm512_shuffle_ps(b, d, 0xEE));
-  });
-}
-#elif defined(__AVX2__)
-GLM_INLINE void transpose(const float* const* rows, int first_column, float* out, ptrdiff_t out_stride) {
-  for (int half = 0; half < 2; ++half, rows += 8, out += 8) {
-    unroll<4>([&](auto quad) {
-      constexpr int column = 4 * decltype(quad)::v;
-      __m256 r[4];
-      unroll<4>([&](auto j) {
-        const __m256 x = _mm256_castps128_ps256(_mm_loadu_ps(rows[j.v] + first_column + column));
-        r[j.v] = _mm256_insertf128_ps(x, _mm_loadu_ps(rows[4 + j.v] + first_column + column), 1);
-      });
-      const __m256 a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
-      const __m256 c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
-      float* to = out + column * out_stride;
-      _mm256_storeu_ps(to, _mm256_shuffle_ps(a, c, 0x44));
-      _mm256_storeu_ps(to + out_stride, _mm256_shuffle_ps(a, c, 0xEE));
-      _mm256_storeu_ps(to + 2 * out_stride, _mm256_shuffle_ps(b, d, 0x44));
-      _mm256_storeu_ps(to + 3 * out_stride, _mm256_shuffle_ps(b, d, 0xEE));
-    });
-  }
-}
-#else
-GLM_INLINE void transpose(const float* const* rows, int first_column, float* out, ptrdiff_t out_stride) {
-  for (int row = 0; row < 16; row += 4) {
-    for (int column = 0; column < 16; column += 4) {
-      Quad r[4];
-      for (int j = 0; j < 4; ++j) __builtin_memcpy(&r[j], rows[row + j] + first_column + column, sizeof(Quad));
-      const Quad a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-      const Quad c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-      const Quad columns[4] = {
-          __builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
-          __builtin_shufflevector(b, d, 0, 1, 4, 5), __builtin_shufflevector(b, d, 2, 3, 6, 7)};
-      for (int j = 0; j < 4; ++j) __builtin_memcpy(out + (column + j) * out_stride + row, &columns[j], sizeof(Quad));
-    }
-  }
-}
-#endif
 
 }  // namespace glmlocal::GLM_ISA

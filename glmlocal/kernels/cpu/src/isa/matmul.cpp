@@ -13,7 +13,6 @@
 namespace glmlocal::GLM_ISA {
 namespace {
 
-constexpr int kRowsTogether = 4;
 constexpr int kChunkColumns = 512;  // 64 rows × 512 columns of fp32 = 128 KiB
 constexpr int kHalfBlock = 16;      // columns that share a scale at least
 constexpr size_t kPrefetchBytes = 2048;
@@ -181,22 +180,22 @@ void multiply_many_rows(const PackedMatrix& w, int panel, const float* const* ro
   } while (begin < w.padded_in());
 }
 
+// num_rows is at most most_rows.
+template <class Codec, int most_rows>
+void multiply_in_registers(const PackedMatrix& w, int panel, const float* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
+  if constexpr (most_rows > 0) {
+    if (num_rows < most_rows) return multiply_in_registers<Codec, most_rows - 1>(w, panel, rows, num_rows, out, out_stride);
+    multiply_few_rows<Codec, most_rows>(w, panel, rows, out, out_stride);
+  }
+}
+
 template <class Codec>
 void multiply(const PackedMatrix& w, int panel, const float* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
-  static_assert(kRowsTogether == 4);
-  if (num_rows > 2 * kRowsTogether) return multiply_many_rows<Codec>(w, panel, rows, num_rows, out, out_stride);
+  if (num_rows > 2 * kGemvRows) return multiply_many_rows<Codec>(w, panel, rows, num_rows, out, out_stride);
   // Decoding a panel twice in registers is cheaper than writing it to the cache once.
-  if (num_rows > kRowsTogether) {
-    const int half = (num_rows + 1) / 2;
-    multiply<Codec>(w, panel, rows, half, out, out_stride);
-    return multiply<Codec>(w, panel, rows + half, num_rows - half, out + half * out_stride, out_stride);
-  }
-  switch (num_rows) {
-    case 1: return multiply_few_rows<Codec, 1>(w, panel, rows, out, out_stride);
-    case 2: return multiply_few_rows<Codec, 2>(w, panel, rows, out, out_stride);
-    case 3: return multiply_few_rows<Codec, 3>(w, panel, rows, out, out_stride);
-    case 4: return multiply_few_rows<Codec, 4>(w, panel, rows, out, out_stride);
-  }
+  const int first = num_rows > kGemvRows ? (num_rows + 1) / 2 : num_rows;
+  multiply_in_registers<Codec, kGemvRows>(w, panel, rows, first, out, out_stride);
+  multiply_in_registers<Codec, kGemvRows>(w, panel, rows + first, num_rows - first, out + first * out_stride, out_stride);
 }
 
 template <class Visit>

@@ -92,7 +92,8 @@ GLM_INLINE float maximum(F x) {
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 
-inline constexpr int kGemvChains = 2;  // accumulators while weights are decoded
+// While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
+inline constexpr int kGemvRows = 4, kGemvChains = 2;
 inline constexpr int kGemmRows = 6, kGemmTiles = 1;  // 12 accumulators, 2 weights, 1 activation of 16 registers
 
 }  // namespace glmlocal::GLM_ISA

@@ -65,7 +65,8 @@ GLM_INLINE float maximum(F x) {
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 
-inline constexpr int kGemvChains = 8;  // accumulators while weights are decoded
+// While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
+inline constexpr int kGemvRows = 4, kGemvChains = 8;
 inline constexpr int kGemmRows = 6, kGemmTiles = 4;  // 24 accumulators, 4 weights, 1 activation of 32 registers
 
 }  // namespace glmlocal::GLM_ISA

@@ -10,6 +10,9 @@ void panel_product(const PackedMatrix& w, int panel, const float* const* rows, i
 void panel_weights(const PackedMatrix& w, int panel, float* out);
 void silu_mul(float* gate, const float* up, int n);
 void add_scaled(float* out, const float* x, float scale, int n);
+void rms_norm_row(const float* x, const float* weight, float eps, int n, float* out);
+void rotate(float* head, const float* cos, const float* sin, int half);
+void sigmoid(const float* x, int n, float* out);
 void attend(const AttentionTask& task);
 void merge_splits(float* partials, ptrdiff_t stride, int num_splits, int head_dim, float* out);
 double fma_flops(int iterations);
@@ -22,6 +25,9 @@ const KernelTable table{
     .panel_weights = panel_weights,
     .silu_mul = silu_mul,
     .add_scaled = add_scaled,
+    .rms_norm_row = rms_norm_row,
+    .rotate = rotate,
+    .sigmoid = sigmoid,
     .attend = attend,
     .merge_splits = merge_splits,
     .fma_flops = fma_flops,

@@ -1,0 +1,157 @@
+"""rms_norm, rope_store_ and router_topk against their plain twins, on every instruction set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from glmlocal import kernels
+from glmlocal.kernels import reference
+
+pytestmark = pytest.mark.usefixtures("isa")
+NAN = float("nan")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def close(got: Tensor, want: Tensor, tolerance: float = 2e-6) -> None:
+    assert got.shape == want.shape
+    assert float((got - want).abs().max() if got.numel() else 0) <= tolerance * float(
+        want.abs().max() if got.numel() else 1
+    )
+
+
+@pytest.mark.parametrize("features", [1, 15, 16, 17, 24, 64, 128, 576, 4096, 5120])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 65])
+def test_rms_norm_equals_its_twin(rows: int, features: int) -> None:
+    x, weight = random(rows, features) * 3, random(features)
+    close(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x.double(), weight.double(), 1e-5).float())
+    tiny = torch.full((1, features), 1e-4)  # eps is as large as the mean square
+    close(kernels.rms_norm(tiny, weight, 1e-8), reference.rms_norm(tiny, weight, 1e-8))
+
+
+def rope_case(
+    tokens: int, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, *, norms: bool
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """q, k, v and the rest; positions and slots are scattered, the caches NaN."""
+    generator = torch.Generator().manual_seed(tokens)
+    q, k, v = (
+        random(tokens, heads, head_dim),
+        random(tokens, kv_heads, head_dim),
+        random(tokens, kv_heads, head_dim, seed=1),
+    )
+    angles = random(97, rotary_dim // 2)
+    return [q, k, v], {
+        "q_norm": random(head_dim) if norms else None,
+        "k_norm": random(head_dim, seed=2) if norms else None,
+        "eps": 1e-5,
+        "cos_sin": torch.cat((angles.cos(), angles.sin()), 1),
+        "positions": torch.randint(0, 97, (tokens,), generator=generator),
+        "k_cache": torch.full((5, 16, kv_heads, head_dim), NAN),
+        "v_cache": torch.full((5, 16, kv_heads, head_dim), NAN),
+        "slot_mapping": torch.randperm(80, generator=generator)[:tokens],
+    }
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "rotary_dim"),
+    [(96, 8, 128, 64), (9, 3, 64, 64), (4, 2, 16, 8), (3, 1, 24, 12), (2, 2, 40, 38)],
+)
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 61])
+def test_rope_store_equals_its_twin(
+    tokens: int, norms: bool, heads: int, kv_heads: int, head_dim: int, rotary_dim: int
+) -> None:
+    inputs, rest = rope_case(tokens, heads, kv_heads, head_dim, rotary_dim, norms=norms)
+    got, want = [x.clone() for x in inputs], [x.clone() for x in inputs]
+    caches = {name: rest[name].clone() for name in ("k_cache", "v_cache")}
+    kernels.rope_store_(*got, **rest)
+    reference.rope_store_(*want, **{**rest, **caches})
+    for mine, twin in zip(got, want, strict=True):
+        close(mine, twin)
+    for name, twin in caches.items():
+        assert torch.equal(rest[name].isnan(), twin.isnan())  # nothing but the slots is touched
+        close(rest[name].nan_to_num(0), twin.nan_to_num(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("positions", 97), ("positions", -1), ("slot_mapping", 80), ("slot_mapping", -1)]
+)
+def test_rope_store_refuses_what_is_out_of_range_and_writes_nothing(name: str, value: int) -> None:
+    inputs, rest = rope_case(4, 4, 2, 16, 8, norms=False)
+    rest[name][2] = value
+    with pytest.raises(IndexError, match="token 2"):
+        kernels.rope_store_(*inputs, **rest)
+    assert rest["k_cache"].isnan().all()
+
+
+ROUTING = {"top_k": 8, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+
+
+@pytest.mark.parametrize(
+    ("experts", "options"),
+    [
+        (160, {}),
+        (128, {"routed_scaling_factor": 1.0}),
+        (16, {"top_k": 7, "routed_scaling_factor": 7.0}),
+        (8, {"top_k": 8}),
+        (13, {"top_k": 1, "norm_topk_prob": False}),
+        (64, {"n_group": 8, "topk_group": 3}),
+        (12, {"n_group": 4, "topk_group": 2, "top_k": 5}),
+    ],
+)
+@pytest.mark.parametrize("rows", [0, 1, 5, 130])
+def test_router_chooses_and_weighs_like_its_twin(rows: int, experts: int, options: dict[str, Any]) -> None:
+    logits, bias = random(rows, experts) * 2, random(experts) * 0.3
+    options = {**ROUTING, **options}
+    ids, weights = kernels.router_topk(logits, bias, **options)
+    want_ids, want_weights = reference.router_topk(logits, bias, **options)
+    assert ids.dtype == torch.int32
+    order, want_order = ids.argsort(1), want_ids.argsort(1)
+    assert torch.equal(ids.gather(1, order), want_ids.gather(1, want_order))
+    close(weights.gather(1, order), want_weights.gather(1, want_order))
+
+
+def test_router_gives_equal_scores_to_the_lower_id() -> None:
+    ids, _ = kernels.router_topk(torch.zeros(2, 40), torch.zeros(40), **ROUTING)
+    assert ids.tolist() == [list(range(8))] * 2
+
+
+def test_router_survives_nan_logits() -> None:
+    ids, _ = kernels.router_topk(torch.full((2, 16), NAN), torch.zeros(16), **ROUTING)
+    assert ((ids >= 0) & (ids < 16)).all()
+
+
+def test_a_row_does_not_depend_on_its_batch_or_the_threads(threads: Any) -> None:
+    x, weight, bias = random(64, 576), random(576), random(160)
+    logits = random(64, 160)
+    for count in (1, 2):
+        threads(count)
+        together = kernels.rms_norm(x, weight, 1e-5)
+        routed = kernels.router_topk(logits, bias, **ROUTING)
+        for row in (0, 13, 63):
+            assert torch.equal(kernels.rms_norm(x[row : row + 1], weight, 1e-5)[0], together[row])
+            alone = kernels.router_topk(logits[row : row + 1], bias, **ROUTING)
+            assert all(torch.equal(part[0], whole[row]) for part, whole in zip(alone, routed, strict=True))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: kernels.rms_norm(torch.zeros(2, 8).double(), torch.ones(8), 1e-5),
+        lambda: kernels.rms_norm(torch.zeros(2, 8), torch.ones(9), 1e-5),
+        lambda: kernels.rms_norm(torch.zeros(8, 2).T, torch.ones(8), 1e-5),
+        lambda: kernels.router_topk(torch.zeros(2, 16), torch.zeros(15), **ROUTING),
+        lambda: kernels.router_topk(torch.zeros(2, 16), torch.zeros(16), **{**ROUTING, "top_k": 17}),
+        lambda: kernels.router_topk(torch.zeros(2, 16), torch.zeros(16), **{**ROUTING, "n_group": 3}),
+        lambda: kernels.router_topk(torch.zeros(2, 16), torch.zeros(16), **{**ROUTING, "n_group": 4, "topk_group": 1}),
+    ],
+)
+def test_wrong_arguments_are_refused(call: Any) -> None:
+    with pytest.raises(ValueError, match="wanted|cannot choose"):
+        call()
