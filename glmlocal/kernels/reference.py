@@ -5,7 +5,7 @@ Activations are fp32 [tokens, features] throughout; weights keep what the checkp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -56,11 +56,11 @@ def pack(matrix: Tensor | QuantizedMatrix) -> Weight:
 
 
 def pack_experts(
-    gate: Sequence[Tensor | QuantizedMatrix],
-    up: Sequence[Tensor | QuantizedMatrix],
-    down: Sequence[Tensor | QuantizedMatrix],
+    gate: Iterable[Tensor | QuantizedMatrix],
+    up: Iterable[Tensor | QuantizedMatrix],
+    down: Iterable[Tensor | QuantizedMatrix],
 ) -> ExpertWeights:
-    """Bring the experts of one layer, in order of expert id, into the form ``experts_ffn`` takes."""
+    """Bring the experts of one layer, in order of expert id, into the form ``experts_ffn`` takes, one at a time."""
     return ExpertWeights(*(tuple(pack(matrix) for matrix in group) for group in (gate, up, down)))
 
 
@@ -110,7 +110,7 @@ def router_topk(
     scores = logits.sigmoid()
     choice = scores + correction_bias
     if n_group > 1:
-        grouped = choice.view(len(logits), n_group, -1)
+        grouped = choice.view(len(logits), n_group, logits.shape[1] // n_group)
         group_scores = grouped.topk(2, dim=-1).values.sum(-1)
         kept = torch.zeros_like(group_scores, dtype=torch.bool)
         kept.scatter_(1, group_scores.topk(topk_group, dim=-1).indices, True)
@@ -158,7 +158,7 @@ def rope_store_(
     v_cache: Tensor,
     slot_mapping: Tensor,
 ) -> None:
-    """What attention needs before it can look: ``rms_norm`` of each head where norms are given, ``rope_``, ``kv_write``.
+    """What comes before attention: ``rms_norm`` of each head where norms are given, ``rope_``, ``kv_write``.
 
     q fp32 [tokens, heads, head_dim] and k are changed in place; q_norm, k_norm fp32 [head_dim]; the rest as there.
     """

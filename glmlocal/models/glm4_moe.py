@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from glmlocal import kernels
+from glmlocal.formats.quant import QuantizedMatrix
 from glmlocal.layers.attention import Attention
 from glmlocal.layers.context import ForwardContext
 from glmlocal.layers.embedding import Embedding
@@ -132,10 +134,9 @@ def _swiglu(reader: WeightReader, prefix: str) -> SwiGLU:
 
 
 def _moe(config: ModelConfig, reader: WeightReader, prefix: str) -> MoE:
-    experts = [
-        [reader.matrix(f"{prefix}.experts.{e}.{name}_proj.weight") for e in range(config.n_routed_experts)]
-        for name in ("gate", "up", "down")
-    ]
+    def experts(name: str) -> Iterator[Tensor | QuantizedMatrix]:  # one at a time: a layer of Air unpacked is 2 GB
+        return (reader.matrix(f"{prefix}.experts.{e}.{name}_proj.weight") for e in range(config.n_routed_experts))
+
     return MoE(
         Router(
             kernels.pack(reader.dense(f"{prefix}.gate.weight")),
@@ -146,7 +147,7 @@ def _moe(config: ModelConfig, reader: WeightReader, prefix: str) -> MoE:
             config.norm_topk_prob,
             config.routed_scaling_factor,
         ),
-        ResidentExperts(kernels.pack_experts(*experts)),
+        ResidentExperts(kernels.pack_experts(experts("gate"), experts("up"), experts("down"))),
         _swiglu(reader, f"{prefix}.shared_experts") if config.n_shared_experts else None,
     )
 

@@ -6,6 +6,8 @@ from numpy.typing import NDArray
 TILE_ROWS: int
 PANEL_TILES: int
 BLOCK_COLUMNS: int
+KEY_TILE: int
+KEY_SPLIT: int
 
 class MatrixFormat:
     def __init__(
@@ -107,6 +109,23 @@ def rope_store(
     k_cache: int,
     v_cache: int,
     num_slots: int,
+) -> None: ...
+def paged_attention(
+    q: int,
+    tokens: int,
+    heads: int,
+    k_cache: int,
+    k_strides: tuple[int, ...],
+    v_cache: int,
+    v_strides: tuple[int, ...],
+    cache_shape: tuple[int, ...],
+    block_tables: int,
+    max_blocks: int,
+    query_start_loc: int,
+    seq_lens: int,
+    requests: int,
+    scale: float,
+    out: int,
 ) -> None: ...
 def router_topk(
     logits: int,

@@ -3,7 +3,7 @@ takes addresses; a tensor of another shape, dtype, device or layout is a ValueEr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +29,9 @@ class PackedExperts:
 
 
 def pack_experts(
-    gate: Sequence[Tensor | QuantizedMatrix],
-    up: Sequence[Tensor | QuantizedMatrix],
-    down: Sequence[Tensor | QuantizedMatrix],
+    gate: Iterable[Tensor | QuantizedMatrix],
+    up: Iterable[Tensor | QuantizedMatrix],
+    down: Iterable[Tensor | QuantizedMatrix],
 ) -> PackedExperts:
     return bind_experts(*(tuple(pack(matrix) for matrix in group) for group in (gate, up, down)))
 

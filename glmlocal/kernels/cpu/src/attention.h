@@ -17,16 +17,16 @@ inline constexpr int kLanes = 16;
 inline constexpr int kTileKeys = 64;    // keys and values of 128 features: 64 KiB
 inline constexpr int kSplitKeys = 512;  // what one thread does of a long sequence at a time
 
-// fp32 [num_blocks, block_size, kv_heads, head_dim], anywhere in memory: distances in floats. Fastest are keys whose slots
-// are neighbours, [num_blocks, kv_heads, head_dim, block_size], as the dot products want them, with a block_size that is
-// a multiple of 16, and values whose features are, [num_blocks, kv_heads, block_size, head_dim].
+// fp32 [num_blocks, block_size, kv_heads, head_dim] with these distances in floats. Features are next to each other, or,
+// of keys and where block_size is a multiple of 16, slots are: [num_blocks, kv_heads, head_dim, block_size] is the order
+// that the dot products want and saves transposing each tile (a third of the time of decoding).
 struct CacheStrides {
   ptrdiff_t block, slot, head, feature;
 };
 struct KeyValueCache {
-  float* keys;
-  float* values;
-  CacheStrides key_strides, value_strides;  // features of a value are neighbours
+  const float* keys;
+  const float* values;
+  CacheStrides key_strides, value_strides;
   int64_t num_blocks, block_size, kv_heads, head_dim;
 };
 

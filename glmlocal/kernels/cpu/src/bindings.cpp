@@ -2,12 +2,15 @@
 // keep the buffer they point into alive. The GIL is released while an op runs.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <map>
 #include <stdexcept>
 
+#include "attention.h"
 #include "isa.h"
 #include "memory.h"
 #include "ops.h"
@@ -220,6 +223,31 @@ void run_router_topk(Address logits, int64_t rows, int64_t experts, Address corr
   router_topk({experts, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor}, from, rows, bias, id, weight);
 }
 
+using Strides = std::array<int64_t, 4>;
+
+void run_paged_attention(Address q, int64_t tokens, int64_t heads, Address k_cache, const Strides& k_strides, Address v_cache,
+                         const Strides& v_strides, const Strides& cache_shape, Address block_tables, int64_t max_blocks,
+                         Address query_start_loc, Address seq_lens, int64_t requests, float scale, Address out) {
+  const auto [num_blocks, block_size, kv_heads, head_dim] = cache_shape;
+  const auto cache_strides = [](const Strides& s) { return CacheStrides{s[0], s[1], s[2], s[3]}; };
+  const bool some = num_blocks > 0 && max_blocks > 0 && tokens > 0;
+  const KeyValueCache cache{.keys = some ? pointer<const float>(k_cache, "k_cache") : nullptr,
+                            .values = some ? pointer<const float>(v_cache, "v_cache") : nullptr,
+                            .key_strides = cache_strides(k_strides), .value_strides = cache_strides(v_strides),
+                            .num_blocks = num_blocks, .block_size = block_size, .kv_heads = kv_heads, .head_dim = head_dim};
+  const AttentionBatch batch{.q = some ? pointer<const float>(q, "q") : nullptr, .q_stride = heads * head_dim,
+                             .out = some ? pointer<float>(out, "out") : nullptr, .tokens = tokens, .heads = heads,
+                             .block_tables = some ? pointer<const int32_t>(block_tables, "block_tables") : nullptr,
+                             .max_blocks = max_blocks,
+                             .query_start_loc = pointer<const int32_t>(query_start_loc, "query_start_loc"),
+                             .seq_lens = requests > 0 ? pointer<const int32_t>(seq_lens, "seq_lens") : nullptr,
+                             .requests = requests, .scale = scale};
+  check_attention(cache, batch);
+  if (tokens <= 0) return;
+  nb::gil_scoped_release release;
+  paged_attention(cache, batch);
+}
+
 nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate(size_t num_bytes) {
   auto* memory = new std::shared_ptr<std::byte>(allocate_weights(num_bytes));
   nb::capsule owner(memory, [](void* p) noexcept { delete static_cast<std::shared_ptr<std::byte>*>(p); });
@@ -292,6 +320,11 @@ NB_MODULE(_cpu, m) {
         "v_cache"_a, "num_slots"_a);
   m.def("router_topk", &run_router_topk, "logits"_a, "rows"_a, "experts"_a, "correction_bias"_a, "top_k"_a, "n_group"_a,
         "topk_group"_a, "norm_topk_prob"_a, "routed_scaling_factor"_a, "topk_ids"_a, "topk_weights"_a);
+
+  m.attr("KEY_TILE") = kTileKeys;
+  m.attr("KEY_SPLIT") = kSplitKeys;
+  m.def("paged_attention", &run_paged_attention, "q"_a, "tokens"_a, "heads"_a, "k_cache"_a, "k_strides"_a, "v_cache"_a, "v_strides"_a,
+        "cache_shape"_a, "block_tables"_a, "max_blocks"_a, "query_start_loc"_a, "seq_lens"_a, "requests"_a, "scale"_a, "out"_a);
 
   m.def("swiglu_ffn", &run_swiglu, "gate"_a, "up"_a, "down"_a, "x"_a, "num_rows"_a, "out"_a);
 

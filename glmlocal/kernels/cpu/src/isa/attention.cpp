@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kTileColumns = kTileKeys / kLanes;
 constexpr int kRows = kGemmRows, kColumns = kGemmTiles;  // of a register tile
+constexpr int kTransposeWork = 100;  // 16 × 16 floats take about as long as so many fmas
 constexpr float kLowest = -3.402823466e38f;              // finite: minus infinity less itself would be NaN
 
 // The next tile of keys and values, asked for while this one is worked on. Its lines are far apart, which no hardware
@@ -61,7 +62,7 @@ struct Tile {
 struct Workspace {
   int rows, rows_per_head, head_dim, width;  // width: head_dim rounded up to whole vectors
   float* q;                                  // [rows][head_dim], times the scale
-  float* keys;                               // [head_dim][kTileKeys], where slots are not neighbours in the cache
+  float* keys;                               // [head_dim][kTileKeys], where the cache has features next to each other
   float* values;                             // [kTileKeys][width], where head_dim is not a multiple of 16
   float* maximum;                            // [rows], of the current split
   float* own;                                // [rows][partial_size], for a split that is folded at once
@@ -79,7 +80,7 @@ void make_workspace(const AttentionTask& task, Workspace& w) {
   w.head_dim = task.head_dim;
   w.width = padded_head_dim(task.head_dim);
   const size_t rows = size_t(w.rows), width = size_t(w.width), partials = rows * size_t(partial_size(task.head_dim));
-  float* next = scratch(Scratch::work, 2 * kTileKeys * width + 2 * partials + rows * width + rows);
+  float* next = scratch(Scratch::attention, 2 * kTileKeys * width + 2 * partials + rows * width + rows);
   auto take = [&](size_t size) {
     float* p = next;
     next += size;
@@ -121,7 +122,7 @@ void find_tile(const AttentionTask& task, int first, Tile& tile) {
   }
 }
 
-// Points key_columns at the keys of one head. Lanes of keys that do not exist hold whatever is there, or the first key.
+// Points key_columns at the keys of one head. Lanes of keys that do not exist hold anything.
 void load_keys(const AttentionTask& task, const Tile& tile, int head, Workspace& w) {
   const ptrdiff_t offset = head * task.key_strides.head;
   if (slots_are_neighbours(task)) {
@@ -133,11 +134,21 @@ void load_keys(const AttentionTask& task, const Tile& tile, int head, Workspace&
     }
     return;
   }
+  const float* rows[kTileKeys];
+  for (int i = 0; i < kTileKeys; ++i) rows[i] = tile.keys[i < tile.count ? i : 0] + offset;
   w.key_stride = kTileKeys;
-  for (int c = 0; c < kTileColumns; ++c) w.key_columns[c] = w.keys + c * kLanes;
-  for (int i = 0; i < kTileKeys; ++i) {
-    const float* from = tile.keys[i < tile.count ? i : 0] + offset;
-    for (int d = 0; d < w.head_dim; ++d) w.keys[d * kTileKeys + i] = from[d * task.key_strides.feature];
+  const int whole = w.head_dim / kLanes * kLanes;
+  for (int c = 0; c < kTileColumns; ++c) {
+    float* to = w.keys + c * kLanes;
+    w.key_columns[c] = to;
+    if (c * kLanes >= tile.count) continue;
+    for (int d = 0; d < whole; d += kLanes) {
+      w.prefetch.advance(kTransposeWork);
+      transpose(rows + c * kLanes, d, to + d * kTileKeys, kTileKeys);
+    }
+    for (int d = whole; d < w.head_dim; ++d) {
+      for (int i = 0; i < kLanes; ++i) to[d * kTileKeys + i] = rows[c * kLanes + i][d];
+    }
   }
 }
 
@@ -333,7 +344,8 @@ void attend(const AttentionTask& task) {
   make_workspace(task, w);
   scale_queries(task, w);
   const int num_keys = task.first_position + task.num_tokens;
-  const int64_t tile_work = int64_t(w.rows_per_head) * (kTileColumns * w.head_dim + kTileKeys * (w.width / kLanes));
+  const int64_t transposed = slots_are_neighbours(task) ? 0 : kTileColumns * (w.width / kLanes) * kTransposeWork;
+  const int64_t tile_work = int64_t(w.rows_per_head) * (kTileColumns * w.head_dim + kTileKeys * (w.width / kLanes)) + transposed;
   Tile tiles[2];
   Tile *tile = &tiles[0], *next = &tiles[1];
   find_tile(task, task.first_split * kSplitKeys, *tile);

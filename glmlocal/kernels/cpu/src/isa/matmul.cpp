@@ -15,7 +15,10 @@ namespace {
 
 constexpr int kChunkColumns = 512;  // 64 rows × 512 columns of fp32 = 128 KiB
 constexpr int kHalfBlock = 16;      // columns that share a scale at least
-constexpr size_t kPrefetchBytes = 2048;
+#ifndef PFB
+#define PFB 8192
+#endif
+constexpr ptrdiff_t kPrefetchBytes = PFB;
 
 template <class Codec>
 GLM_INLINE const std::byte* panel_codes(const PackedMatrix& w, int panel) {
@@ -48,6 +51,8 @@ void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const f
   const Codec codec(w);
   const GroupScales groups(w, panel, panel_tiles);
   const std::byte* block = panel_codes<Codec>(w, panel) + first_tile * block_bytes;
+  const ptrdiff_t next_block = panel_tiles * block_bytes;
+  const ptrdiff_t prefetch = (kPrefetchBytes + next_block - 1) / next_block * next_block;  // the same tiles, further on
   const bool scale_per_half = w.format.group_size == kHalfBlock;
   const float* x[num_rows];
   unroll<num_rows>([&](auto m) { x[m.v] = rows[m.v]; });
@@ -55,8 +60,8 @@ void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const f
   F acc[num_rows][tiles];
   unroll<num_rows>([&](auto m) { unroll<tiles>([&](auto t) { acc[m.v][t.v] = zero(); }); });
   TileScales<Codec::scaled, tiles> scales;
-  for (int column = 0; column < w.padded_in(); column += kBlockColumns, block += panel_tiles * block_bytes) {
-    for (int line = 0; line < tiles * Codec::lines; ++line) __builtin_prefetch(block + line * 64 + kPrefetchBytes);
+  for (int column = 0; column < w.padded_in(); column += kBlockColumns, block += next_block) {
+    for (int line = 0; line < tiles * Codec::lines; ++line) __builtin_prefetch(block + line * 64 + prefetch);
     for (int half = 0; half < 2; ++half) {
       const int first = column + half * kHalfBlock;
       if (half == 0 || scale_per_half) load_scales<Codec, tiles>(groups, first, first_tile, scales);
