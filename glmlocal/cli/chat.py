@@ -49,7 +49,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--no-think", action="store_true", help="answer without thinking first")
     parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, reasoning, usage, timings")
-    parser.add_argument("--plain", action="store_true", help="prompt line by line (so far the only way)")
     sampling = parser.add_argument_group("sampling", "What is not given comes from the model's own generation_config.")
     for option, field, kind, meaning in _SAMPLING:
         names = [option, f"--{field.replace('_', '-')}"] if option == "--temp" else [option]

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from glmlocal.kernels import cpu
-from glmlocal.kernels.reference import paged_attention
 
 # The signatures are the reference's in both cases, so that is what a type checker is shown.
 if TYPE_CHECKING or not cpu.available:
@@ -29,12 +28,14 @@ if TYPE_CHECKING or not cpu.available:
         linear,
         pack,
         pack_experts,
+        paged_attention,
         rms_norm,
         rope_store_,
         router_topk,
         swiglu_ffn,
     )
 else:
+    from glmlocal.kernels.cpu.attention import paged_attention
     from glmlocal.kernels.cpu.linear import PackedExperts as ExpertWeights
     from glmlocal.kernels.cpu.linear import experts_ffn, linear, pack_experts, swiglu_ffn
     from glmlocal.kernels.cpu.packing import PackedWeight as Weight

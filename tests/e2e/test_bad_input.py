@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
-import tiny_gguf
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import load_file, save_file
 
+import tiny
+import tiny_gguf
 from glmlocal.cli.main import main
 
 

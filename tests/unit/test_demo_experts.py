@@ -39,8 +39,7 @@ def right_weights(layer: int) -> torch.Tensor:
 @given(layers, st.integers(0, 1000), st.floats(0, 4))
 def test_router_gives_every_real_expert_exactly_one_in_fp32(layer: int, seed: int, spread: float) -> None:
     ids, weights = router_topk(
-        hidden_states(seed, spread),
-        torch.from_numpy(experts.router_rows(layer, norm_weight(seed))),
+        hidden_states(seed, spread) @ torch.from_numpy(experts.router_rows(layer, norm_weight(seed))).T,
         torch.from_numpy(experts.correction_bias(layer)),
         top_k=experts.TOP_K,
         n_group=1,

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from glmlocal import LLM
 from glmlocal.errors import ConfigError, PlanError, RequestError
 from glmlocal.formats.index import open_checkpoint

@@ -45,11 +45,9 @@ def rope_store_(
         check_tensor(f"rope_store_: {name}", cache, torch.float32, (blocks, block_size, kv_heads, head_dim))
     for name, index in (("positions", positions), ("slot_mapping", slot_mapping)):
         check_tensor(f"rope_store_: {name}", index, torch.int64, (tokens,))
-    norms = []
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
             check_tensor(f"rope_store_: {name}", norm, torch.float32, (head_dim,))
-        norms.append(0 if norm is None else norm.data_ptr())
     _cpu.rope_store(
         q.data_ptr(),
         k.data_ptr(),
@@ -58,7 +56,8 @@ def rope_store_(
         heads,
         kv_heads,
         head_dim,
-        *norms,
+        0 if q_norm is None else q_norm.data_ptr(),
+        0 if k_norm is None else k_norm.data_ptr(),
         eps,
         cos_sin.data_ptr(),
         cos_sin.shape[0],

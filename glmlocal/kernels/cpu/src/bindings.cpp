@@ -230,14 +230,14 @@ void run_paged_attention(Address q, int64_t tokens, int64_t heads, Address k_cac
                          Address query_start_loc, Address seq_lens, int64_t requests, float scale, Address out) {
   const auto [num_blocks, block_size, kv_heads, head_dim] = cache_shape;
   const auto cache_strides = [](const Strides& s) { return CacheStrides{s[0], s[1], s[2], s[3]}; };
-  const bool some = num_blocks > 0 && max_blocks > 0 && tokens > 0;
-  const KeyValueCache cache{.keys = some ? pointer<const float>(k_cache, "k_cache") : nullptr,
-                            .values = some ? pointer<const float>(v_cache, "v_cache") : nullptr,
+  const bool has_blocks = num_blocks > 0, has_tokens = tokens > 0;  // empty tensors have no memory
+  const KeyValueCache cache{.keys = has_blocks ? pointer<const float>(k_cache, "k_cache") : nullptr,
+                            .values = has_blocks ? pointer<const float>(v_cache, "v_cache") : nullptr,
                             .key_strides = cache_strides(k_strides), .value_strides = cache_strides(v_strides),
                             .num_blocks = num_blocks, .block_size = block_size, .kv_heads = kv_heads, .head_dim = head_dim};
-  const AttentionBatch batch{.q = some ? pointer<const float>(q, "q") : nullptr, .q_stride = heads * head_dim,
-                             .out = some ? pointer<float>(out, "out") : nullptr, .tokens = tokens, .heads = heads,
-                             .block_tables = some ? pointer<const int32_t>(block_tables, "block_tables") : nullptr,
+  const AttentionBatch batch{.q = has_tokens ? pointer<const float>(q, "q") : nullptr, .q_stride = heads * head_dim,
+                             .out = has_tokens ? pointer<float>(out, "out") : nullptr, .tokens = tokens, .heads = heads,
+                             .block_tables = requests * max_blocks > 0 ? pointer<const int32_t>(block_tables, "block_tables") : nullptr,
                              .max_blocks = max_blocks,
                              .query_start_loc = pointer<const int32_t>(query_start_loc, "query_start_loc"),
                              .seq_lens = requests > 0 ? pointer<const int32_t>(seq_lens, "seq_lens") : nullptr,
