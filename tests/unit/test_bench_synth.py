@@ -123,8 +123,8 @@ def test_router_of_air_has_the_chosen_skew(skew: float) -> None:
     weight = router.tensor.fill.rows(router.codec, np.random.default_rng(5), slice(0, 128), 4096, {}.__getitem__)
     correction = bias.tensor.fill.rows(bias.codec, np.random.default_rng(5), slice(0, 1), 128, {}.__getitem__)
     topk_ids, _ = reference.router_topk(
-        torch.randn(8192, 4096, generator=torch.Generator().manual_seed(1)),
-        torch.from_numpy(weight.view(np.float32)),
+        torch.randn(8192, 4096, generator=torch.Generator().manual_seed(1))
+        @ torch.from_numpy(weight.view(np.float32)).T,
         torch.from_numpy(correction.view(np.float32)[0]),
         top_k=8,
         n_group=1,

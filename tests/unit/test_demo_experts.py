@@ -153,7 +153,8 @@ def test_slices_are_a_partition_with_the_strongest_neurons_first() -> None:
     gate, up = (rng.standard_normal((256, 16)).astype(np.float32) for _ in range(2))
     down = rng.standard_normal((16, 256)).astype(np.float32)
     down[:, 96:128] *= 100
-    norm[3], gate[32:64, 3] = 50, 8  # strong only when seen through the norm
+    norm[3], gate[32:64, 3] = 50, 8  # strong when seen through the norm,
+    norm[5], gate[64:96, 5] = 1e-4, 1000  # and only without it
     groups = experts.slice_groups(norm, gate, up, down, group_size=16)
     assert groups.shape == (8, 2)
     assert sorted(groups.ravel().tolist()) == list(range(16))

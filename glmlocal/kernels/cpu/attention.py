@@ -1,7 +1,7 @@
 """Attention over the paged cache. Arguments as in ``kernels/reference.py``, checked before addresses are taken.
 
 The caches may lie in memory in another order than their shape says, as views: keys as [blocks, kv_heads, head_dim,
-block_size] and values as [blocks, kv_heads, block_size, head_dim] are read fastest. No order changes a bit of the result.
+block_size] and values as [blocks, kv_heads, block_size, head_dim] are read fastest. The order never changes a result.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def paged_attention(
         )
     if head_dim == 0 or head_dim % 8 or shape[2] == 0 or heads % shape[2]:
         raise ValueError(
-            f"paged_attention: wanted a head_dim that is a multiple of 8 and equally many query heads for each kv head, "
+            f"paged_attention: wanted a head_dim that is a multiple of 8 and equally many query heads per kv head, "
             f"found head_dim {head_dim} and {heads} heads for {shape[2]}"
         )
     out = torch.empty_like(q)

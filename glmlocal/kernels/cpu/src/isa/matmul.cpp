@@ -15,10 +15,7 @@ namespace {
 
 constexpr int kChunkColumns = 512;  // 64 rows × 512 columns of fp32 = 128 KiB
 constexpr int kHalfBlock = 16;      // columns that share a scale at least
-#ifndef PFB
-#define PFB 8192
-#endif
-constexpr ptrdiff_t kPrefetchBytes = PFB;
+constexpr ptrdiff_t kPrefetchBytes = 8192;  // about the latency of memory at full speed; 2048 costs a quarter of it
 
 template <class Codec>
 GLM_INLINE const std::byte* panel_codes(const PackedMatrix& w, int panel) {
@@ -52,7 +49,8 @@ void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const f
   const GroupScales groups(w, panel, panel_tiles);
   const std::byte* block = panel_codes<Codec>(w, panel) + first_tile * block_bytes;
   const ptrdiff_t next_block = panel_tiles * block_bytes;
-  const ptrdiff_t prefetch = (kPrefetchBytes + next_block - 1) / next_block * next_block;  // the same tiles, further on
+  constexpr ptrdiff_t own_bytes = tiles * block_bytes;
+  const ptrdiff_t prefetch = (kPrefetchBytes + own_bytes - 1) / own_bytes * next_block;  // the same tiles, blocks ahead
   const bool scale_per_half = w.format.group_size == kHalfBlock;
   const float* x[num_rows];
   unroll<num_rows>([&](auto m) { x[m.v] = rows[m.v]; });
@@ -86,7 +84,9 @@ void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const f
 // As many tiles at once as leave the accumulators in registers.
 template <class Codec, int num_rows>
 void multiply_few_rows(const PackedMatrix& w, int panel, const float* const* rows, float* out, ptrdiff_t out_stride) {
-  constexpr int together = kGemvChains / num_rows >= 4 ? 4 : kGemvChains / num_rows >= 2 ? 2 : 1;
+  // Codecs without scales leave their registers to accumulators.
+  constexpr int chains = (Codec::scaled ? kGemvChains : kGemvUnscaledChains) / num_rows;
+  constexpr int together = chains >= 4 ? 4 : chains >= 2 ? 2 : 1;
   const int tiles = w.tiles_in(panel);
   int tile = 0;
   for (; tile + together <= tiles; tile += together) {

@@ -93,7 +93,7 @@ GLM_INLINE float maximum(F x) {
 }
 
 // While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
-inline constexpr int kGemvRows = 4, kGemvChains = 2;
+inline constexpr int kGemvRows = 4, kGemvChains = 2, kGemvUnscaledChains = 4;
 inline constexpr int kGemmRows = 6, kGemmTiles = 1;  // 12 accumulators, 2 weights, 1 activation of 16 registers
 
 }  // namespace glmlocal::GLM_ISA

@@ -66,7 +66,7 @@ GLM_INLINE float maximum(F x) {
 }
 
 // While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
-inline constexpr int kGemvRows = 4, kGemvChains = 8;
+inline constexpr int kGemvRows = 4, kGemvChains = 8, kGemvUnscaledChains = 16;
 inline constexpr int kGemmRows = 6, kGemmTiles = 4;  // 24 accumulators, 4 weights, 1 activation of 32 registers
 
 }  // namespace glmlocal::GLM_ISA

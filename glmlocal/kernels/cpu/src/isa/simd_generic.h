@@ -92,7 +92,7 @@ GLM_INLINE float sum(F x) { return reduce(x, [](float a, float b) { return a + b
 GLM_INLINE float maximum(F x) { return reduce(x, [](float a, float b) { return a > b ? a : b; }); }
 
 // While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
-inline constexpr int kGemvRows = 2, kGemvChains = 2;
+inline constexpr int kGemvRows = 2, kGemvChains = 2, kGemvUnscaledChains = 2;
 inline constexpr int kGemmRows = 2, kGemmTiles = 1;  // SSE2: 8 accumulators, 4 weights, 1 activation of 16 registers
 
 }  // namespace glmlocal::GLM_ISA
