@@ -50,6 +50,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "no_norm_topk_prob": {"norm_topk_prob": False, "routed_scaling_factor": 1.5},
     "full_rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
     "mha_odd_sizes": {"num_key_value_heads": 4, "hidden_size": 80, "moe_intermediate_size": 48, "head_dim": 24},
+    "head_dim_12": {"head_dim": 12},
     "tied": {"tie_word_embeddings": True},
 }
 

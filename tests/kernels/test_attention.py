@@ -22,6 +22,7 @@ from glmlocal.kernels.cpu.attention import paged_attention
 
 TILE, SPLIT = _cpu.KEY_TILE, _cpu.KEY_SPLIT
 NAN = float("nan")
+NARROW = torch.zeros(5, 32, 2, 12)
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,7 @@ def ints(*values: Any) -> Tensor:
         (r"features next to each other", {"k_cache": torch.zeros(5, 32, 16, 2).transpose(2, 3)}),
         (r"equally many query heads .* 3 heads for 2", {"q": torch.zeros(3, 3, 16)}),
         (r"caches wanted fp32", {"k_cache": torch.zeros(5, 0, 2, 16), "v_cache": torch.zeros(5, 0, 2, 16)}),
-        (r"head_dim 12", {"q": torch.zeros(3, 4, 12), **dict.fromkeys(["k_cache", "v_cache"], torch.zeros(1, 32, 2, 12))),
+        (r"head_dim 12", {"q": torch.zeros(3, 4, 12), "k_cache": NARROW, "v_cache": NARROW}),
         (r"blocks from 0 to -1", {"k_cache": torch.zeros(0, 32, 2, 16), "v_cache": torch.zeros(0, 32, 2, 16)}),
     ],
 )  # fmt: skip

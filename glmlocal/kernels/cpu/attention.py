@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glmlocal.kernels import reference
 from glmlocal.kernels.cpu import _cpu
 from glmlocal.kernels.cpu.linear import check_tensor
 
@@ -50,11 +51,13 @@ def paged_attention(
             f"paged_attention: caches wanted features next to each other, or of keys the slots of a block of a "
             f"multiple of {_LANES}, found strides {list(k_strides)} and {list(v_strides)}, block size {shape[1]}"
         )
-    if head_dim == 0 or head_dim % 8 or shape[2] == 0 or heads % shape[2]:
+    if head_dim == 0 or shape[2] == 0 or heads % shape[2]:
         raise ValueError(
-            f"paged_attention: wanted a head_dim that is a multiple of 8 and equally many query heads per kv head, "
+            f"paged_attention: wanted a head_dim and equally many query heads per kv head, "
             f"found head_dim {head_dim} and {heads} heads for {shape[2]}"
         )
+    if head_dim % 8:  # no released model: not worth a code path of its own
+        return reference.paged_attention(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale)
     out = torch.empty_like(q)
     _cpu.paged_attention(
         q.data_ptr(),

@@ -107,6 +107,7 @@ void decode_columns(const PackedMatrix& w, int panel, int begin, int end, float*
   const ptrdiff_t stride = tiles * kTileRows;
   for (int column = begin; column < end; column += kBlockColumns, out += kBlockColumns * stride) {
     for (int tile = 0; tile < tiles; ++tile, lines += block_bytes) {
+      for (int line = 0; line < Codec::lines; ++line) __builtin_prefetch(lines + line * 64 + kPrefetchBytes);
       float* to = out + tile * kTileRows;
       TileScales<Codec::scaled, 1> scales;
       for (int half = 0; half < 2; ++half) {
