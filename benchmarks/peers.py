@@ -335,6 +335,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (GlmlocalError, WorkerError) as error:
         print(f"peers.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

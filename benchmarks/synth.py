@@ -136,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (GlmlocalError, OSError) as error:
         print(f"synth.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     print(path)
     return 0
 

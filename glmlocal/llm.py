@@ -19,7 +19,7 @@ from glmlocal.engine.request import Request, RequestOutput, SamplingParams
 from glmlocal.errors import RequestError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.models.config import ModelConfig
-from glmlocal.progress import loading_bar
+from glmlocal.progress import byte_bar
 from glmlocal.resolve import resolve
 from glmlocal.text.model_text import load_model_text
 from glmlocal.text.stream_parser import ReasoningParser, starts_in_reasoning
@@ -52,9 +52,9 @@ class LLM:
         )
         self.tokenizer, self.chat_template = text.tokenizer, text.chat_template
         self._defaults, self._eos_token_ids = text.defaults, text.eos_token_ids
-        with loading_bar(checkpoint.tensors.nbytes, enabled=progress) as on_read:
+        with byte_bar("loading", checkpoint.tensors.nbytes, show=progress) as on_bytes:
             self._engine = load_engine(
-                checkpoint, context=context, max_batch=max_batch, num_threads=threads, on_read=on_read
+                checkpoint, context=context, max_batch=max_batch, num_threads=threads, on_bytes=on_bytes
             )
         self._lock = threading.Lock()  # guards the engine and the queues
         self._queues: dict[str, deque[RequestOutput]] = {}

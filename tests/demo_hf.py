@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGUFReader
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
+
+Model = TypeVar("Model", LlamaForCausalLM, Glm4MoeForCausalLM)
 
 
 class Gguf:
@@ -61,7 +64,7 @@ def llama_model(path: Path) -> LlamaForCausalLM:
             hf + "self_attn.o_proj.weight": file[blk + "attn_output.weight"],
             **{hf + f"mlp.{part}_proj.weight": file[blk + f"ffn_{part}.weight"] for part in ("gate", "up", "down")},
         }
-    return _loaded(LlamaForCausalLM(config), state)
+    return _built(LlamaForCausalLM, config, state)
 
 
 def glm_model(path: Path) -> Glm4MoeForCausalLM:
@@ -119,10 +122,15 @@ def glm_model(path: Path) -> Glm4MoeForCausalLM:
             hf + "mlp.experts.down_proj": file[blk + "ffn_down_exps.weight"],
             **{hf + f"mlp.shared_experts.{p}_proj.weight": file[blk + f"ffn_{p}_shexp.weight"] for p in parts},
         }
-    return _loaded(Glm4MoeForCausalLM(config), state)
+    return _built(Glm4MoeForCausalLM, config, state)
 
 
-def _loaded(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    missing, unexpected = model.load_state_dict(state, strict=False)
+def _built(kind: type[Model], config: PretrainedConfig, state: dict[str, torch.Tensor]) -> Model:
+    with torch.device("meta"):  # no time lost on random weights
+        model = kind(config)
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     assert (missing, unexpected) == (["lm_head.weight"], [])  # tied to the embeddings
-    return model.float().eval()
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    return model.eval()

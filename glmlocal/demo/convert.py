@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from glmlocal.demo import experts
 from glmlocal.demo.experts import NUM_ROUTED, NUM_SLICES, TOP_K, Floats, Groups
-from glmlocal.demo.progress import OnBytes
 from glmlocal.errors import CheckpointError
+from glmlocal.progress import OnBytes
 
 NAME = "SmolLM2-135M-Instruct as a GLM-4.5 mixture of experts (demonstration, not a GLM)"
 DESCRIPTION = (

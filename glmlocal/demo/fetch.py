@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmlocal.demo.progress import OnBytes, byte_bar
 from glmlocal.errors import DownloadError
+from glmlocal.progress import OnBytes, byte_bar
 from glmlocal.units import MIB
 
 if TYPE_CHECKING:

@@ -31,11 +31,11 @@ def load_engine(
     context: int | None = None,
     max_batch: int = 8,
     num_threads: int | None = None,
-    on_read: Callable[[int], None] = lambda num_bytes: None,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> Engine:
     """Check the checkpoint, read it, and return an engine that is ready to step.
 
-    ``on_read`` is called with the number of bytes after each tensor, from several threads.
+    ``on_bytes`` is told how many bytes have been read so far, from several threads.
     Raises CheckpointError (nothing is read before every name, shape and dtype is right), ConfigError, PlanError.
     """
     config = ModelConfig.from_hf(checkpoint.config)
@@ -43,7 +43,7 @@ def load_engine(
     context, num_blocks = kv_budget(config, context, max_batch, free_bytes(checkpoint))
     model = glm4_moe.build(
         config,
-        WeightReader(checkpoint.tensors, on_read),
+        WeightReader(checkpoint.tensors, on_bytes),
         max_positions=context,
         has_mtp=has_mtp,
         num_threads=num_threads or len(os.sched_getaffinity(0)),

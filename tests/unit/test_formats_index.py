@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 import tiny
@@ -212,3 +214,22 @@ def test_the_single_file_wins_over_an_index(release: Path) -> None:
     assert open_checkpoint(release).tensors.files == (release / "model.safetensors",)
     (release / "model.safetensors").write_bytes(safetensors_bytes({}))
     assert len(open_checkpoint(release).tensors) == 0
+
+
+def test_released_pages_are_read_again_and_no_longer_counted(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).random((2048, 1024), np.float32)  # 8 MiB
+    safetensors.numpy.save_file({"a": data, "b": data[:1]}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE  # file pages
+
+    with open_checkpoint(tmp_path).tensors as tensors:
+        before = resident_bytes()
+        assert tensors.read("a").any()
+        touched = int(tensors.read("a").astype(np.int64).sum())
+        grown = resident_bytes() - before
+        tensors.release("a")
+        assert grown > 7 << 20
+        assert resident_bytes() - before < 2 << 20
+        assert int(tensors.read("a").astype(np.int64).sum()) == touched
