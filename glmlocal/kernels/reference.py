@@ -141,8 +141,9 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     k, v fp32 [tokens, kv_heads, head_dim]; caches fp32 [blocks, block_size, kv_heads, head_dim];
     slot_mapping int64 [tokens] = block · block_size + offset.
     """
-    k_cache.view(-1, *k.shape[1:])[slot_mapping] = k
-    v_cache.view(-1, *v.shape[1:])[slot_mapping] = v
+    block, slot = slot_mapping // k_cache.shape[1], slot_mapping % k_cache.shape[1]
+    k_cache[block, slot] = k
+    v_cache[block, slot] = v
 
 
 def rope_store_(

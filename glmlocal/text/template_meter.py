@@ -84,7 +84,6 @@ class Meter:
         elif isinstance(value, list | tuple | Mapping):
             self.work(16)  # bounds how many there can be at once
             self.chars(8 * len(value))
-            self.weight(value)
         elif isinstance(value, Iterator | KeysView | ValuesView | ItemsView):
             return self.made(list(value))
         elif isinstance(value, int) and value.bit_length() > _MAX_BITS:

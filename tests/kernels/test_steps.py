@@ -155,3 +155,13 @@ def test_a_row_does_not_depend_on_its_batch_or_the_threads(threads: Any) -> None
 def test_wrong_arguments_are_refused(call: Any) -> None:
     with pytest.raises(ValueError, match=r"wanted|cannot choose"):
         call()
+
+
+def test_the_memory_order_of_the_caches_does_not_matter() -> None:
+    inputs, rest = rope_case(9, 6, 3, 24, 12, norms=True)
+    kernels.rope_store_(*(x.clone() for x in inputs), **rest)
+    k_cache = torch.full((5, 3, 24, 16), NAN).permute(0, 3, 1, 2)  # as KVCache has them
+    v_cache = torch.full((5, 3, 16, 24), NAN).transpose(1, 2)
+    kernels.rope_store_(*(x.clone() for x in inputs), **{**rest, "k_cache": k_cache, "v_cache": v_cache})
+    assert torch.equal(k_cache.nan_to_num(9), rest["k_cache"].nan_to_num(9))
+    assert torch.equal(v_cache.nan_to_num(9), rest["v_cache"].nan_to_num(9))

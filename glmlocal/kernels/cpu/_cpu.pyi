@@ -92,12 +92,10 @@ def fork_join(tasks: int, cost_ns: float) -> None: ...
 def rms_norm(x: int, rows: int, features: int, weight: int, eps: float, out: int) -> None: ...
 def rope_store(
     q: int,
-    k: int,
-    v: int,
     tokens: int,
     heads: int,
-    kv_heads: int,
-    head_dim: int,
+    k: int,
+    v: int,
     q_norm: int,
     k_norm: int,
     eps: float,
@@ -107,8 +105,10 @@ def rope_store(
     positions: int,
     slots: int,
     k_cache: int,
+    k_strides: tuple[int, ...],
     v_cache: int,
-    num_slots: int,
+    v_strides: tuple[int, ...],
+    cache_shape: tuple[int, ...],
 ) -> None: ...
 def paged_attention(
     q: int,

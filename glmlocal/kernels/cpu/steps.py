@@ -41,8 +41,12 @@ def rope_store_(
     check_rows("rope_store_: cos_sin", cos_sin, rotary_dim)
     for name, tensor in (("k", k), ("v", v)):
         check_tensor(f"rope_store_: {name}", tensor, torch.float32, (tokens, kv_heads, head_dim))
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_tensor(f"rope_store_: {name}", cache, torch.float32, (blocks, block_size, kv_heads, head_dim))
+    shape = (blocks, block_size, kv_heads, head_dim)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):  # any strides
+        if cache.dtype is not torch.float32 or cache.shape != shape or not cache.is_cpu:
+            raise ValueError(
+                f"rope_store_: {name} wanted fp32 {list(shape)} on the CPU, found {cache.dtype} {list(cache.shape)}"
+            )
     for name, index in (("positions", positions), ("slot_mapping", slot_mapping)):
         check_tensor(f"rope_store_: {name}", index, torch.int64, (tokens,))
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
@@ -50,12 +54,10 @@ def rope_store_(
             check_tensor(f"rope_store_: {name}", norm, torch.float32, (head_dim,))
     _cpu.rope_store(
         q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
         tokens,
         heads,
-        kv_heads,
-        head_dim,
+        k.data_ptr(),
+        v.data_ptr(),
         0 if q_norm is None else q_norm.data_ptr(),
         0 if k_norm is None else k_norm.data_ptr(),
         eps,
@@ -65,8 +67,10 @@ def rope_store_(
         positions.data_ptr(),
         slot_mapping.data_ptr(),
         k_cache.data_ptr(),
+        k_cache.stride(),
         v_cache.data_ptr(),
-        blocks * block_size,
+        v_cache.stride(),
+        shape,
     )
 
 

@@ -184,10 +184,16 @@ void run_rms_norm(Address x, int64_t rows, int64_t features, Address weight, flo
   rms_norm(from, rows, features, scale, eps, to);
 }
 
-void run_rope_store(Address q, Address k, Address v, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                    Address q_norm, Address k_norm, float eps, Address cos_sin, int64_t max_positions, int64_t rotary_dim,
-                    Address positions, Address slots, Address k_cache, Address v_cache, int64_t num_slots) {
+// Of a cache [num_blocks, block_size, kv_heads, head_dim].
+using Strides = std::array<int64_t, 4>;
+
+CacheStrides cache_strides(const Strides& s) { return {s[0], s[1], s[2], s[3]}; }
+
+void run_rope_store(Address q, int64_t tokens, int64_t heads, Address k, Address v, Address q_norm, Address k_norm, float eps,
+                    Address cos_sin, int64_t max_positions, int64_t rotary_dim, Address positions, Address slots, Address k_cache,
+                    const Strides& k_strides, Address v_cache, const Strides& v_strides, const Strides& cache_shape) {
   if (tokens <= 0) return;
+  const auto [num_blocks, block_size, kv_heads, head_dim] = cache_shape;
   const RopeStore job{
       .q = pointer<float>(q, "q"), .k = pointer<float>(k, "k"), .v = pointer<const float>(v, "v"),
       .tokens = tokens, .heads = heads, .kv_heads = kv_heads, .head_dim = head_dim,
@@ -195,7 +201,9 @@ void run_rope_store(Address q, Address k, Address v, int64_t tokens, int64_t hea
       .k_norm = k_norm == 0 ? nullptr : pointer<const float>(k_norm, "k_norm"), .eps = eps,
       .cos_sin = pointer<const float>(cos_sin, "cos_sin"), .max_positions = max_positions, .rotary_dim = rotary_dim,
       .positions = pointer<const int64_t>(positions, "positions"), .slots = pointer<const int64_t>(slots, "slot_mapping"),
-      .k_cache = pointer<float>(k_cache, "k_cache"), .v_cache = pointer<float>(v_cache, "v_cache"), .num_slots = num_slots};
+      .keys = pointer<float>(k_cache, "k_cache"), .values = pointer<float>(v_cache, "v_cache"),
+      .key_strides = cache_strides(k_strides), .value_strides = cache_strides(v_strides),
+      .num_blocks = num_blocks, .block_size = block_size};
   int64_t bad;
   {
     nb::gil_scoped_release release;
@@ -204,7 +212,7 @@ void run_rope_store(Address q, Address k, Address v, int64_t tokens, int64_t hea
   if (bad >= 0) {
     throw nb::index_error(("token " + std::to_string(bad) + " has position " + std::to_string(job.positions[bad]) + " and slot " +
                            std::to_string(job.slots[bad]) + ", wanted below " + std::to_string(max_positions) + " and " +
-                           std::to_string(num_slots)).c_str());
+                           std::to_string(num_blocks * block_size)).c_str());
   }
 }
 
@@ -223,13 +231,10 @@ void run_router_topk(Address logits, int64_t rows, int64_t experts, Address corr
   router_topk({experts, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor}, from, rows, bias, id, weight);
 }
 
-using Strides = std::array<int64_t, 4>;
-
 void run_paged_attention(Address q, int64_t tokens, int64_t heads, Address k_cache, const Strides& k_strides, Address v_cache,
                          const Strides& v_strides, const Strides& cache_shape, Address block_tables, int64_t max_blocks,
                          Address query_start_loc, Address seq_lens, int64_t requests, float scale, Address out) {
   const auto [num_blocks, block_size, kv_heads, head_dim] = cache_shape;
-  const auto cache_strides = [](const Strides& s) { return CacheStrides{s[0], s[1], s[2], s[3]}; };
   const bool has_blocks = num_blocks > 0, has_tokens = tokens > 0;  // empty tensors have no memory
   const KeyValueCache cache{.keys = has_blocks ? pointer<const float>(k_cache, "k_cache") : nullptr,
                             .values = has_blocks ? pointer<const float>(v_cache, "v_cache") : nullptr,
@@ -315,9 +320,9 @@ NB_MODULE(_cpu, m) {
       .def("unpack", &Matrix::unpack, "out"_a);
 
   m.def("rms_norm", &run_rms_norm, "x"_a, "rows"_a, "features"_a, "weight"_a, "eps"_a, "out"_a);
-  m.def("rope_store", &run_rope_store, "q"_a, "k"_a, "v"_a, "tokens"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "q_norm"_a,
-        "k_norm"_a, "eps"_a, "cos_sin"_a, "max_positions"_a, "rotary_dim"_a, "positions"_a, "slots"_a, "k_cache"_a,
-        "v_cache"_a, "num_slots"_a);
+  m.def("rope_store", &run_rope_store, "q"_a, "tokens"_a, "heads"_a, "k"_a, "v"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "cos_sin"_a,
+        "max_positions"_a, "rotary_dim"_a, "positions"_a, "slots"_a, "k_cache"_a, "k_strides"_a, "v_cache"_a, "v_strides"_a,
+        "cache_shape"_a);
   m.def("router_topk", &run_router_topk, "logits"_a, "rows"_a, "experts"_a, "correction_bias"_a, "top_k"_a, "n_group"_a,
         "topk_group"_a, "norm_topk_prob"_a, "routed_scaling_factor"_a, "topk_ids"_a, "topk_weights"_a);
 

@@ -1,7 +1,6 @@
 #include "steps.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "isa.h"
@@ -49,6 +48,12 @@ void drop_groups(const Routing& routing, float* choice, float* group_scores) {
   }
 }
 
+void store_head(const float* from, int dim, float* cache, const CacheStrides& strides, const RopeStore& job, int64_t t, int64_t h) {
+  const int64_t block = job.slots[t] / job.block_size, slot = job.slots[t] % job.block_size;
+  float* to = cache + block * strides.block + slot * strides.slot + h * strides.head;
+  for (int i = 0; i < dim; ++i) to[i * strides.feature] = from[i];
+}
+
 }  // namespace
 
 void rms_norm(const float* x, int64_t rows, int64_t features, const float* weight, float eps, float* out) {
@@ -60,11 +65,10 @@ void rms_norm(const float* x, int64_t rows, int64_t features, const float* weigh
 int64_t rope_store(const RopeStore& job) {
   for (int64_t t = 0; t < job.tokens; ++t) {
     if (job.positions[t] < 0 || job.positions[t] >= job.max_positions) return t;
-    if (job.slots[t] < 0 || job.slots[t] >= job.num_slots) return t;
+    if (job.slots[t] < 0 || job.slots[t] >= job.num_blocks * job.block_size) return t;
   }
   const KernelTable& kernel = kernels();
   const int dim = int(job.head_dim), half = int(job.rotary_dim / 2);
-  const int64_t kv_width = job.kv_heads * job.head_dim;
   parallel_rows(job.tokens, 0.3 * double((job.heads + 2 * job.kv_heads) * job.head_dim), [&](int64_t t) {
     const float* cos = job.cos_sin + job.positions[t] * job.rotary_dim;
     const auto turn = [&](float* head, const float* norm) {
@@ -72,9 +76,12 @@ int64_t rope_store(const RopeStore& job) {
       kernel.rotate(head, cos, cos + half, half);
     };
     for (int64_t h = 0; h < job.heads; ++h) turn(job.q + (t * job.heads + h) * dim, job.q_norm);
-    for (int64_t h = 0; h < job.kv_heads; ++h) turn(job.k + (t * job.kv_heads + h) * dim, job.k_norm);
-    std::memcpy(job.k_cache + job.slots[t] * kv_width, job.k + t * kv_width, size_t(kv_width) * sizeof(float));
-    std::memcpy(job.v_cache + job.slots[t] * kv_width, job.v + t * kv_width, size_t(kv_width) * sizeof(float));
+    for (int64_t h = 0; h < job.kv_heads; ++h) {
+      const int64_t row = (t * job.kv_heads + h) * dim;
+      turn(job.k + row, job.k_norm);
+      store_head(job.k + row, dim, job.keys, job.key_strides, job, t, h);
+      store_head(job.v + row, dim, job.values, job.value_strides, job, t, h);
+    }
   });
   return -1;
 }

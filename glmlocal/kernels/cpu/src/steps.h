@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "attention.h"
+
 namespace glmlocal {
 
 // out[r] = x[r] · rsqrt(mean(x[r]²) + eps) · weight; rows of `features` floats.
@@ -23,9 +25,10 @@ struct RopeStore {
   int64_t max_positions, rotary_dim;
   const int64_t* positions; // [tokens]
   const int64_t* slots;     // [tokens]
-  float* k_cache;           // [num_slots, kv_heads, head_dim]
-  float* v_cache;
-  int64_t num_slots;
+  float* keys;              // fp32 [num_blocks, block_size, kv_heads, head_dim], in any order in memory
+  float* values;
+  CacheStrides key_strides, value_strides;
+  int64_t num_blocks, block_size;
 };
 
 // Returns -1, or without doing anything the index of the first token whose position or slot is out of range.
