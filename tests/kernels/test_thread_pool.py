@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from glmlocal import kernels
+from glmlocal.errors import ConfigError
 from glmlocal.kernels import cpu
 from quantized import random_matrix
 
@@ -33,6 +34,12 @@ def test_jobs_of_any_size_finish(threads: Callable[[int], None], count: int) -> 
             _cpu.fork_join(tasks, cost_ns)
     for _ in range(2000):  # back to back: late workers of one job meet the next
         _cpu.fork_join(3, ALWAYS_PARALLEL_NS)
+
+
+@pytest.mark.parametrize("count", [0, -1, 5000])
+def test_an_impossible_number_of_threads_is_refused(count: int) -> None:
+    with pytest.raises(ConfigError, match=f"{count} threads: wanted 1 to 1024"):
+        kernels.set_num_threads(count)
 
 
 def test_many_python_threads_may_call_at_once(threads: Callable[[int], None]) -> None:

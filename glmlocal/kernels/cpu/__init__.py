@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 
-from glmlocal.errors import KernelUnavailable
+from glmlocal.errors import ConfigError, KernelUnavailable
 from glmlocal.kernels.cpu import topology
 
+_MOST_THREADS = 1024
 _BUILD_HINT = "build it with `pip install .` in the source tree; it needs a C++20 compiler"
 
 try:
@@ -42,7 +43,12 @@ available = _choose(os.environ.get("GLMLOCAL_CPU_ISA", ""))
 
 
 def set_num_threads(num_threads: int | None) -> None:
-    """Threads that share the work of one op, the calling one included; None: one per core that may be used."""
+    """Threads that share the work of one op, the calling one included; None: one per core that may be used.
+
+    Raises ConfigError for a number that cannot be meant.
+    """
+    if num_threads is not None and not 1 <= num_threads <= _MOST_THREADS:
+        raise ConfigError(f"{num_threads} threads: wanted 1 to {_MOST_THREADS}, or none for one per core")
     _cpu.configure_threads(list(topology.worker_cpus()), num_threads or topology.default_num_threads())
 
 

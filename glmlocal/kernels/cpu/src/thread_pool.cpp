@@ -7,6 +7,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -52,8 +53,10 @@ class ThreadPool {
     std::lock_guard lock(caller_);
     const uint64_t job = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
     // Close the counter before the fields change: a worker that was late for the last job still holds its ticket and
-    // its compare-exchange must fail. It reads the fields before that exchange, so it never acts on a mixture.
-    ticket_.store(job << 32 | UINT32_MAX);
+    // its compare-exchange must fail. It reads the fields before that exchange, so it never acts on a mixture: should it
+    // see a new field, the pair of fences makes it see the closed counter as well.
+    ticket_.store(job << 32 | UINT32_MAX, std::memory_order_relaxed);
+    std::atomic_thread_fence(std::memory_order_release);
     function_.store(function, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
     num_tasks_.store(num_tasks, std::memory_order_relaxed);
@@ -77,8 +80,12 @@ class ThreadPool {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (int i = 1; i < settings.num_threads; ++i) {
-      threads_.emplace_back([this, cpus = settings.cpus, epoch = epoch_.load()] { work(cpus, epoch); });
+    try {
+      for (int i = 1; i < settings.num_threads; ++i) {
+        threads_.emplace_back([this, cpus = settings.cpus, epoch = epoch_.load()] { work(cpus, epoch); });
+      }
+    } catch (const std::system_error&) {
+      // The system allows no more threads; those there are do the work.
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
@@ -96,6 +103,7 @@ class ThreadPool {
       if (ticket >> 32 != job || task >= uint32_t(num_tasks)) return;
       const TaskFunction function = function_.load(std::memory_order_relaxed);
       void* const context = context_.load(std::memory_order_relaxed);
+      std::atomic_thread_fence(std::memory_order_acquire);
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
       function(context, int(task));
       if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_tasks) done_.notify_one();
