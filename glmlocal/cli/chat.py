@@ -101,9 +101,12 @@ def run(args: argparse.Namespace) -> int:
     else:
         joins_stdin = not interactive and not stdin_is_screen()
 
+    from glmlocal.kernels import cpu
     from glmlocal.llm import LLM
 
     console = Console()
+    if not cpu.available:
+        console.note(f"running slowly on the plain kernels: {cpu.describe()}")
     with LLM(
         args.model, context=args.context, threads=args.threads, max_batch=1, progress=console.err_is_screen
     ) as llm:

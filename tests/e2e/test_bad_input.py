@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,3 +170,25 @@ def test_the_contract_of_one_answer(checkpoint: Path) -> None:
     assert plain.stdout == answer["text"] + "\n"
     assert answer["usage"]["completion_tokens"] <= 9
     assert answer["finish_reason"] in {"stop", "length"}
+
+
+def test_without_native_kernels_it_answers_and_says_so(checkpoint: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "glmlocal",
+        "chat",
+        str(checkpoint),
+        "-p",
+        "fox",
+        "--temp",
+        "0",
+        "--max-tokens",
+        "5",
+    ]
+    environment = {**os.environ, "GLMLOCAL_CPU_ISA": "reference"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.startswith("running slowly on the plain kernels: reference")

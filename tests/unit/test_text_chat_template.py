@@ -128,6 +128,12 @@ def test_a_long_conversation_is_no_attack() -> None:
     assert render("{{ messages[0].content }}", [{"role": "user", "content": "ü" * 4_000_000}]) == "ü" * 4_000_000
 
 
+def test_the_budget_grows_with_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_meter, "MAX_WORK", 1000)
+    source = "{% for m in messages %}{{ m.content | trim }}{% endfor %}"
+    assert render(source, HI * 1000) == "hi" * 1000
+
+
 def test_templates_render_in_several_threads_at_once() -> None:
     template = ChatTemplate("{% for i in range(2000) %}{{ messages[0].content }}{% endfor %}")
     results: dict[int, str] = {}
@@ -178,6 +184,7 @@ ENDLESS = {
     "hashed arguments": f"{TWINS}{EACH[0]}{{{{ messages[0].get(ns.t) }}}}{EACH[1]}",
     "changes": f"{TWINS}{EACH[0]}{{{{ loop.changed(ns.a if i % 2 else ns.b) }}}}{EACH[1]}",
     "sorting": f"{{% set x = range(30000) | list %}}{EACH[0]}{{% set y = x | sort %}}{EACH[1]}",
+    "extremes": f"{{% set x = range(30000) | list %}}{EACH[0]}{{% set y = x | max %}}{EACH[1]}",
     "json": f"{TWINS}{EACH[0]}{{% set x = ns.a | tojson %}}{EACH[1]}",
     "search": f"{DOUBLED}{EACH[0]}{{% set x = ns.s.find('z') %}}{EACH[1]}",
     "substrings": f"{DOUBLED}{EACH[0]}{{% if 'zz' in ns.s %}}{{% endif %}}{EACH[1]}",
@@ -259,12 +266,12 @@ def test_a_template_that_wants_the_memory_is_stopped(source: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("literal", ["[" + "i, " * 200 + "]", "(" + "i, " * 200 + ")", "messages[0].content[:200] * 8"])
-def test_what_is_hoarded_is_paid_for(literal: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_meter, "MAX_CHARS", 1_000_000)
-    source = "{% set ns = namespace(l=0) %}" + EACH[0] + "{% set ns.l = [ns.l, " + literal + "] %}" + EACH[1]
+@pytest.mark.parametrize("value", ["[" + "i, " * 200 + "]", "(" + "i, " * 200 + ")", "big[1:]", "big + big"])
+def test_what_is_hoarded_is_paid_for(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_meter, "MAX_CHARS", 3_000_000)
+    source = "{% set ns = namespace(l=0) %}{% set big = range(200) | list %}"
     with pytest.raises(CheckpointError, match="it makes too much text"):
-        render(source, [{"role": "user", "content": "x" * 200}])
+        render(source + EACH[0] + "{% set ns.l = [ns.l, " + value + "] %}" + EACH[1])
 
 
 @pytest.mark.parametrize("name", ["loops", "macros", "json"])
@@ -321,6 +328,10 @@ def test_forbidden_things_are_the_templates_fault(source: str) -> None:
 )
 def test_the_way_out_of_the_sandbox_is_undefined(source: str) -> None:
     assert render(source) == ""
+
+
+def test_what_has_no_place_in_a_prompt_is_missing() -> None:
+    assert render("{{ lipsum is defined }}") == "False"
 
 
 def test_a_namespace_does_not_print_its_contents() -> None:

@@ -50,7 +50,7 @@ GLM_INLINE void unroll(F&& f) {
 
 namespace glmlocal::GLM_ISA {
 
-// e^x within 2 ulp; 0 and inf beyond the range of normal numbers (|x| > 87.3), NaN stays NaN.
+// e^x within 2 ulp; 0 below -87.3 and inf above 88.4, where the result leaves the normal numbers; NaN stays NaN.
 GLM_INLINE F exp(F x) {
   // e^x = 2^n · e^r with |r| ≤ ln2/2; ln2 in two parts keeps r exact (Cody and Waite); Taylor to r^7 leaves 2^-27.
   const F n = round(mul(x, broadcast(1.44269504088896341f)));
