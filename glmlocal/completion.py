@@ -68,11 +68,11 @@ class CompletionBuilder:
     ``parser`` is None for a model that does not reason, or for raw completion.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: token ids without text
     params: SamplingParams
     parser: ReasoningParser | None
     load_s: float
-    _detokenizer: IncrementalDetokenizer = field(init=False)
+    _detokenizer: IncrementalDetokenizer | None = field(init=False)
     _stops: StopStrings = field(init=False)
     _token_ids: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -83,7 +83,7 @@ class CompletionBuilder:
     _first_token_s: float | None = None
 
     def __post_init__(self) -> None:
-        self._detokenizer = IncrementalDetokenizer(self.tokenizer)
+        self._detokenizer = IncrementalDetokenizer(self.tokenizer) if self.tokenizer else None
         self._stops = StopStrings(self.params.stop)
 
     def push(self, output: RequestOutput) -> CompletionDelta:
@@ -96,21 +96,24 @@ class CompletionBuilder:
         self._logprobs += output.logprobs
         if self.parser is not None and self.parser.in_reasoning:
             self._reasoning_tokens += len(output.token_ids)
-        visible = (token for token in output.token_ids if token != output.stop_token_id)
-        text, stopped = self._stops.push("".join(map(self._detokenizer.push, visible)))
+        text, stopped = self._stops.push(self._decode(output))
+        if output.finish_reason is not None and not stopped:
+            text += self._stops.finish()
         finish_reason = FinishReason.STOP if stopped else output.finish_reason
-        if finish_reason is not None and not stopped:
-            rest, stopped = self._stops.push(self._detokenizer.finish())
-            text += rest
-            if stopped:
-                finish_reason = FinishReason.STOP
-            else:
-                text += self._stops.finish()
         text, reasoning = self._split(text, is_last=finish_reason is not None)
         self._text.append(text)
         self._reasoning.append(reasoning)
         completion = None if finish_reason is None else self._completion(finish_reason, output.num_prompt_tokens)
         return CompletionDelta(text, reasoning, output.token_ids, output.logprobs, completion=completion)
+
+    def _decode(self, output: RequestOutput) -> str:
+        """The text that a step made certain, without the token that stopped it; all that is left if it is the last."""
+        if self._detokenizer is None:
+            return ""
+        pieces = [self._detokenizer.push(token) for token in output.token_ids if token != output.stop_token_id]
+        if output.finish_reason is not None:
+            pieces.append(self._detokenizer.finish())
+        return "".join(pieces)
 
     def _split(self, text: str, *, is_last: bool) -> tuple[str, str]:
         """Content and reasoning in a piece of text."""

@@ -16,13 +16,14 @@ from glmlocal import kernels
 from glmlocal.completion import Completion, CompletionBuilder, CompletionDelta
 from glmlocal.engine.loader import load_engine
 from glmlocal.engine.request import Request, RequestOutput, SamplingParams
-from glmlocal.errors import RequestError
+from glmlocal.errors import CheckpointError, RequestError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.models.config import ModelConfig
 from glmlocal.progress import byte_bar
 from glmlocal.resolve import resolve
 from glmlocal.text.model_text import load_model_text
 from glmlocal.text.stream_parser import ReasoningParser, starts_in_reasoning
+from glmlocal.text.tokenizer import Tokenizer
 
 
 class LLM:
@@ -50,7 +51,7 @@ class LLM:
         text = load_model_text(
             checkpoint.directory, checkpoint.config, checkpoint.gguf_metadata, self.config.vocab_size
         )
-        self.tokenizer, self.chat_template = text.tokenizer, text.chat_template
+        self._tokenizer, self.chat_template = text.tokenizer, text.chat_template
         self._defaults, self._eos_token_ids = text.defaults, text.eos_token_ids
         with byte_bar("loading", checkpoint.tensors.nbytes, show=progress) as on_bytes:
             self._engine = load_engine(
@@ -60,6 +61,16 @@ class LLM:
         self._queues: dict[str, deque[RequestOutput]] = {}
         self._num_requests = 0
         self.load_s = time.perf_counter() - start_s
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises CheckpointError where the checkpoint has none: then only token ids go in and out."""
+        if self._tokenizer is None:
+            raise CheckpointError(
+                f"{self.model_name} has no tokenizer (tokenizer.json, or GGUF metadata); "
+                "copy the one it was released with beside it, or pass token ids"
+            )
+        return self._tokenizer
 
     @property
     def context(self) -> int:
@@ -114,23 +125,23 @@ class LLM:
 
     @overload
     def generate(
-        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **sampling: Any
+        self, prompt: str | Sequence[int] | Tensor, *, stream: Literal[False] = False, **sampling: Any
     ) -> Completion: ...
     @overload
     def generate(
-        self, prompt: str | Sequence[int], *, stream: Literal[True], **sampling: Any
+        self, prompt: str | Sequence[int] | Tensor, *, stream: Literal[True], **sampling: Any
     ) -> Iterator[CompletionDelta]: ...
     def generate(
-        self, prompt: str | Sequence[int], *, stream: bool = False, **sampling: Any
+        self, prompt: str | Sequence[int] | Tensor, *, stream: bool = False, **sampling: Any
     ) -> Completion | Iterator[CompletionDelta]:
         """Continue raw text, or token ids, without a chat template."""
-        token_ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+        token_ids = self.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else _ids(prompt)
         return self._complete(token_ids, None, stream, sampling)
 
-    def logits(self, token_ids: Sequence[int]) -> Tensor:
+    def logits(self, token_ids: Sequence[int] | Tensor) -> Tensor:
         """Logits after every token of a text: fp32 [tokens, vocab]. Raises RequestError."""
         with self._lock:
-            return self._engine.logits(list(token_ids))
+            return self._engine.logits(_ids(token_ids))
 
     def close(self) -> None:
         """Abort what is running and let go of the files."""
@@ -168,7 +179,7 @@ class LLM:
     def _stream(self, request: Request, parser: ReasoningParser | None) -> Iterator[CompletionDelta]:
         """Runs the request from the first ``next()`` until it ends or the iterator is closed."""
         request_id = request.request_id
-        builder = CompletionBuilder(self.tokenizer, request.params, parser, self.load_s)
+        builder = CompletionBuilder(self._tokenizer, request.params, parser, self.load_s)
         with self._lock:
             self._engine.add(request)
             self._queues[request_id] = deque()
@@ -198,3 +209,8 @@ class LLM:
     def _abort(self, request_id: str) -> None:
         self._engine.abort(request_id)
         self._queues.pop(request_id, None)
+
+
+def _ids(token_ids: Sequence[int] | Tensor) -> list[int]:
+    """Token ids of a list, a numpy array or a tensor [tokens]; what is no id is found by the engine's own check."""
+    return list(token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids)

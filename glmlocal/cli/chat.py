@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     with LLM(
         args.model, context=args.context, threads=args.threads, max_batch=1, progress=console.err_is_screen
     ) as llm:
+        llm.tokenizer  # noqa: B018 - a checkpoint without one is refused before anything is said about it
         raw = args.raw or llm.chat_template is None
         if raw and system is not None:
             raise ConfigError(f"{llm.model_name} is a base model: it has no chat template and takes no --system")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Per layer one K and one V tensor, fp32 [blocks, block_size, kv_heads, head_dim], views of another memory order."""
+    """Per layer K and V, fp32 [blocks, block_size, kv_heads, head_dim], both views of another memory order."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]

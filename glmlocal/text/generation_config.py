@@ -55,14 +55,12 @@ def stop_token_ids(
     """Ids that end a turn, each once: of generation_config.json, of config.json, of the tokenizer (for a GGUF file its
     eos, eot and eom). For GLM these are ``<|endoftext|>``, ``<|user|>`` and ``<|observation|>``.
 
-    Raises CheckpointError: an id that the model's vocabulary of ``vocab_size`` rows does not have.
+    Ids beyond the model's vocabulary of ``vocab_size`` rows are left out: cut-down models keep those of their parent.
+    Raises CheckpointError for what is no id at all.
     """
     ids = [*defaults.eos_token_ids, *eos_ids(config.get("eos_token_id"), "config.json")]
     ids += tokenizer.eos_ids if tokenizer else ()
-    for id_ in ids:
-        if id_ >= vocab_size:
-            raise CheckpointError(f"eos_token_id {id_} is beyond the model's vocabulary of {vocab_size}")
-    return tuple(dict.fromkeys(ids))
+    return tuple(id_ for id_ in dict.fromkeys(ids) if id_ < vocab_size)
 
 
 def eos_ids(value: object, where: str) -> tuple[int, ...]:

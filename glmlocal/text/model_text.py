@@ -16,7 +16,7 @@ from glmlocal.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gg
 class ModelText:
     """Tokenizer, template (None for a base model), sampling defaults, and the tokens that end an answer."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: the checkpoint came without one, and works with token ids alone
     chat_template: ChatTemplate | None
     defaults: GenerationDefaults
     eos_token_ids: frozenset[int]
@@ -30,14 +30,15 @@ def load_model_text(
     A generation_config.json beside a GGUF file is not read: it may belong to another model of the same folder.
     """
     if gguf_metadata is not None:
-        tokenizer, source = tokenizer_from_gguf(gguf_metadata), chat_template_from_gguf(gguf_metadata)
-        defaults = GenerationDefaults()
+        has_tokenizer = "tokenizer.ggml.model" in gguf_metadata
+        tokenizer = tokenizer_from_gguf(gguf_metadata) if has_tokenizer else None
+        source, defaults = chat_template_from_gguf(gguf_metadata), GenerationDefaults()
     else:
-        tokenizer, source = load_tokenizer(directory), load_chat_template(directory)
-        defaults = load_generation_defaults(directory)
+        tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").exists() else None
+        source, defaults = load_chat_template(directory), load_generation_defaults(directory)
     return ModelText(
         tokenizer,
-        None if source is None else ChatTemplate(source, tokenizer.special_tokens),
+        None if source is None else ChatTemplate(source, tokenizer.special_tokens if tokenizer else {}),
         defaults,
         frozenset(stop_token_ids(defaults, config, tokenizer, vocab_size)),
     )

@@ -103,9 +103,6 @@ def _to_bytes(token: str) -> bytes:
         return token.encode()
 
 
-# --- a directory with tokenizer.json -------------------------------------------------------------------------------
-
-
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a model directory: tokenizer.json, and tokenizer_config.json if there is one.
 
@@ -237,8 +234,6 @@ def _named_tokens(config: Mapping[str, object], where: str) -> dict[str, str]:
         named[name] = text
     return named
 
-
-# --- the metadata of a GGUF file -----------------------------------------------------------------------------------
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # token types; 0 undefined and 5 unused are no text
 _TEXTUAL = frozenset({_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE})

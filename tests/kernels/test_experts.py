@@ -16,6 +16,8 @@ from quantized import random_matrix, widened
 if not cpu.available:
     pytest.skip("no native kernels here", allow_module_level=True)
 
+from glmlocal.kernels.cpu import _cpu
+
 # (hidden, intermediate, experts, kind of gate and up, kind of down): the demo's shape, ragged ones, mixed schemes.
 SHAPES = [
     (576, 192, 16, "Q8_0", "Q8_0"),
@@ -86,6 +88,14 @@ def test_the_order_of_a_tokens_experts_does_not_matter(isa: str, layer: Layer) -
     assert torch.equal(
         kernels.experts_ffn(x, ids.flip(1).contiguous(), weights.flip(1).contiguous(), layer.packed), out
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 23])
+def test_nothing_left_over_in_scratch_is_read(isa: str, layer: Layer, tokens: int) -> None:
+    x, ids, weights = layer.inputs(tokens, 2)
+    out = kernels.experts_ffn(x, ids, weights, layer.packed)
+    _cpu.poison_scratch()
+    assert torch.equal(kernels.experts_ffn(x, ids, weights, layer.packed), out)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9, 300])

@@ -33,6 +33,8 @@ def check(kind: str, out_features: int, in_features: int) -> None:
     x = torch.randn(ROWS, in_features, generator=generator)
     bias = torch.randn(out_features, generator=generator)
 
+    kernels.linear(x, weight)
+    _cpu.poison_scratch()
     y = kernels.linear(x, weight)
     error = (y.double() - x.double() @ wide.T).abs()
     # The chain rounds in_features times, up or down: about the root of that many half units of the sum of magnitudes.

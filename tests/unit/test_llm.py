@@ -11,7 +11,7 @@ import torch
 
 import tiny
 from glmlocal import LLM
-from glmlocal.errors import ConfigError, PlanError, RequestError
+from glmlocal.errors import CheckpointError, ConfigError, PlanError, RequestError
 from glmlocal.formats.index import open_checkpoint
 
 MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
@@ -218,3 +218,14 @@ def test_memory_that_is_not_there_is_a_plan_error(directory: Path, monkeypatch: 
 def test_importing_the_package_leaves_torch_unloaded() -> None:
     code = "import glmlocal, sys; glmlocal.SamplingParams; import glmlocal.cli.main; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_checkpoint_without_a_tokenizer_works_with_token_ids(directory: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).symlink_to(directory / file)
+    with LLM(tmp_path, context=64) as model, LLM(directory, context=64) as whole:
+        assert torch.equal(model.logits([5, 6, 7]), whole.logits(torch.tensor([5, 6, 7])))
+        answer = model.generate([5, 6, 7], temperature=0, max_tokens=4, ignore_eos=True)
+        assert (len(answer.token_ids), answer.text) == (4, "")
+        with pytest.raises(CheckpointError, match=r"no tokenizer"):
+            model.generate("text")

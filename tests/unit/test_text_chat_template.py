@@ -24,9 +24,6 @@ def render(source: str, messages: Any = HI, **kwargs: Any) -> str:
     return ChatTemplate(source).render(messages, **kwargs)
 
 
-# --- where templates come from ---------------------------------------------------------------------------------------
-
-
 def test_a_template_file_comes_before_the_config(tmp_path: Path) -> None:
     assert load_chat_template(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
@@ -65,9 +62,6 @@ def test_other_forms_are_refused(value: object, tmp_path: Path) -> None:
 
 def test_gguf_without_a_template_is_a_base_model() -> None:
     assert chat_template_from_gguf({}) is None
-
-
-# --- rendering -------------------------------------------------------------------------------------------------------
 
 
 def test_variables_of_a_template() -> None:
@@ -155,8 +149,6 @@ def test_text_needs_neither_torch_nor_transformers() -> None:
     code = f"import sys, {imports}; sys.exit(bool({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
-
-# --- templates that mean harm ----------------------------------------------------------------------------------------
 
 NESTED = "{% for a in range(100000) %}{% for b in range(100000) %}", "{% endfor %}{% endfor %}"
 DOUBLED = (

@@ -75,9 +75,8 @@ def test_end_of_turn_ids_come_from_all_files_each_once() -> None:
     assert stop_token_ids(GenerationDefaults(), {}, None, vocab_size=8) == ()
 
 
-def test_ids_beyond_the_vocabulary_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="eos_token_id 8 is beyond the model's vocabulary of 8"):
-        stop_token_ids(GenerationDefaults(), {"eos_token_id": 8}, None, vocab_size=8)
+def test_ids_beyond_the_vocabulary_are_left_out_and_other_things_refused() -> None:
+    assert stop_token_ids(GenerationDefaults(), {"eos_token_id": [7, 8, 151329]}, None, vocab_size=8) == (7,)
     with pytest.raises(CheckpointError, match=r"config\.json: eos_token_id"):
         stop_token_ids(GenerationDefaults(), {"eos_token_id": "</s>"}, None, vocab_size=8)
 

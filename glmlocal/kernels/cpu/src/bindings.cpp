@@ -284,6 +284,7 @@ NB_MODULE(_cpu, m) {
   m.attr("TILE_ROWS") = kTileRows;
   m.attr("PANEL_TILES") = kPanelTiles;
   m.attr("BLOCK_COLUMNS") = kBlockColumns;
+  m.def("poison_scratch", &poison_scratch);
   m.def("allocate", &allocate, "num_bytes"_a);
 
   nb::class_<MatrixFormat>(m, "MatrixFormat")

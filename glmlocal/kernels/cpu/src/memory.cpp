@@ -2,7 +2,9 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <mutex>
 #include <new>
 
@@ -52,12 +54,18 @@ std::shared_ptr<std::byte> allocate_weights(size_t num_bytes) {
   return {std::move(chunk), piece};
 }
 
+namespace {
+
+struct Buffer {
+  std::unique_ptr<float, void (*)(float*)> data{nullptr, [](float* p) { ::operator delete[](p, std::align_val_t(kAlignment)); }};
+  size_t size = 0;
+};
+
+thread_local Buffer buffers[size_t(Scratch::slots)];
+
+}  // namespace
+
 float* scratch(Scratch slot, size_t num_floats) {
-  struct Buffer {
-    std::unique_ptr<float, void (*)(float*)> data{nullptr, [](float* p) { ::operator delete[](p, std::align_val_t(kAlignment)); }};
-    size_t size = 0;
-  };
-  thread_local Buffer buffers[size_t(Scratch::slots)];
   Buffer& buffer = buffers[size_t(slot)];
   if (buffer.size < num_floats) {
     buffer.data.reset();
@@ -66,6 +74,10 @@ float* scratch(Scratch slot, size_t num_floats) {
     buffer.size = num_floats;
   }
   return buffer.data.get();
+}
+
+void poison_scratch() {
+  for (Buffer& buffer : buffers) std::fill_n(buffer.data.get(), buffer.size, std::numeric_limits<float>::quiet_NaN());
 }
 
 }  // namespace glmlocal

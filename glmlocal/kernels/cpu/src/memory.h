@@ -17,4 +17,7 @@ std::shared_ptr<std::byte> allocate_weights(size_t num_bytes);
 enum class Scratch { panel, tile, tile2, rows, hidden, padded, attention, partials, slots };
 float* scratch(Scratch slot, size_t num_floats);
 
+// Fills the calling thread's scratch with NaN, so that a test shows where old contents are read.
+void poison_scratch();
+
 }  // namespace glmlocal
