@@ -1,6 +1,7 @@
 """Plain torch for every op: the truth the fast kernels are compared with, and what runs where none was built.
 
 Activations are fp32 [tokens, features] throughout; weights keep what the checkpoint stores and are widened exactly.
+Before they meet a weight that was packed for int8 activations they are rounded to 8 bits (``int8_rounded``).
 """
 
 from __future__ import annotations
@@ -8,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
+
+Activations = Literal["int8", "fp32"]
+_INT8_GROUP = 32  # columns that share an activation scale
+
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +28,7 @@ class Weight:
 
     values: Tensor
     kind: str  # what the checkpoint stored: "f32", "bf16", "f16" or the quantization's name
+    int8_activations: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,10 +56,20 @@ class ExpertWeights:
 _KIND = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-def pack(matrix: Tensor | QuantizedMatrix) -> Weight:
-    """Bring one matrix [out, in] (fp32, bf16, fp16 or quantized) into the form ``linear`` takes."""
+def takes_int8(scheme: QuantScheme) -> bool:
+    """Whether the scheme's codes mean integers of at most 8 bits, which products with int8 activations need."""
+    return scheme.codebook is None or scheme.bits == 4
+
+
+def pack(matrix: Tensor | QuantizedMatrix, activations: Activations = "int8") -> Weight:
+    """Bring one matrix [out, in] (fp32, bf16, fp16 or quantized) into the form ``linear`` takes.
+
+    ``activations`` "int8" makes products with quantized matrices round their input to 8 bits, which is several times
+    faster where the CPU has integer dot products; "fp32" keeps it. Matrices that are not quantized always keep it.
+    """
     if isinstance(matrix, QuantizedMatrix):
-        return Weight(torch.from_numpy(matrix.dequantize()), matrix.scheme.name)
+        int8 = activations == "int8" and takes_int8(matrix.scheme)
+        return Weight(torch.from_numpy(matrix.dequantize()), matrix.scheme.name, int8)
     return Weight(matrix.float(), _KIND[matrix.dtype])
 
 
@@ -59,14 +77,30 @@ def pack_experts(
     gate: Iterable[Tensor | QuantizedMatrix],
     up: Iterable[Tensor | QuantizedMatrix],
     down: Iterable[Tensor | QuantizedMatrix],
+    activations: Activations = "int8",
 ) -> ExpertWeights:
     """Bring the experts of one layer, in order of expert id, into the form ``experts_ffn`` takes, one at a time."""
-    return ExpertWeights(*(tuple(pack(matrix) for matrix in group) for group in (gate, up, down)))
+    return ExpertWeights(*(tuple(pack(matrix, activations) for matrix in group) for group in (gate, up, down)))
+
+
+def int8_rounded(x: Tensor) -> Tensor:
+    """x fp32 [tokens, features] as products with int8 activations see it.
+
+    Each 32 neighbouring features share a scale of (largest magnitude) / 127, as in llama.cpp's Q8_0, and are rounded
+    half to even to -127 … 127 times that; where the scale is subnormal they become 0. NaN and infinity spoil their 32.
+    """
+    padded = F.pad(x, (0, -x.shape[-1] % _INT8_GROUP))
+    groups = padded.view(x.shape[0], -1, _INT8_GROUP)
+    largest = groups.abs().amax(-1, keepdim=True) if groups.numel() else groups[..., :1]
+    scale = largest / 127
+    inverse = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, torch.full_like(largest, 127) / largest)
+    rounded = (groups * inverse).round().nan_to_num(0.0) * scale
+    return rounded.view_as(padded)[:, : x.shape[-1]]
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x fp32 [tokens, in] → fp32 [tokens, out]."""
-    return F.linear(x, weight.values, bias)
+    return F.linear(int8_rounded(x) if weight.int8_activations else x, weight.values, bias)
 
 
 def swiglu_ffn(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:

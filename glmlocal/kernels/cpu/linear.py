@@ -12,6 +12,7 @@ from torch import Tensor
 from glmlocal.formats.quant import QuantizedMatrix
 from glmlocal.kernels.cpu import _cpu
 from glmlocal.kernels.cpu.packing import PackedWeight, pack
+from glmlocal.kernels.reference import Activations
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,8 +33,9 @@ def pack_experts(
     gate: Iterable[Tensor | QuantizedMatrix],
     up: Iterable[Tensor | QuantizedMatrix],
     down: Iterable[Tensor | QuantizedMatrix],
+    activations: Activations = "int8",
 ) -> PackedExperts:
-    return bind_experts(*(tuple(pack(matrix) for matrix in group) for group in (gate, up, down)))
+    return bind_experts(*(tuple(pack(matrix, activations) for matrix in group) for group in (gate, up, down)))
 
 
 def bind_experts(

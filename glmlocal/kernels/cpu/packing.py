@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
 from glmlocal.kernels.cpu import _cpu
+from glmlocal.kernels.reference import Activations, takes_int8
 
 _TILE_ROWS: int = _cpu.TILE_ROWS
 _PANEL_TILES: int = _cpu.PANEL_TILES
@@ -37,6 +38,7 @@ class PackedWeight:
     format: _cpu.MatrixFormat
     layout: _cpu.MatrixLayout
     buffer: NDArray[np.uint8]
+    int8_activations: bool
 
     def dequantize(self) -> Tensor:
         """The weights as the kernels use them, fp32 [out, in]."""
@@ -45,11 +47,11 @@ class PackedWeight:
         return out
 
 
-def pack(matrix: Tensor | QuantizedMatrix) -> PackedWeight:
+def pack(matrix: Tensor | QuantizedMatrix, activations: Activations = "int8") -> PackedWeight:
     """Copy one matrix [out, in] (fp32, bf16, fp16 or quantized) into kernel layout; ValueError if it is malformed."""
     if isinstance(matrix, QuantizedMatrix):
         if _supported(matrix.scheme):
-            return _pack_quantized(matrix)
+            return _pack_quantized(matrix, activations == "int8" and takes_int8(matrix.scheme))
         return _pack_dense(torch.from_numpy(matrix.dequantize()), matrix.scheme.name)
     return _pack_dense(matrix, None)
 
@@ -97,7 +99,7 @@ def _unpack_dense(weight: PackedWeight) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(matrix)).view(names[codes])
 
 
-def _pack_quantized(matrix: QuantizedMatrix) -> PackedWeight:
+def _pack_quantized(matrix: QuantizedMatrix, int8_activations: bool) -> PackedWeight:
     scheme, (rows, columns) = matrix.scheme, matrix.shape
     _check(matrix)
     floats = [matrix.super_scale] + ([] if matrix.super_min is None else [matrix.super_min])
@@ -124,7 +126,7 @@ def _pack_quantized(matrix: QuantizedMatrix) -> PackedWeight:
             tiles = padded.reshape(layout.tiles, _TILE_ROWS, section.units).transpose(0, 2, 1)
             _store(_section(buffer, section.offset, section.dtype), tiles)
     zero_point = 0 if scheme.codebook is not None else scheme.zero_point
-    return _bind(format_, layout, buffer, scheme.name, scheme, zero_point, _table(scheme))
+    return _bind(format_, layout, buffer, scheme.name, scheme, zero_point, _table(scheme), int8_activations)
 
 
 def _unpack_quantized(weight: PackedWeight, scheme: QuantScheme) -> QuantizedMatrix:
@@ -283,7 +285,8 @@ def _bind(
     scheme: QuantScheme | None,
     zero_point: int,
     values: list[float],
+    int8_activations: bool = False,
 ) -> PackedWeight:
-    native = _cpu.Matrix(layout, format_, buffer, zero_point, values)
+    native = _cpu.Matrix(layout, format_, buffer, zero_point, values, int8_activations)
     shape = (layout.out_features, layout.in_features)
-    return PackedWeight(native, shape, kind, layout.num_bytes, scheme, format_, layout, buffer)
+    return PackedWeight(native, shape, kind, layout.num_bytes, scheme, format_, layout, buffer, int8_activations)

@@ -60,7 +60,8 @@ struct Matrix {
   Bytes buffer;
   PackedMatrix packed;
 
-  Matrix(const MatrixLayout& layout, const MatrixFormat& format, Bytes data, float zero_point, const std::vector<float>& values)
+  Matrix(const MatrixLayout& layout, const MatrixFormat& format, Bytes data, float zero_point, const std::vector<float>& values,
+         bool int8_activations)
       : buffer(std::move(data)) {
     if (!(matrix_layout(layout.out_features, layout.in_features, format) == layout)) {
       throw std::invalid_argument("the layout is not that of the format");
@@ -77,6 +78,9 @@ struct Matrix {
       throw std::invalid_argument(std::to_string(values.size()) + " values for codes of " + std::to_string(bits) + " bits");
     }
     packed = make_packed_matrix(layout, format, reinterpret_cast<const std::byte*>(buffer.data()), zero_point, values.data());
+    if (int8_activations && !use_int8_activations(packed)) {
+      throw std::invalid_argument("int8 activations need codes that mean integers of at most 8 bits");
+    }
   }
 
   void run(Address x, int64_t num_rows, Address bias, Address out) const {
@@ -278,6 +282,7 @@ NB_MODULE(_cpu, m) {
   m.def("num_threads", &num_threads);
   m.def("read_bandwidth", &read_bandwidth, "num_bytes"_a = size_t(512) << 20, nb::call_guard<nb::gil_scoped_release>());
   m.def("fma_peak", &fma_peak, nb::call_guard<nb::gil_scoped_release>());
+  m.def("int8_peak", &int8_peak, nb::call_guard<nb::gil_scoped_release>());
   m.def("fork_join", [](int tasks, double cost_ns) { parallel_for(tasks, cost_ns, [](int) {}); }, "tasks"_a, "cost_ns"_a,
         nb::call_guard<nb::gil_scoped_release>());
 
@@ -315,8 +320,8 @@ NB_MODULE(_cpu, m) {
   m.def("matrix_layout", &matrix_layout, "out_features"_a, "in_features"_a, "format"_a);
 
   nb::class_<Matrix>(m, "Matrix")
-      .def(nb::init<const MatrixLayout&, const MatrixFormat&, Bytes, float, const std::vector<float>&>(), "layout"_a, "format"_a,
-           nb::arg("data").noconvert(), "zero_point"_a, "values"_a)
+      .def(nb::init<const MatrixLayout&, const MatrixFormat&, Bytes, float, const std::vector<float>&, bool>(), "layout"_a, "format"_a,
+           nb::arg("data").noconvert(), "zero_point"_a, "values"_a, "int8_activations"_a = false)
       .def("linear", &Matrix::run, "x"_a, "num_rows"_a, "bias"_a, "out"_a)
       .def("unpack", &Matrix::unpack, "out"_a);
 

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <vector>
 
+#include "activations.h"
 #include "isa.h"
 #include "memory.h"
 #include "ops.h"
@@ -65,6 +66,51 @@ void list_hidden_tasks(std::vector<HiddenTask>& tasks, const ExpertMatrices& exp
   }
 }
 
+// Which forms of activations some matrices take.
+struct Forms {
+  bool floats, int8;
+  Forms operator|(Forms other) const { return {floats || other.floats, int8 || other.int8}; }
+};
+
+Forms forms_of(const PackedMatrix* const* matrices, int count) {
+  Forms forms{false, false};
+  for (int e = 0; e < count; ++e) (matrices[e]->int8_activations ? forms.int8 : forms.floats) = true;
+  return forms;
+}
+
+// silu(gate) · up of every pair, in the forms that the down matrices take. A panel is two whole blocks of columns.
+class Hidden {
+ public:
+  Hidden(const PackedMatrix& down, int64_t num_pairs, Forms forms) : padded_in_(down.padded_in()) {
+    rows_.float_stride = padded_in_;
+    rows_.block_stride = down.layout.blocks;
+    if (forms.floats) rows_.floats = floats_ = scratch(Scratch::hidden, size_t(num_pairs * rows_.float_stride));
+    if (forms.int8) {
+      const size_t num_bytes = size_t(num_pairs * rows_.block_stride) * sizeof(Int8Block);
+      rows_.blocks = blocks_ = reinterpret_cast<Int8Block*>(scratch(Scratch::int8_hidden, num_bytes / sizeof(float)));
+    }
+  }
+
+  const Activations& rows() const { return rows_; }
+
+  // `row` has room for kPanelRows floats, the first `width` of which are the panel's; the last panel also clears what pads
+  // the row to whole blocks.
+  void store(int64_t pair, int panel, float* row, int width) const {
+    const int padded = std::min(kPanelRows, padded_in_ - panel * kPanelRows);
+    std::fill(row + width, row + std::max(padded, width), 0.0f);
+    if (floats_ != nullptr) std::copy_n(row, padded, floats_ + pair * rows_.float_stride + panel * kPanelRows);
+    if (blocks_ != nullptr) {
+      kernels().quantize_row(row, padded / kBlockColumns, blocks_ + pair * rows_.block_stride + panel * (kPanelRows / kBlockColumns));
+    }
+  }
+
+ private:
+  int padded_in_;
+  Activations rows_;
+  float* floats_ = nullptr;
+  Int8Block* blocks_ = nullptr;
+};
+
 }  // namespace
 
 int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_tokens, const int32_t* ids,
@@ -81,17 +127,10 @@ int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_t
 
   const PackedMatrix &any_gate = *experts.gate[0], &any_down = *experts.down[0];
   const int64_t hidden_size = any_gate.in_features();
-  const ptrdiff_t x_stride = any_gate.padded_in(), h_stride = any_down.padded_in();
   const ptrdiff_t out_stride = any_down.layout.tiles * kTileRows;
-  if (x_stride != hidden_size) {
-    float* padded = scratch(Scratch::padded, size_t(num_tokens) * x_stride);
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      std::memcpy(padded + t * x_stride, x + t * hidden_size, hidden_size * sizeof(float));
-      std::fill(padded + t * x_stride + hidden_size, padded + (t + 1) * x_stride, 0.0f);
-    }
-    x = padded;
-  }
-  float* hidden = scratch(Scratch::hidden, size_t(num_pairs) * h_stride);
+  const Forms in = forms_of(experts.gate, experts.num_experts) | forms_of(experts.up, experts.num_experts);
+  const Activations input = prepare_activations(x, num_tokens, hidden_size, in.floats, in.int8);
+  const Hidden hidden(any_down, num_pairs, forms_of(experts.down, experts.num_experts));
   float* sums = out_stride == hidden_size ? out : scratch(Scratch::rows, size_t(num_tokens) * out_stride);
   const KernelTable& kernel = kernels();
   double gate_cost = 0, down_cost = 0;
@@ -105,17 +144,16 @@ int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_t
   parallel_for(int(tasks.size()), gate_cost, [&](int index) {
     const HiddenTask task = tasks[size_t(index)];
     const PackedMatrix &gate = *experts.gate[task.expert], &up = *experts.up[task.expert];
-    const float* rows[kMaxChunkRows];
-    for (int i = 0; i < task.num_pairs; ++i) rows[i] = x + routing.pairs[size_t(task.first_pair + i)].token * x_stride;
+    const auto token_of = [&](int i) { return routing.pairs[size_t(task.first_pair + i)].token; };
     const int width = gate.tiles_in(task.panel) * kTileRows;
-    float* to = hidden + task.first_pair * h_stride + int64_t(task.panel) * kPanelRows;
-    float* up_tile = scratch(Scratch::tile, size_t(task.num_pairs) * width);
-    kernel.panel_product(gate, task.panel, rows, task.num_pairs, to, h_stride);
-    kernel.panel_product(up, task.panel, rows, task.num_pairs, up_tile, width);
-    for (int i = 0; i < task.num_pairs; ++i) kernel.silu_mul(to + i * h_stride, up_tile + i * width, width);
-    // The last panel also clears what pads the row to whole blocks of columns.
-    if (const ptrdiff_t end = int64_t(task.panel) * kPanelRows + width; task.panel == gate.panels() - 1) {
-      for (int i = 0; i < task.num_pairs; ++i) std::fill(to + i * h_stride + width, to + i * h_stride + width + (h_stride - end), 0.0f);
+    float* gate_tile = scratch(Scratch::tile, size_t(task.num_pairs) * kPanelRows);
+    float* up_tile = scratch(Scratch::tile2, size_t(task.num_pairs) * kPanelRows);
+    panel_product(gate, task.panel, input, task.num_pairs, token_of, gate_tile, kPanelRows);
+    panel_product(up, task.panel, input, task.num_pairs, token_of, up_tile, kPanelRows);
+    for (int i = 0; i < task.num_pairs; ++i) {
+      float* row = gate_tile + i * kPanelRows;
+      kernel.silu_mul(row, up_tile + i * kPanelRows, width);
+      hidden.store(task.first_pair + i, task.panel, row, width);
     }
   });
 
@@ -124,12 +162,10 @@ int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_t
     const int width = any_down.tiles_in(panel) * kTileRows;
     for (int64_t t = 0; t < num_tokens; ++t) std::fill_n(sums + t * out_stride + column, width, 0.0f);
     float* tile = scratch(Scratch::tile, size_t(kMaxChunkRows) * width);
-    const float* rows[kMaxChunkRows];
     for (int e = 0; e < experts.num_experts; ++e) {
       for (int64_t at = routing.first[e]; at < routing.first[e + 1]; at += kMaxChunkRows) {
         const int count = int(std::min<int64_t>(kMaxChunkRows, routing.first[e + 1] - at));
-        for (int i = 0; i < count; ++i) rows[i] = hidden + (at + i) * h_stride;
-        kernel.panel_product(*experts.down[e], panel, rows, count, tile, width);
+        panel_product(*experts.down[e], panel, hidden.rows(), count, [&](int i) { return at + i; }, tile, width);
         for (int i = 0; i < count; ++i) {
           const Pair pair = routing.pairs[size_t(at + i)];
           kernel.add_scaled(sums + pair.token * out_stride + column, tile + i * width, pair.weight, width);

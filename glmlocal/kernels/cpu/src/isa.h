@@ -9,6 +9,7 @@
 namespace glmlocal {
 
 struct AttentionTask;
+struct Int8Block;
 struct PackedMatrix;
 
 struct KernelTable {
@@ -20,6 +21,11 @@ struct KernelTable {
                         ptrdiff_t out_stride);
   // The weights of one panel as `panel_product` sees them: out[k][tile * 16 + row], for tests and for unpacking.
   void (*panel_weights)(const PackedMatrix& w, int panel, float* out);
+
+  // isa/int8.cpp: x [32 · blocks] to integers, and the product of such rows, for matrices with int8_activations.
+  void (*quantize_row)(const float* x, int blocks, Int8Block* out);
+  void (*panel_product_int8)(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out,
+                             ptrdiff_t out_stride);
 
   // isa/elementwise.cpp: n is a multiple of 16.
   void (*silu_mul)(float* gate, const float* up, int n);                     // gate ← silu(gate) · up
@@ -37,6 +43,7 @@ struct KernelTable {
 
   // isa/probes.cpp
   double (*fma_flops)(int iterations);                     // runs independent fmas in registers; returns how many flops
+  double (*int8_ops)(int iterations);                      // the same of int8 dot products; multiply and add count as two
   float (*read_bytes)(const void* data, size_t num_bytes); // reads num_bytes (a multiple of 256) from 64-byte-aligned data
 };
 

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "isa.h"
+#include "activations.h"
 #include "memory.h"
 #include "ops.h"
 #include "thread_pool.h"
@@ -22,18 +22,8 @@ int chunk_rows(int64_t num_rows, int64_t panels) {
 
 void linear(const PackedMatrix& w, const float* x, int64_t num_rows, const float* bias, float* out) {
   if (num_rows == 0 || w.out_features() == 0) return;
-  const int64_t in = w.in_features(), out_features = w.out_features();
-  ptrdiff_t stride = in;
-  if (w.padded_in() != in) {
-    stride = w.padded_in();
-    float* padded = scratch(Scratch::padded, size_t(num_rows) * stride);
-    for (int64_t m = 0; m < num_rows; ++m) {
-      std::memcpy(padded + m * stride, x + m * in, in * sizeof(float));
-      std::fill(padded + m * stride + in, padded + (m + 1) * stride, 0.0f);
-    }
-    x = padded;
-  }
-
+  const int64_t out_features = w.out_features();
+  const Activations input = prepare_activations(x, num_rows, w.in_features(), !w.int8_activations, w.int8_activations);
   const int panels = w.panels();
   const int chunk = chunk_rows(num_rows, panels);
   const int chunks = int((num_rows + chunk - 1) / chunk);
@@ -42,23 +32,21 @@ void linear(const PackedMatrix& w, const float* x, int64_t num_rows, const float
   const int wanted_tasks = std::clamp(int(cost / 4000), 4 * num_threads(), 1 << 20);
   const int panels_per_task = std::max(1, int(int64_t(panels) * chunks / wanted_tasks));
   const int tasks_per_chunk = (panels + panels_per_task - 1) / panels_per_task;
-  const auto panel_product = kernels().panel_product;
 
   parallel_for(chunks * tasks_per_chunk, cost, [&](int task) {
     const int64_t first_row = int64_t(task / tasks_per_chunk) * chunk;
     const int rows_here = int(std::min<int64_t>(chunk, num_rows - first_row));
-    const float* rows[kMaxChunkRows];
-    for (int m = 0; m < rows_here; ++m) rows[m] = x + (first_row + m) * stride;
+    const auto row_of = [&](int m) { return first_row + m; };
     const int first_panel = task % tasks_per_chunk * panels_per_task;
     for (int panel = first_panel; panel < std::min(first_panel + panels_per_task, panels); ++panel) {
       const int64_t column = int64_t(panel) * kPanelRows;
       const int width = w.rows_in(panel), tile_width = w.tiles_in(panel) * kTileRows;
       float* to = out + first_row * out_features + column;
       if (width == tile_width) {
-        panel_product(w, panel, rows, rows_here, to, out_features);
+        panel_product(w, panel, input, rows_here, row_of, to, out_features);
       } else {
         float* tile = scratch(Scratch::tile, size_t(rows_here) * tile_width);
-        panel_product(w, panel, rows, rows_here, tile, tile_width);
+        panel_product(w, panel, input, rows_here, row_of, tile, tile_width);
         for (int m = 0; m < rows_here; ++m) std::memcpy(to + m * out_features, tile + m * tile_width, width * sizeof(float));
       }
       if (bias == nullptr) continue;

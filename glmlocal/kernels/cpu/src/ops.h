@@ -32,11 +32,12 @@ void swiglu_ffn(const PackedMatrix& gate, const PackedMatrix& up, const PackedMa
 double read_bandwidth(size_t num_bytes);
 // fp32 fma GFLOP/s of all threads together, nothing loaded or stored.
 double fma_peak();
+// The same of the int8 dot products, in GOP/s.
+double int8_peak();
 
 // How a product is cut into tasks. Costs assume a core that reads 25 GB/s and computes 100 GFLOP/s: only the order of
 // magnitude matters, for deciding whether waking another thread pays.
 double product_cost_ns(const PackedMatrix& w, int64_t num_rows);
-inline constexpr int kMaxChunkRows = 192;
 int chunk_rows(int64_t num_rows, int64_t panels);
 
 }  // namespace glmlocal

@@ -1,6 +1,7 @@
 #include "packed_matrix.h"
 
 #include <bit>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -82,6 +83,29 @@ PackedMatrix make_packed_matrix(const MatrixLayout& layout, const MatrixFormat& 
     }
   }
   return matrix;
+}
+
+bool use_int8_activations(PackedMatrix& matrix) {
+  const Codes codes = matrix.format.codes;
+  if (matrix.format.group_size == 0) return false;
+  const int bits = code_bits(codes);
+  const float first = bits <= 4 ? matrix.values[0] : -matrix.zero_point;
+  bool linear = first == std::nearbyint(first) && std::abs(first) <= 256;
+  for (int i = 0; bits <= 4 && i < 1 << bits; ++i) linear = linear && matrix.values[i] == first + float(i);
+  if (linear) {
+    matrix.int8_zero_point = -int(first);
+  } else {
+    if (codes != Codes::u4) return false;
+    for (int i = 0; i < 16; ++i) {
+      const float value = matrix.values[i];
+      if (value != std::nearbyint(value) || value < -128 || value > 127) return false;
+      matrix.bytes[i] = uint8_t(int(value) + 128);
+    }
+    matrix.has_codebook = true;
+    matrix.int8_zero_point = 128;
+  }
+  matrix.int8_activations = true;
+  return true;
 }
 
 }  // namespace glmlocal

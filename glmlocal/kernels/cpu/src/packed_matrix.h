@@ -71,6 +71,11 @@ struct PackedMatrix {
   float zero_point = 0;
   // value(code) by the low 4 bits of a code; codes of 2 and 3 bits repeat, so that higher bits need no masking.
   alignas(64) float values[16] = {};
+  // For products with int8 activations: value = code - int8_zero_point, the code of a codebook being `bytes[code]`.
+  bool int8_activations = false;
+  bool has_codebook = false;
+  int int8_zero_point = 0;
+  alignas(16) uint8_t bytes[16] = {};
 
   int out_features() const { return int(layout.out_features); }
   int in_features() const { return int(layout.in_features); }
@@ -85,6 +90,10 @@ struct PackedMatrix {
     return left < kPanelRows ? int(left) : kPanelRows;
   }
 };
+
+// Whether codes of the format can meet int8 activations: integers of at most 8 bits, or a codebook of such.
+// `values` as below. Sets the matrix up for it; false leaves it unchanged.
+bool use_int8_activations(PackedMatrix& matrix);
 
 // `values` has 2^bits entries for codes of at most 4 bits and is ignored for others, which mean code - zero_point.
 PackedMatrix make_packed_matrix(const MatrixLayout& layout, const MatrixFormat& format, const std::byte* data,

@@ -37,21 +37,28 @@ double read_bandwidth(size_t num_bytes) {
   return best;
 }
 
-double fma_peak() {
+namespace {
+
+double peak_giga_ops(double (*ops)(int iterations)) {
   constexpr int iterations = 20000;
   const int tasks = 32 * num_threads();
-  const auto fma_flops = kernels().fma_flops;
   double best = 0;
   for (int pass = 0; pass < kPasses; ++pass) {
-    double flops_per_task = 0;
+    double ops_per_task = 0;
     const double start = seconds();
     parallel_for(tasks, kAlwaysParallel, [&](int task) {
-      const double flops = fma_flops(iterations);
-      if (task == 0) flops_per_task = flops;
+      const double done = ops(iterations);
+      if (task == 0) ops_per_task = done;
     });
-    best = std::max(best, tasks * flops_per_task / (seconds() - start) / 1e9);
+    best = std::max(best, tasks * ops_per_task / (seconds() - start) / 1e9);
   }
   return best;
 }
+
+}  // namespace
+
+double fma_peak() { return peak_giga_ops(kernels().fma_flops); }
+
+double int8_peak() { return peak_giga_ops(kernels().int8_ops); }
 
 }  // namespace glmlocal

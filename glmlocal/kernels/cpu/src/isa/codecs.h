@@ -162,16 +162,21 @@ class GroupScales {
   // Of the group that holds `column`. The product of two-level scales is exact for fp16 supers, so it rounds as
   // formats/quant.py does; the offset of a symmetric scheme is 0.
   GLM_INLINE void load_group(int column, int tile, F& scale, F& offset) const {
-    const int64_t group = (int64_t(column >> group_shift_) * tiles_ + tile) * kTileRows;
-    const int64_t super = (int64_t(column >> super_shift_) * tiles_ + tile) * kTileRows;
-    scale = load_float(scale_, super);
-    if (format_.has_sub_scale) scale = mul(scale, load_i8(sub_scale_ + group));
-    offset = zero();
-    if (format_.has_sub_min) offset = sub(zero(), mul(load_float(min_, super), load_u8(sub_min_ + group)));
-    else if (format_.has_min) offset = load_float(min_, group);
+    scale = load_scale(column, tile);
+    offset = load_offset(column, tile);
+  }
+  GLM_INLINE F load_scale(int column, int tile) const {
+    const F scale = load_float(scale_, line(column >> super_shift_, tile));
+    return format_.has_sub_scale ? mul(scale, load_i8(sub_scale_ + line(column >> group_shift_, tile))) : scale;
+  }
+  GLM_INLINE F load_offset(int column, int tile) const {
+    const int64_t group = line(column >> group_shift_, tile);
+    if (format_.has_sub_min) return sub(zero(), mul(load_float(min_, line(column >> super_shift_, tile)), load_u8(sub_min_ + group)));
+    return format_.has_min ? load_float(min_, group) : zero();
   }
 
  private:
+  GLM_INLINE int64_t line(int unit, int tile) const { return (int64_t(unit) * tiles_ + tile) * kTileRows; }
   GLM_INLINE F load_float(const std::byte* section, int64_t index) const {
     if (format_.scale_type == FloatType::f16) return load_f16((const uint16_t*)section + index);
     return load((const float*)section + index);

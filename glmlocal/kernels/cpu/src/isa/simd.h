@@ -8,7 +8,11 @@
 //   zero broadcast load store add sub mul div max min     fma(a, b, c) = a·b + c, fused where the ISA can (generic: rounded twice)
 //   load_f16 load_i8 load_u8                              16 narrower numbers in memory, widened
 //   load_words splat shift_right shr<n> shl<n> bit_and select(m, a, b) = (a & m) | (b & ~m)      on U
-//   as_float as_words to_words(round to nearest) to_float reinterpret and convert
+//   as_float as_words, to_words(round to nearest) to_float  reinterpret and convert; words are then signed, as in
+//   max_words add_words, sum_words max_of_words (over the lanes), store_words, store_low_bytes (16 bytes)
+//   dot<eight_bits>(sums, codes, x)                       sums + Σ over the 4 bytes of each word of codes (0 … 255) · x (int8);
+//                                                         exact; without eight_bits codes are below 128 (kDotKnowsBits: that matters)
+//   ByteTable, make_byte_table, lookup_bytes(table, words)  each byte (0 … 15) replaced by one of 16
 //   Table, make_table, lookup(table, words)               by the low 4 bits of each word
 //   byte_bias, byte_value<j>(words, bias)                 byte j of each word as fp32, minus the bias
 //   sum, maximum                                          over the lanes, in one fixed order
@@ -19,6 +23,7 @@
 #include <utility>
 
 #define GLM_INLINE inline __attribute__((always_inline))
+#define GLM_FLATTEN __attribute__((flatten))  // everything called here is inlined, bodies of unroll() above all
 
 namespace glmlocal::GLM_ISA {
 

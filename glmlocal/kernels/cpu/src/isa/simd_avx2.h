@@ -61,6 +61,45 @@ GLM_INLINE U select(U m, U a, U b) {
 }
 GLM_INLINE F as_float(U x) { return {_mm256_castsi256_ps(x.lo), _mm256_castsi256_ps(x.hi)}; }
 
+GLM_INLINE U as_words(F x) { return {_mm256_castps_si256(x.lo), _mm256_castps_si256(x.hi)}; }
+GLM_INLINE U max_words(U a, U b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
+GLM_INLINE U add_words(U a, U b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+GLM_INLINE U to_words(F x) { return {_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi)}; }
+GLM_INLINE F to_float(U x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
+GLM_INLINE void store_words(void* p, U x) {
+  _mm256_storeu_si256((__m256i*)p, x.lo);
+  _mm256_storeu_si256((__m256i*)p + 1, x.hi);
+}
+GLM_INLINE void store_low_bytes(int8_t* p, U x) {
+  alignas(64) int32_t words[16];
+  store_words(words, x);
+  for (int i = 0; i < 16; ++i) p[i] = int8_t(words[i]);
+}
+
+#if defined(__AVXVNNI__)
+inline constexpr bool kDotKnowsBits = false;
+template <bool> GLM_INLINE __m256i dot(__m256i sums, __m256i codes, __m256i x) { return _mm256_dpbusd_avx_epi32(sums, codes, x); }
+#else
+inline constexpr bool kDotKnowsBits = true;
+// maddubs adds two products in 16 bits, which 8-bit codes overflow; those go in two halves.
+template <bool eight_bits>
+GLM_INLINE __m256i dot(__m256i sums, __m256i codes, __m256i x) {
+  if constexpr (eight_bits) {
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(x, 8));
+    return _mm256_add_epi32(sums, _mm256_add_epi32(even, odd));
+  } else {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+  }
+}
+#endif
+template <bool eight_bits> GLM_INLINE U dot(U sums, U codes, U x) {
+  return {dot<eight_bits>(sums.lo, codes.lo, x.lo), dot<eight_bits>(sums.hi, codes.hi, x.hi)};
+}
+struct ByteTable { __m256i values; };
+GLM_INLINE ByteTable make_byte_table(const uint8_t* values) { return {_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values))}; }
+GLM_INLINE U lookup_bytes(ByteTable table, U index) { return {_mm256_shuffle_epi8(table.values, index.lo), _mm256_shuffle_epi8(table.values, index.hi)}; }
+
 struct Table { __m256 first, second; };  // values 0 … 7 and 8 … 15
 GLM_INLINE Table make_table(const float* values) { return {_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)}; }
 GLM_INLINE __m256 lookup(Table table, __m256i index) {
@@ -92,8 +131,23 @@ GLM_INLINE float maximum(F x) {
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 
+GLM_INLINE int32_t sum_words(U x) {
+  const __m256i both = _mm256_add_epi32(x.lo, x.hi);
+  __m128i a = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  a = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32(a, 0xB1)));
+}
+GLM_INLINE int32_t max_of_words(U x) {
+  const __m256i both = _mm256_max_epi32(x.lo, x.hi);
+  __m128i a = _mm_max_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  a = _mm_max_epi32(a, _mm_shuffle_epi32(a, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(a, _mm_shuffle_epi32(a, 0xB1)));
+}
+
 // While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
 inline constexpr int kGemvRows = 4, kGemvChains = 2, kGemvUnscaledChains = 4;
 inline constexpr int kGemmRows = 6, kGemmTiles = 1;  // 12 accumulators, 2 weights, 1 activation of 16 registers
+inline constexpr int kDotRows = 4, kDotTiles = 1;    // 8 accumulators, 2 weights, activations and constants of the dot product
+inline constexpr int kDotGemvChains = 2;  // and as many fp32 sums
 
 }  // namespace glmlocal::GLM_ISA

@@ -37,6 +37,23 @@ GLM_INLINE U bit_and(U a, U b) { return _mm512_and_si512(a, b); }
 GLM_INLINE U select(U m, U a, U b) { return _mm512_ternarylogic_epi32(m, a, b, 0xCA); }
 GLM_INLINE F as_float(U x) { return _mm512_castsi512_ps(x); }
 
+GLM_INLINE U as_words(F x) { return _mm512_castps_si512(x); }
+GLM_INLINE U max_words(U a, U b) { return _mm512_max_epi32(a, b); }
+GLM_INLINE U add_words(U a, U b) { return _mm512_add_epi32(a, b); }
+GLM_INLINE U to_words(F x) { return _mm512_cvtps_epi32(x); }
+GLM_INLINE F to_float(U x) { return _mm512_cvtepi32_ps(x); }
+GLM_INLINE void store_low_bytes(int8_t* p, U x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
+GLM_INLINE void store_words(void* p, U x) { _mm512_storeu_si512(p, x); }
+
+// Written out because GCC 12 copies accumulators through memory around the intrinsic when there are many of them.
+template <bool> GLM_INLINE U dot(U sums, U codes, U x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(x));
+  return sums;
+}
+struct ByteTable { U values; };
+GLM_INLINE ByteTable make_byte_table(const uint8_t* values) { return {_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)values))}; }
+GLM_INLINE U lookup_bytes(ByteTable table, U index) { return _mm512_shuffle_epi8(table.values, index); }
+
 struct Table { F values; };
 GLM_INLINE Table make_table(const float* values) { return {load(values)}; }
 GLM_INLINE F lookup(Table table, U index) { return _mm512_permutexvar_ps(index, table.values); }
@@ -65,8 +82,14 @@ GLM_INLINE float maximum(F x) {
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 
+GLM_INLINE int32_t sum_words(U x) { return _mm512_reduce_add_epi32(x); }
+GLM_INLINE int32_t max_of_words(U x) { return _mm512_reduce_max_epi32(x); }
+
 // While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
 inline constexpr int kGemvRows = 4, kGemvChains = 8, kGemvUnscaledChains = 16;
 inline constexpr int kGemmRows = 6, kGemmTiles = 4;  // 24 accumulators, 4 weights, 1 activation of 32 registers
+inline constexpr int kDotRows = 6, kDotTiles = 2;    // 12 integer and 12 fp32 sums, 2 weights, 1 activation
+inline constexpr int kDotGemvChains = 8;  // and as many fp32 sums
+inline constexpr bool kDotKnowsBits = false;
 
 }  // namespace glmlocal::GLM_ISA

@@ -48,6 +48,47 @@ GLM_INLINE U bit_and(U a, U b) { return map<U>([&](int i) { return a.v[i] & b.v[
 GLM_INLINE U select(U m, U a, U b) { return map<U>([&](int i) { return blend(m.v[i], a.v[i], b.v[i]); }); }
 GLM_INLINE F as_float(U x) { return map<F>([&](int i) { return (Quad)x.v[i]; }); }
 
+GLM_INLINE U as_words(F x) { return map<U>([&](int i) { return (QuadU)x.v[i]; }); }
+GLM_INLINE U max_words(U a, U b) {
+  return map<U>([&](int i) { return blend((QuadU)((QuadI)a.v[i] > (QuadI)b.v[i]), a.v[i], b.v[i]); });
+}
+GLM_INLINE U add_words(U a, U b) { return map<U>([&](int i) { return a.v[i] + b.v[i]; }); }
+GLM_INLINE U to_words(F x) {
+  const F nearest = round(x);
+  return map<U>([&](int i) { return (QuadU)__builtin_convertvector(nearest.v[i], QuadI); });
+}
+GLM_INLINE F to_float(U x) { return map<F>([&](int i) { return __builtin_convertvector((QuadI)x.v[i], Quad); }); }
+GLM_INLINE void store_words(void* p, U x) { __builtin_memcpy(p, &x, sizeof x); }
+GLM_INLINE void store_low_bytes(int8_t* p, U x) {
+  for (int i = 0; i < 16; ++i) p[i] = int8_t(x.v[i / 4][i % 4]);
+}
+template <int j> GLM_INLINE QuadI signed_byte(QuadU x) { return (QuadI)(x << (24 - 8 * j)) >> 24; }
+template <bool> GLM_INLINE U dot(U sums, U codes, U x) {
+  return map<U>([&](int i) {
+    QuadI total = (QuadI)sums.v[i];
+    unroll<4>([&](auto j) { total += (QuadI)(codes.v[i] >> (8 * j.v) & 255) * signed_byte<j.v>(x.v[i]); });
+    return (QuadU)total;
+  });
+}
+using ByteTable = const uint8_t*;
+GLM_INLINE ByteTable make_byte_table(const uint8_t* values) { return values; }
+GLM_INLINE U lookup_bytes(ByteTable table, U index) {
+  uint8_t bytes[64];
+  store_words(bytes, index);
+  for (int i = 0; i < 64; ++i) bytes[i] = table[bytes[i] & 15];
+  return load_words(bytes);
+}
+GLM_INLINE int32_t sum_words(U x) {
+  int32_t total = 0;
+  for (int i = 0; i < 16; ++i) total += int32_t(x.v[i / 4][i % 4]);
+  return total;
+}
+GLM_INLINE int32_t max_of_words(U x) {
+  int32_t largest = INT32_MIN;
+  for (int i = 0; i < 16; ++i) largest = int32_t(x.v[i / 4][i % 4]) > largest ? int32_t(x.v[i / 4][i % 4]) : largest;
+  return largest;
+}
+
 template <class T>
 GLM_INLINE F load_integers(const T* p) {
   return map<F>([&](int i) { return Quad{float(p[4 * i]), float(p[4 * i + 1]), float(p[4 * i + 2]), float(p[4 * i + 3])}; });
@@ -94,5 +135,8 @@ GLM_INLINE float maximum(F x) { return reduce(x, [](float a, float b) { return a
 // While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
 inline constexpr int kGemvRows = 2, kGemvChains = 2, kGemvUnscaledChains = 2;
 inline constexpr int kGemmRows = 2, kGemmTiles = 1;  // SSE2: 8 accumulators, 4 weights, 1 activation of 16 registers
+inline constexpr int kDotRows = 2, kDotTiles = 1;    // the same
+inline constexpr int kDotGemvChains = 2;  // and as many fp32 sums
+inline constexpr bool kDotKnowsBits = false;
 
 }  // namespace glmlocal::GLM_ISA

@@ -1,0 +1,51 @@
+#include "activations.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "memory.h"
+#include "thread_pool.h"
+
+namespace glmlocal {
+namespace {
+
+constexpr double kNsPerFloat = 0.2;  // to read one and round it
+
+void quantize(const float* x, int64_t in, Int8Block* out) {
+  const int whole = int(in / kBlockColumns), rest = int(in % kBlockColumns);
+  kernels().quantize_row(x, whole, out);
+  if (rest == 0) return;
+  float last[kBlockColumns] = {};
+  std::copy_n(x + int64_t(whole) * kBlockColumns, rest, last);
+  kernels().quantize_row(last, 1, out + whole);
+}
+
+}  // namespace
+
+Activations prepare_activations(const float* x, int64_t num_rows, int64_t in, bool as_floats, bool as_int8) {
+  Activations result;
+  const int64_t blocks = (in + kBlockColumns - 1) / kBlockColumns;
+  const double cost = kNsPerFloat * double(num_rows) * double(in);
+  if (as_floats) {
+    result.float_stride = blocks * kBlockColumns;
+    result.floats = x;
+    if (result.float_stride != in) {
+      const ptrdiff_t stride = result.float_stride;
+      float* padded = scratch(Scratch::padded, size_t(num_rows * stride));
+      parallel_for(int(num_rows), cost, [&](int m) {
+        std::copy_n(x + m * in, in, padded + m * stride);
+        std::fill(padded + m * stride + in, padded + (m + 1) * stride, 0.0f);
+      });
+      result.floats = padded;
+    }
+  }
+  if (as_int8) {
+    auto* rows = reinterpret_cast<Int8Block*>(scratch(Scratch::int8_rows, size_t(num_rows * blocks) * sizeof(Int8Block) / sizeof(float)));
+    parallel_for(int(num_rows), cost, [&](int m) { quantize(x + m * in, in, rows + m * blocks); });
+    result.blocks = rows;
+    result.block_stride = blocks;
+  }
+  return result;
+}
+
+}  // namespace glmlocal

@@ -1,0 +1,40 @@
+// The rows of a product in the forms that its matrices take: floats padded to whole blocks, Int8Blocks, or both.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "int8_rows.h"
+#include "isa.h"
+#include "packed_matrix.h"
+
+namespace glmlocal {
+
+inline constexpr int kMaxChunkRows = 192;  // rows of one panel product
+
+struct Activations {
+  const float* floats = nullptr;  // [rows, float_stride]
+  ptrdiff_t float_stride = 0;
+  const Int8Block* blocks = nullptr;  // [rows, block_stride]
+  ptrdiff_t block_stride = 0;
+};
+
+// x fp32 [num_rows, in]; the result lives in the calling thread's scratch (or is x itself) until the next call.
+Activations prepare_activations(const float* x, int64_t num_rows, int64_t in, bool as_floats, bool as_int8);
+
+// panel_product (isa.h) on the rows row_of(0) … row_of(num_rows - 1) of x, num_rows ≤ kMaxChunkRows.
+template <class RowOf>
+void panel_product(const PackedMatrix& w, int panel, const Activations& x, int num_rows, RowOf&& row_of, float* out,
+                   ptrdiff_t out_stride) {
+  if (w.int8_activations) {
+    const Int8Block* rows[kMaxChunkRows];
+    for (int i = 0; i < num_rows; ++i) rows[i] = x.blocks + row_of(i) * x.block_stride;
+    kernels().panel_product_int8(w, panel, rows, num_rows, out, out_stride);
+  } else {
+    const float* rows[kMaxChunkRows];
+    for (int i = 0; i < num_rows; ++i) rows[i] = x.floats + row_of(i) * x.float_stride;
+    kernels().panel_product(w, panel, rows, num_rows, out, out_stride);
+  }
+}
+
+}  // namespace glmlocal

@@ -1,0 +1,313 @@
+// Rows of int8 activations times one panel (64 rows) of a matrix of integer codes.
+//
+// Per block of 32 columns (16 where the scales are finer) every output takes
+//
+//   dot ← Σ (code - zero_point) · x                     exact, in int32
+//   acc ← fma(float(dot) · x_scale, w_scale, acc)
+//   acc ← fma(x_scale · float(Σ x), w_offset, acc)      where the scheme has offsets
+//
+// in the order of the columns, whatever the number of rows and whichever of the two ways below runs: batching, chunking
+// and threads never change a bit of the result.
+//
+//   few rows    codes are taken apart in registers and used at once; bound by memory bandwidth
+//   many rows   a piece of a panel is taken apart into L1 and multiplied in register tiles; bound by the dot products
+
+#include "int8_rows.h"
+#include "isa.h"
+#include "isa/int8_codecs.h"
+#include "memory.h"
+
+namespace glmlocal::GLM_ISA {
+namespace {
+
+constexpr int kQuads = kBlockColumns / 4;
+constexpr int kChunkBlocks = 16;  // 64 rows × 512 columns of bytes = 32 KiB, in L1 with the rows they meet
+constexpr ptrdiff_t kPrefetchBytes = 8192;  // as in matmul.cpp
+
+GLM_INLINE const std::byte* panel_lines(const PackedMatrix& w, int panel, int lines) {
+  return w.data + w.layout.codes_offset + int64_t(panel) * kPanelTiles * w.layout.blocks * (lines * 64);
+}
+
+GLM_INLINE uint32_t word_of(const Int8Block& block, int quad) {
+  uint32_t word;
+  __builtin_memcpy(&word, block.codes + quad * 4, 4);
+  return word;
+}
+
+// What a register tile starts from and ends with, for one block or half block of one row.
+template <bool halves>
+GLM_INLINE int32_t sum_of(const Int8Block& block, int half) {
+  return halves ? block.half_sums[half] : block.sum;
+}
+
+template <class Codec, bool halves, int num_rows, int tiles>
+GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const Int8Block* const* rows, float* out, ptrdiff_t out_stride) {
+  constexpr int block_bytes = Codec::lines * 64;
+  constexpr int units = halves ? 2 : 1, quads = kQuads / units;
+  const int panel_tiles = w.tiles_in(panel);
+  const Codec codec(w);
+  const GroupScales groups(w, panel, panel_tiles);
+  const std::byte* lines = panel_lines(w, panel, Codec::lines) + first_tile * block_bytes;
+  const ptrdiff_t next_block = panel_tiles * block_bytes;
+  constexpr ptrdiff_t own_bytes = tiles * block_bytes;
+  const ptrdiff_t prefetch = (kPrefetchBytes + own_bytes - 1) / own_bytes * next_block;  // the same tiles, blocks ahead
+  const int zero_point = w.int8_zero_point;
+  const bool offsets = w.format.has_min;
+  const int blocks = int(w.layout.blocks);
+  F acc[num_rows * tiles];
+  unroll<num_rows * tiles>([&](auto i) { acc[i.v] = zero(); });
+  for (int b = 0; b < blocks; ++b, lines += next_block) {
+    for (int line = 0; line < tiles * Codec::lines; ++line) __builtin_prefetch(lines + line * 64 + prefetch);
+    unroll<units>([&](auto unit) {
+      U sums[num_rows * tiles];
+      unroll<num_rows>([&](auto m) {
+        const U start = splat(uint32_t(-zero_point * sum_of<halves>(rows[m.v][b], unit.v)));
+        unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = start; });
+      });
+      unroll<quads>([&](auto q) {
+        constexpr int quad = unit.v * quads + q.v;
+        U codes[tiles];
+        unroll<tiles>([&](auto t) { codes[t.v] = codec.template quad<quad>(lines + t.v * block_bytes); });
+        unroll<num_rows>([&](auto m) {
+          const U x = splat(word_of(rows[m.v][b], quad));
+          unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = dot<Codec::eight_bits>(sums[m.v * tiles + t.v], codes[t.v], x); });
+        });
+      });
+      F scale[tiles];
+      const int column = b * kBlockColumns + unit.v * (kBlockColumns / 2);
+      unroll<tiles>([&](auto t) { scale[t.v] = groups.load_scale(column, first_tile + t.v); });
+      unroll<num_rows>([&](auto m) {
+        const Int8Block& block = rows[m.v][b];
+        const F x_scale = broadcast(block.scale);
+        unroll<tiles>([&](auto t) {
+          constexpr int i = m.v * tiles + t.v;
+          acc[i] = fma(mul(to_float(sums[i]), x_scale), scale[t.v], acc[i]);
+        });
+      });
+      if (!offsets) return;
+      F offset[tiles];
+      unroll<tiles>([&](auto t) { offset[t.v] = groups.load_offset(column, first_tile + t.v); });
+      unroll<num_rows>([&](auto m) {
+        const F x_sum = broadcast(rows[m.v][b].scale * float(sum_of<halves>(rows[m.v][b], unit.v)));
+        unroll<tiles>([&](auto t) { acc[m.v * tiles + t.v] = fma(x_sum, offset[t.v], acc[m.v * tiles + t.v]); });
+      });
+    });
+  }
+  unroll<num_rows>([&](auto m) {
+    unroll<tiles>([&](auto t) { store(out + m.v * out_stride + (first_tile + t.v) * kTileRows, acc[m.v * tiles + t.v]); });
+  });
+}
+
+template <class Codec, bool halves, int num_rows>
+void multiply_few_rows(const PackedMatrix& w, int panel, const Int8Block* const* rows, float* out, ptrdiff_t out_stride) {
+  constexpr int together = kDotGemvChains / num_rows >= 4 ? 4 : kDotGemvChains / num_rows >= 2 ? 2 : 1;
+  const int tiles = w.tiles_in(panel);
+  int tile = 0;
+  for (; tile + together <= tiles; tile += together) {
+    multiply_few_rows<Codec, halves, num_rows, together>(w, panel, tile, rows, out, out_stride);
+  }
+  for (; tile < tiles; ++tile) multiply_few_rows<Codec, halves, num_rows, 1>(w, panel, tile, rows, out, out_stride);
+}
+
+// A piece of a panel, taken apart: bytes [block][quad][tile][64], scales and offsets [block or half block][tile][16].
+struct Piece {
+  std::byte* codes;
+  float *scales, *offsets;
+  bool has_offsets;
+};
+
+GLM_INLINE Piece piece_scratch(bool has_offsets) {
+  constexpr size_t bytes = size_t(kChunkBlocks) * kBlockColumns * kPanelRows, floats = size_t(kChunkBlocks) * 2 * kPanelRows;
+  float* memory = scratch(Scratch::panel, bytes / sizeof(float) + 2 * floats);
+  float* scales = memory + bytes / sizeof(float);
+  return {(std::byte*)memory, scales, scales + floats, has_offsets};
+}
+
+template <class Codec, bool halves>
+GLM_FLATTEN void take_apart(const PackedMatrix& w, int panel, int first_block, int blocks, const Piece& piece) {
+  constexpr int block_bytes = Codec::lines * 64;
+  constexpr int units = halves ? 2 : 1;
+  const int tiles = w.tiles_in(panel);
+  const Codec codec(w);
+  const GroupScales groups(w, panel, tiles);
+  const std::byte* lines = panel_lines(w, panel, Codec::lines) + int64_t(first_block) * tiles * block_bytes;
+  std::byte* to = piece.codes;
+  float *scales = piece.scales, *all_offsets = piece.offsets;
+  for (int b = 0; b < blocks; ++b, to += kQuads * tiles * 64) {
+    for (int t = 0; t < tiles; ++t, lines += block_bytes) {
+      unroll<kQuads>([&](auto q) { store_words(to + (q.v * tiles + t) * 64, codec.template quad<q.v>(lines)); });
+    }
+    for (int unit = 0; unit < units; ++unit) {
+      for (int t = 0; t < tiles; ++t, scales += kTileRows, all_offsets += kTileRows) {
+        const int column = (first_block + b) * kBlockColumns + unit * (kBlockColumns / 2);
+        store(scales, groups.load_scale(column, t));
+        if (piece.has_offsets) store(all_offsets, groups.load_offset(column, t));
+      }
+    }
+  }
+}
+
+// What to bring into the cache meanwhile: `lines` per block of columns, one after another.
+struct Ahead {
+  const std::byte* from;
+  int lines;
+};
+
+// num_rows × tiles sums in registers over the blocks of a piece, continuing the chains in `out` unless `fresh`.
+// panel_tiles is the piece's number of tiles; its pointers are at the first of ours.
+template <bool eight_bits, bool halves, int num_rows, int tiles>
+GLM_FLATTEN void multiply_tile(const Piece& piece, int panel_tiles, int zero_point, const Int8Block* const* rows, int first_block, int blocks,
+                               Ahead ahead, float* out, ptrdiff_t out_stride, bool fresh) {
+  constexpr int units = halves ? 2 : 1, quads = kQuads / units;
+  F acc[num_rows * tiles];
+  unroll<num_rows>([&](auto m) {
+    unroll<tiles>([&](auto t) { acc[m.v * tiles + t.v] = fresh ? zero() : load(out + m.v * out_stride + t.v * kTileRows); });
+  });
+  const Int8Block* x[num_rows];
+  unroll<num_rows>([&](auto m) { x[m.v] = rows[m.v] + first_block; });
+  const std::byte* codes = piece.codes;
+  const float *scales = piece.scales, *all_offsets = piece.offsets;
+  const bool offsets = piece.has_offsets;
+  const ptrdiff_t line = panel_tiles * 64, scale_line = panel_tiles * kTileRows;
+  for (int b = 0; b < blocks; ++b) {
+    for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from);
+    unroll<units>([&](auto unit) {
+      U sums[num_rows * tiles];
+      unroll<num_rows>([&](auto m) {
+        const U start = splat(uint32_t(-zero_point * sum_of<halves>(x[m.v][b], unit.v)));
+        unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = start; });
+      });
+      unroll<quads>([&](auto q) {
+        U w[tiles];
+        unroll<tiles>([&](auto t) { w[t.v] = load_words(codes + t.v * 64); });
+        codes += line;
+        unroll<num_rows>([&](auto m) {
+          const U word = splat(word_of(x[m.v][b], unit.v * quads + q.v));
+          unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = dot<eight_bits>(sums[m.v * tiles + t.v], w[t.v], word); });
+        });
+      });
+      F scale[tiles];
+      unroll<tiles>([&](auto t) { scale[t.v] = load(scales + t.v * kTileRows); });
+      unroll<num_rows>([&](auto m) {
+        const F x_scale = broadcast(x[m.v][b].scale);
+        unroll<tiles>([&](auto t) {
+          constexpr int i = m.v * tiles + t.v;
+          acc[i] = fma(mul(to_float(sums[i]), x_scale), scale[t.v], acc[i]);
+        });
+      });
+      if (offsets) {
+        unroll<num_rows>([&](auto m) {
+          const F x_sum = broadcast(x[m.v][b].scale * float(sum_of<halves>(x[m.v][b], unit.v)));
+          unroll<tiles>([&](auto t) {
+            constexpr int i = m.v * tiles + t.v;
+            acc[i] = fma(x_sum, load(all_offsets + t.v * kTileRows), acc[i]);
+          });
+        });
+        all_offsets += scale_line;
+      }
+      scales += scale_line;
+    });
+  }
+  unroll<num_rows>([&](auto m) {
+    unroll<tiles>([&](auto t) { store(out + m.v * out_stride + t.v * kTileRows, acc[m.v * tiles + t.v]); });
+  });
+}
+
+using TileFunction = void (*)(const Piece&, int, int, const Int8Block* const*, int, int, Ahead, float*, ptrdiff_t, bool);
+
+// By number of rows, most_rows at most, and of tiles: kDotTiles or 1.
+template <bool eight_bits, bool halves, int most_rows>
+TileFunction tile_function(int num_rows, bool one_tile) {
+  if constexpr (most_rows > 1) {
+    if (num_rows < most_rows) return tile_function<eight_bits, halves, most_rows - 1>(num_rows, one_tile);
+  }
+  return one_tile ? multiply_tile<eight_bits, halves, most_rows, 1> : multiply_tile<eight_bits, halves, most_rows, kDotTiles>;
+}
+
+template <class Codec, bool halves>
+void multiply_many_rows(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
+  const int tiles = w.tiles_in(panel), blocks = int(w.layout.blocks);
+  const Piece piece = piece_scratch(w.format.has_min);
+  const int row_tiles = (num_rows + kDotRows - 1) / kDotRows;  // of nearly equal height
+  int first = 0;
+  do {  // once even without columns, to write the zeros
+    const int count = blocks - first < kChunkBlocks ? blocks - first : kChunkBlocks;
+    take_apart<Codec, halves>(w, panel, first, count, piece);
+    // The lines of the next piece, or of the next panel's first one, spread over the work on this one.
+    const int tile_calls = (tiles + kDotTiles - 1) / kDotTiles, steps = row_tiles * tile_calls * count;
+    const std::byte* next = panel_lines(w, panel, Codec::lines) + int64_t(first + count) * tiles * Codec::lines * 64;
+    Ahead ahead{next, (kChunkBlocks * tiles * Codec::lines + steps - 1) / steps};
+    int left = kChunkBlocks * tiles * Codec::lines;
+    for (int i = 0; i < row_tiles; ++i) {
+      const int m = num_rows * i / row_tiles, row_count = num_rows * (i + 1) / row_tiles - m;
+      for (int tile = 0; tile < tiles;) {
+        const bool one_tile = tiles - tile < kDotTiles;
+        const Piece ours{piece.codes + tile * 64, piece.scales + tile * kTileRows, piece.offsets + tile * kTileRows, piece.has_offsets};
+        tile_function<Codec::eight_bits && kDotKnowsBits, halves, kDotRows>(row_count, one_tile)(
+            ours, tiles, w.int8_zero_point, rows + m, first, count, ahead, out + m * out_stride + tile * kTileRows, out_stride, first == 0);
+        tile += one_tile ? 1 : kDotTiles;
+        ahead.from += count * ahead.lines * 64;
+        left -= count * ahead.lines;
+        if (left <= 0) ahead.lines = 0;
+      }
+    }
+    first += count;
+  } while (first < blocks);
+}
+
+template <class Codec, bool halves>
+void multiply(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
+  switch (num_rows) {
+    case 1: return multiply_few_rows<Codec, halves, 1>(w, panel, rows, out, out_stride);
+    case 2: return multiply_few_rows<Codec, halves, 2>(w, panel, rows, out, out_stride);
+    case 3: return multiply_few_rows<Codec, halves, 3>(w, panel, rows, out, out_stride);
+    case 4: return multiply_few_rows<Codec, halves, 4>(w, panel, rows, out, out_stride);
+    default: return multiply_many_rows<Codec, halves>(w, panel, rows, num_rows, out, out_stride);
+  }
+}
+
+template <class Codec>
+void multiply(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
+  if (w.format.group_size < kBlockColumns) multiply<Codec, true>(w, panel, rows, num_rows, out, out_stride);
+  else multiply<Codec, false>(w, panel, rows, num_rows, out, out_stride);
+}
+
+}  // namespace
+
+void quantize_row(const float* x, int blocks, Int8Block* out) {
+  for (int b = 0; b < blocks; ++b, x += kBlockColumns) {
+    Int8Block& block = out[b];
+    const F first = load(x), second = load(x + 16);
+    // Magnitudes order as integers too, and NaN is the largest: it survives in the scale.
+    const U magnitude = splat(0x7fffffff);
+    const int32_t bits = max_of_words(max_words(bit_and(as_words(first), magnitude), bit_and(as_words(second), magnitude)));
+    float largest;
+    __builtin_memcpy(&largest, &bits, 4);
+    block.scale = largest / 127.0f;
+    // A subnormal scale has lost digits, and its inverse would be infinite.
+    const F inverse = broadcast(block.scale < 1.17549435e-38f ? 0.0f : 127.0f / largest);
+    const U finite = splat(uint32_t(bits) < 0x7f800000u ? 0xffffffffu : 0u);
+    const U a = bit_and(to_words(mul(first, inverse)), finite), c = bit_and(to_words(mul(second, inverse)), finite);
+    store_low_bytes(block.codes, a);
+    store_low_bytes(block.codes + 16, c);
+    block.half_sums[0] = sum_words(a);
+    block.half_sums[1] = sum_words(c);
+    block.sum = block.half_sums[0] + block.half_sums[1];
+  }
+}
+
+void panel_product_int8(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
+  switch (w.format.codes) {
+    case Codes::u8: return multiply<Quads8>(w, panel, rows, num_rows, out, out_stride);
+    case Codes::u6: return multiply<Quads6>(w, panel, rows, num_rows, out, out_stride);
+    case Codes::u5: return multiply<Quads5>(w, panel, rows, num_rows, out, out_stride);
+    case Codes::u4:
+      if (w.has_codebook) return multiply<QuadsOfTable>(w, panel, rows, num_rows, out, out_stride);
+      return multiply<Quads4>(w, panel, rows, num_rows, out, out_stride);
+    case Codes::u3: return multiply<Quads3>(w, panel, rows, num_rows, out, out_stride);
+    case Codes::u2: return multiply<Quads2>(w, panel, rows, num_rows, out, out_stride);
+    default: return;  // the others are never bound to int8 activations
+  }
+}
+
+}  // namespace glmlocal::GLM_ISA
