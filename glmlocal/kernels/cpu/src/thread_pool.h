@@ -1,8 +1,8 @@
 // One pool of worker threads for all native ops.
 //
-// A job is `num_tasks` calls of one function. The calling thread and the workers claim tasks one at a time from a shared
-// counter, so a core that another program keeps busy only delays the task it holds. Jobs of several calling threads run
-// one after another. After fork() the child makes itself a new pool on first use.
+// A job is `num_tasks` calls of one function. Every thread starts with a range of consecutive tasks of its own and then
+// helps with the others', one task at a time, so a core that another program keeps busy only delays the task it holds.
+// Jobs of several calling threads run one after another. After fork() the child makes itself a new pool on first use.
 #pragma once
 
 #include <cstdint>

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kQuads = kBlockColumns / 4;
 constexpr int kChunkBlocks = 16;  // 64 rows × 512 columns of bytes = 32 KiB, in L1 with the rows they meet
-constexpr ptrdiff_t kPrefetchBytes = 8192;  // as in matmul.cpp
+constexpr ptrdiff_t kPrefetchBytes = 8192;  // about the latency of memory at full speed; half or twice costs a fifth
 
 GLM_INLINE const std::byte* panel_lines(const PackedMatrix& w, int panel, int lines) {
   return w.data + w.layout.codes_offset + int64_t(panel) * kPanelTiles * w.layout.blocks * (lines * 64);
@@ -57,7 +57,7 @@ GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_t
   F acc[num_rows * tiles];
   unroll<num_rows * tiles>([&](auto i) { acc[i.v] = zero(); });
   for (int b = 0; b < blocks; ++b, lines += next_block) {
-    for (int line = 0; line < tiles * Codec::lines; ++line) __builtin_prefetch(lines + line * 64 + prefetch);
+    for (int line = 0; line < tiles * Codec::lines; ++line) __builtin_prefetch(lines + line * 64 + prefetch, 0, 0);
     unroll<units>([&](auto unit) {
       U sums[num_rows * tiles];
       unroll<num_rows>([&](auto m) {
@@ -170,7 +170,7 @@ GLM_FLATTEN void multiply_tile(const Piece& piece, int panel_tiles, int zero_poi
   const bool offsets = piece.has_offsets;
   const ptrdiff_t line = panel_tiles * 64, scale_line = panel_tiles * kTileRows;
   for (int b = 0; b < blocks; ++b) {
-    for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from);
+    for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
     unroll<units>([&](auto unit) {
       U sums[num_rows * tiles];
       unroll<num_rows>([&](auto m) {
