@@ -21,7 +21,6 @@ Activations = Literal["int8", "fp32"]
 _INT8_GROUP = 32  # columns that share an activation scale
 
 
-
 @dataclass(frozen=True, slots=True)
 class Weight:
     """A linear weight, fp32 [out_features, in_features]."""

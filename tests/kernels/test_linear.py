@@ -22,10 +22,11 @@ DENSE_ONLY = [(1, 1), (5, 7), (16, 31), (33, 97), (257, 13)]
 REAL = [("Q4_0", 1408, 4096), ("Q6_K", 192, 4096), ("Q5_0", 4096, 1408), ("bf16", 128, 4096), ("Q8_0", 576, 576)]
 
 
-def check(kind: str, out_features: int, in_features: int) -> None:
+def check(kind: str, out_features: int, in_features: int, activations: reference.Activations) -> None:
     """All rows at once against float64, then every small batch against those rows, bit for bit."""
     matrix = random_matrix(kind, out_features, in_features)
-    weight = kernels.pack(matrix)
+    weight = kernels.pack(matrix, activations)
+    assert weight.int8_activations == (activations == "int8" and kind in SCHEMES)
     assert weight.shape == (out_features, in_features)
     assert weight.kind == kind
     wide = widened(matrix).double()
@@ -36,7 +37,8 @@ def check(kind: str, out_features: int, in_features: int) -> None:
     kernels.linear(x, weight)
     _cpu.poison_scratch()
     y = kernels.linear(x, weight)
-    error = (y.double() - x.double() @ wide.T).abs()
+    seen = reference.int8_rounded(x) if weight.int8_activations else x
+    error = (y.double() - seen.double() @ wide.T).abs()
     # The chain rounds in_features times, up or down: about the root of that many half units of the sum of magnitudes.
     tolerance = 2.0**-24 * (4 + 4 * in_features**0.5) * (x.double().abs() @ wide.abs().T)
     assert bool((error <= tolerance).all()), f"{float((error / tolerance).max()):.1f} × the tolerance"
@@ -46,28 +48,37 @@ def check(kind: str, out_features: int, in_features: int) -> None:
         assert torch.equal(kernels.linear(x[ROWS - rows :], weight), y[ROWS - rows :]), f"last {rows} rows differ"
 
 
-@pytest.mark.parametrize("kind", [*SCHEMES, *DENSE])
+@pytest.mark.parametrize(
+    ("kind", "activations"), [*((k, "int8") for k in SCHEMES), *((k, "fp32") for k in (*SCHEMES, *DENSE))]
+)
 @pytest.mark.parametrize(("out_features", "in_features"), SMALL)
-def test_linear_is_right_in_any_batch(isa: str, kind: str, out_features: int, in_features: int) -> None:
-    check(kind, out_features, in_features)
+def test_linear_is_right_in_any_batch(
+    isa: str, kind: str, activations: reference.Activations, out_features: int, in_features: int
+) -> None:
+    check(kind, out_features, in_features, activations)
 
 
 @pytest.mark.parametrize("kind", DENSE)
 @pytest.mark.parametrize(("out_features", "in_features"), DENSE_ONLY)
 def test_linear_takes_any_shape(isa: str, kind: str, out_features: int, in_features: int) -> None:
-    check(kind, out_features, in_features)
+    check(kind, out_features, in_features, "fp32")
 
 
+@pytest.mark.parametrize("activations", ["int8", "fp32"])
 @pytest.mark.parametrize(("kind", "out_features", "in_features"), REAL)
-def test_linear_at_real_shapes(kind: str, out_features: int, in_features: int) -> None:
-    check(kind, out_features, in_features)
+def test_linear_at_real_shapes(
+    kind: str, out_features: int, in_features: int, activations: reference.Activations
+) -> None:
+    check(kind, out_features, in_features, activations)
 
 
+@pytest.mark.parametrize("activations", ["int8", "fp32"])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "bf16"])
 def test_the_same_bits_for_many_rows_and_any_number_of_threads(
-    isa: str, kind: str, threads: Callable[[int], None]
+    isa: str, kind: str, activations: reference.Activations, threads: Callable[[int], None]
 ) -> None:
-    weight = kernels.pack(random_matrix(kind, 200, 1024))  # two pieces of columns, a ragged panel
+    # two pieces of columns, a ragged panel
+    weight = kernels.pack(random_matrix(kind, 200, 1024), activations)
     x = torch.randn(513, 1024, generator=torch.Generator().manual_seed(0))
     threads(1)
     y = kernels.linear(x, weight)
@@ -98,11 +109,12 @@ def test_nothing_beside_the_output_is_written(isa: str, rows: int, out_features:
     assert torch.equal(guarded[64:-64].view(rows, out_features), kernels.linear(x, weight))
 
 
-def test_infinite_and_nan_activations_stay_in_their_row(isa: str) -> None:
-    weight = kernels.pack(random_matrix("Q8_0", 40, 64))
+@pytest.mark.parametrize("activations", ["int8", "fp32"])
+def test_infinite_and_nan_activations_stay_in_their_row(isa: str, activations: reference.Activations) -> None:
+    weight = kernels.pack(random_matrix("Q8_0", 40, 64), activations)
     x = torch.randn(5, 64)
     clean = kernels.linear(x, weight)
-    x[2, 7], x[4, 0] = float("inf"), float("nan")
+    x[2, 7], x[4, 40] = float("inf"), float("nan")
     y = kernels.linear(x, weight)
     assert torch.equal(y[[0, 1, 3]], clean[[0, 1, 3]])
     assert not bool(y[[2, 4]].isfinite().any())
@@ -146,3 +158,4 @@ def test_misaligned_memory_is_refused() -> None:
 def test_probes_give_plausible_ceilings(isa: str) -> None:
     assert 0.1 < _cpu.read_bandwidth(8 << 20) < 10_000
     assert 0.1 < _cpu.fma_peak() < 100_000
+    assert 0.1 < _cpu.int8_peak() < 1_000_000
