@@ -23,7 +23,7 @@ from glmlocal.errors import ConfigError, KernelUnavailable
 from glmlocal.machine import cgroups, disk, gpus, measurements
 from glmlocal.machine.cpu import Cpu, busy_cpus, probe, times
 from glmlocal.machine.files import key_values, read_int, read_text
-from glmlocal.machine.findings import findings
+from glmlocal.machine.findings import findings, is_busy
 from glmlocal.machine.measurements import Measurements
 from glmlocal.paths import cache_home, measurements_file
 from glmlocal.units import KIB, MIB
@@ -258,6 +258,7 @@ def _store(facts: dict[str, Any], rates: disk.DiskRates | None) -> dict[str, str
         isa=facts["kernels"]["isa"],
         threads=peaks["threads"],
         quick=facts["quick"],
+        busy=is_busy(facts),
         read_gb_per_s=peaks["read_gb_per_s"],
         read_gb_per_s_one_thread=peaks["read_gb_per_s_one_thread"],
         fp32_gflop_per_s=peaks["fp32_gflop_per_s"],

@@ -99,14 +99,23 @@ def _cores(facts: Facts) -> Iterator[Finding]:
         yield Finding("ok", "cores", f"all {cores} cores, {cpu['threads']} threads")
 
 
+def is_busy(facts: Facts) -> bool:
+    """Did something else run while the machine was measured?"""
+    return facts["cpu"]["busy_cpus"] > BUSY_CPUS or _difference(facts) > BUSY_DIFFERENCE
+
+
+def _difference(facts: Facts) -> float:
+    peaks = facts["peaks"]
+    return 0.0 if peaks is None or peaks["difference"] is None else float(peaks["difference"])
+
+
 def _busy(facts: Facts) -> Iterator[Finding]:
-    busy, peaks = facts["cpu"]["busy_cpus"], facts["peaks"]
-    difference = peaks["difference"] or 0.0 if peaks else 0.0
+    busy = facts["cpu"]["busy_cpus"]
     if busy > BUSY_CPUS:
         text = f"something else uses {busy:.1f} CPUs (or the host gives them away): what was measured is too low"
         yield Finding("warn", "load", text, "stop it and run doctor again")
-    elif difference > BUSY_DIFFERENCE:
-        text = f"the peaks changed by {difference:.0%} during the measurement: something else runs at times"
+    elif is_busy(facts):
+        text = f"the peaks changed by {_difference(facts):.0%} during the measurement: something else runs at times"
         yield Finding("warn", "load", text, "run doctor again when the machine is quiet")
     else:
         yield Finding("ok", "load", "nothing else is using the CPUs")

@@ -6,6 +6,7 @@ The file is JSON:
     fingerprint  of the machine, see ``fingerprint``; a file of another machine is not believed
     date         ISO 8601, UTC
     glmlocal, isa, threads, quick
+    busy         true when something else ran: the rates are too low
     peaks        {read_gb_per_s, read_gb_per_s_one_thread, fp32_gflop_per_s, int8_gop_per_s or null}
     disk         null, or {path, filesystem, direct, file_bytes, gb_per_s {"1": …, "2": …, "4": …}}
 """
@@ -30,7 +31,9 @@ from glmlocal.units import GIB, MIB
 SCHEMA = 1
 _MOST_BYTES = MIB
 _MOST_THREADS = 1 << 16
-_FACTS = ("fingerprint", "date", "glmlocal", "isa", "threads", "quick")
+_FACTS = ("fingerprint", "date", "glmlocal", "isa", "threads", "quick", "busy")
+_PEAKS = ("read_gb_per_s", "read_gb_per_s_one_thread", "fp32_gflop_per_s", "int8_gop_per_s")
+_FACTS = ("fingerprint", "date", "glmlocal", "isa", "threads", "quick", "busy")
 _PEAKS = ("read_gb_per_s", "read_gb_per_s_one_thread", "fp32_gflop_per_s", "int8_gop_per_s")
 
 
@@ -44,6 +47,7 @@ class Measurements:
     isa: str
     threads: int
     quick: bool
+    busy: bool
     read_gb_per_s: float
     read_gb_per_s_one_thread: float
     fp32_gflop_per_s: float
@@ -104,13 +108,8 @@ def as_json(measurements: Measurements) -> dict[str, Any]:
     disk = measurements.disk
     return {
         "schema": SCHEMA,
-        **{
-            name: getattr(measurements, name) for name in ("fingerprint", "date", "glmlocal", "isa", "threads", "quick")
-        },
-        "peaks": {
-            name: getattr(measurements, name)
-            for name in ("read_gb_per_s", "read_gb_per_s_one_thread", "fp32_gflop_per_s", "int8_gop_per_s")
-        },
+        **{name: getattr(measurements, name) for name in _FACTS},
+        "peaks": {name: getattr(measurements, name) for name in _PEAKS},
         "disk": None if disk is None else disk_json(disk),
     }
 
@@ -136,6 +135,7 @@ def from_json(values: Mapping[str, Any]) -> Measurements:
         isa=_text(values["isa"]),
         threads=_count(values["threads"], _MOST_THREADS),
         quick=_flag(values["quick"]),
+        busy=_flag(values["busy"]),
         read_gb_per_s=_rate(peaks["read_gb_per_s"]),
         read_gb_per_s_one_thread=_rate(peaks["read_gb_per_s_one_thread"]),
         fp32_gflop_per_s=_rate(peaks["fp32_gflop_per_s"]),

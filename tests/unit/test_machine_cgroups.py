@@ -11,17 +11,10 @@ import pytest
 from glmlocal import memory
 from glmlocal.machine import cgroups
 from glmlocal.machine.files import cpu_list, key_values
+from machines import tree
 
 GIB = 1 << 30
 V2_MOUNT = "31 23 0:28 / /sys/fs/cgroup rw,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate"
-
-
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    return root
 
 
 @pytest.mark.parametrize(
