@@ -12,7 +12,7 @@
     skipped    [{test, tokens, context, reason}]
     errors     [text]; a fraction above 1.0 is one, and the exit code then is 1
     interrupted                 true after Ctrl-C, with what was measured until then (exit code 130)
-    repeat, load_s, date, kernels, isa, kv_dtype, quant {name: bytes}, parts [{name, quant, weights, bytes, ...}]
+    repeat, load_s, date, kernels, isa, kv_dtype, quant {name: bytes}, parts [{name, quant, weights, bytes, …}]
     versions   {glmlocal, python, torch}, cpu
 """
 
