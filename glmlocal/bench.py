@@ -21,11 +21,6 @@ from glmlocal.errors import ConfigError, PlanError
 from glmlocal.llm import LLM
 from glmlocal.peaks import BUSY_ABOVE, Peaks
 
-PREFILL = (32, 128, 512, 2048)
-DECODE = 64
-CONTEXT = (0, 4096)
-REPEAT = 3
-
 
 @dataclass(frozen=True, slots=True)
 class Row:

@@ -14,7 +14,7 @@ BUSY_CPUS = 0.3  # of one CPU, while nothing of ours runs
 BUSY_DIFFERENCE = 0.15  # between two measurements of the same peak
 SLOW_DISK_GB_PER_S = 0.5
 _X86 = ("avx2", "avx_vnni", "avx512")  # instruction sets that a build for x86-64 can have
-_SPEED = {"reference": -1, "generic": 0, **{name: rank for rank, name in enumerate(ISA_FLAGS, 1)}}
+_SPEED = {"generic": 0, **{name: rank for rank, name in enumerate(ISA_FLAGS, 1)}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def _kernels(facts: Facts) -> Iterator[Finding]:
     if kernels["problem"]:
         yield Finding("fix", "kernels", kernels["problem"], _kernel_advice(kernels))
     best = kernels["available"][-1] if kernels["available"] else "reference"
-    if kernels["forced"] and _SPEED.get(kernels["isa"], 0) < _SPEED.get(best, 0):
+    if kernels["forced"] and kernels["cause"] is None and kernels["isa"] != best:
         yield Finding(
             "warn",
             "kernels",
@@ -55,8 +55,8 @@ def _kernels(facts: Facts) -> Iterator[Finding]:
         )
     elif not kernels["problem"]:
         yield Finding("ok", "kernels", f"native {kernels['isa']}")
-    better = [isa for isa in kernels["missing"] if isa in _X86 and _SPEED[isa] > _SPEED.get(best, 0)]
-    if better and kernels["available"]:
+    better = [isa for isa in kernels["missing"] if isa in _X86 and _SPEED[isa] > _SPEED.get(best, len(_SPEED))]
+    if better and kernels["native"]:
         yield Finding(
             "warn",
             "kernels",
