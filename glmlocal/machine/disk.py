@@ -155,7 +155,7 @@ def _rate(reader: _Reader, size: int, num_threads: int, seconds: float) -> float
     def work(number: int) -> None:
         try:
             with mmap.mmap(-1, PIECE_BYTES) as buffer:  # page-aligned, as O_DIRECT wants it
-                while time.perf_counter() < end:
+                while counts[number] == 0 or time.perf_counter() < end:
                     with lock:
                         offset = next(offsets)
                     reader.read(buffer, offset)
