@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from glmlocal.cli.chat import at_least
 from glmlocal.cli.terminal import Console, bar, one_line
 from glmlocal.errors import PlanError
-from glmlocal.units import format_bytes, format_count
+from glmlocal.units import format_bytes
 
 if TYPE_CHECKING:
     from glmlocal.bench import Measured, Row, Skipped
@@ -308,7 +308,7 @@ def _print(facts: dict[str, Any], measured: Sequence[Measured]) -> None:
     for item in measured:
         spread = item.spread
         if item.row.context is None:
-            work = f"{format_count(item.work / item.row.tokens)}FLOP per token"
+            work = f"{item.work / item.row.tokens / 1e9:.3g} GFLOP per token"
             ceiling = f"of {peaks['arithmetic']} peak"
         else:
             work, ceiling = f"{format_bytes(item.work)} per token", "of bandwidth"

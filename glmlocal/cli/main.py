@@ -1,8 +1,8 @@
 """``glmlocal <command>``: finds the command, runs it, and turns every failure into one line and an exit code.
 
-Exit codes: 0 done, 1 a bug of ours, 2 bad input or a machine that cannot do it, 130 interrupted, 141 the reader of our
-output went away. A command is a module of this package with ``add_parser(subparsers)`` and ``run(args) -> int``; it
-imports nothing heavy before ``run``.
+Exit codes: 0 done, 1 a bug of ours or a measurement that cannot be, 2 bad input or a machine that cannot do it, 130
+interrupted, 141 the reader of our output went away. A command is a module of this package with
+``add_parser(subparsers)`` and ``run(args) -> int``; it imports nothing heavy before ``run``.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def test_the_buffer_is_beyond_the_caches_and_within_memory(cache: int, free: int
 def test_the_cost_is_that_of_the_loaded_model(directory: Path) -> None:
     with LLM(directory, context=64) as llm:
         cost = bench.cost_of(llm)
-        config = llm.config
+        item_bytes = llm.engine.runner.kv_cache.keys[0].element_size()
     parts = {part.name: part for part in cost.parts}
     assert {name: part.weights for name, part in parts.items()} == {
         "attention": 3 * (64 * 64 + 2 * 32 * 64 + 64 * 64),
@@ -157,7 +157,7 @@ def test_the_cost_is_that_of_the_loaded_model(directory: Path) -> None:
     assert parts["routed experts"].weights_per_token == 2 * 2 * 3 * 64 * 32
     assert parts["attention"].nbytes == 4 * parts["attention"].weights
     assert not any(part.is_integer for part in cost.parts)
-    assert cost.kv_bytes_per_token == config.kv_bytes_per_token
+    assert cost.kv_bytes_per_token == 3 * 2 * 2 * 16 * item_bytes
     assert (cost.num_layers, cost.num_attention_heads, cost.head_dim) == (3, 4, 16)
 
 
