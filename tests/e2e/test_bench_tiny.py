@@ -45,7 +45,7 @@ def test_the_plain_kernels_are_measured(directory: Path) -> None:
 
 
 def test_ctrl_c_on_a_terminal_prints_what_was_measured(directory: Path) -> None:
-    options = ("--prefill", "8", "--decode", "0", "--repeat", "1000000")
+    options = ("--prefill", "8", "--decode", "0", "--repeat", "1000000", "--threads", "1")
     terminal = Terminal([sys.executable, "-m", "glmlocal", "bench", str(directory), *options], **REFERENCE)
     try:
         terminal.wait("of 1000000, now pp8 · tok/s: pp8 ")
