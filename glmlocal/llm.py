@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glmlocal import kernels
 from glmlocal.completion import Completion, CompletionBuilder, CompletionDelta
+from glmlocal.engine.engine import Engine
 from glmlocal.engine.loader import load_engine
 from glmlocal.engine.request import Request, RequestOutput, SamplingParams
 from glmlocal.errors import CheckpointError, RequestError
@@ -73,9 +74,18 @@ class LLM:
         return self._tokenizer
 
     @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    @property
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""
         return self._engine.scheduler.context
+
+    @property
+    def engine(self) -> Engine:
+        """For measurements that look inside. It is not locked: leave it alone while requests run."""
+        return self._engine
 
     @property
     def supports_thinking(self) -> bool:

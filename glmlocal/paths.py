@@ -6,7 +6,7 @@ Nothing here creates a directory: the writer does, so that asking for a path has
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import platformdirs
@@ -21,9 +21,13 @@ def cache_home(environ: Mapping[str, str] = os.environ) -> Path:
 
     Unset and empty mean the same, as for the XDG variables. Raises ConfigError for a value that cannot be a directory.
     """
+    return _home(environ, platformdirs.user_cache_dir)
+
+
+def _home(environ: Mapping[str, str], platform_dir: Callable[[str], str]) -> Path:
     value = environ.get(HOME_VARIABLE, "")
     if not value:
-        home = Path(platformdirs.user_cache_dir("glmlocal"))
+        home = Path(platform_dir("glmlocal"))
         if not home.is_absolute():  # no HOME and no passwd entry, as in a bare container
             raise ConfigError(f"this account has no home directory to cache in; set {HOME_VARIABLE} to a directory")
         return home
@@ -39,3 +43,9 @@ def cache_home(environ: Mapping[str, str] = os.environ) -> Path:
 def demo_dir() -> Path:
     """Where the demo model lives."""
     return cache_home() / "demo"
+
+
+def measurements_file(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where ``glmlocal doctor`` keeps what it measured: with ``GLMLOCAL_HOME``, else the platform's state directory,
+    because emptying a cache must not lose it. Raises ConfigError as ``cache_home`` does."""
+    return _home(environ, platformdirs.user_state_dir) / "measurements.json"

@@ -1,8 +1,8 @@
 """``glmlocal <command>``: finds the command, runs it, and turns every failure into one line and an exit code.
 
-Exit codes: 0 done, 1 a bug of ours, 2 bad input or a machine that cannot do it, 130 interrupted, 141 the reader of our
-output went away. A command is a module of this package with ``add_parser(subparsers)`` and ``run(args) -> int``; it
-imports nothing heavy before ``run``.
+Exit codes: 0 done, 1 a bug of ours or a measurement that cannot be, 2 bad input or a machine that cannot do it, 130
+interrupted, 141 the reader of our output went away. A command is a module of this package with
+``add_parser(subparsers)`` and ``run(args) -> int``; it imports nothing heavy before ``run``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from glmlocal.errors import ConfigError, GlmlocalError
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-COMMANDS = ("show", "chat", "eval")
+COMMANDS = ("show", "chat", "eval", "bench", "doctor")
 EXIT_BUG, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 _DEBUG_HELP = "show the traceback of an error"
 

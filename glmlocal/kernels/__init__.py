@@ -47,6 +47,7 @@ __all__ = [
     "Weight",
     "describe",
     "experts_ffn",
+    "isa",
     "linear",
     "num_threads",
     "pack",
@@ -63,6 +64,11 @@ __all__ = [
 def describe() -> str:
     """What runs the ops, in one line for people: the instruction set and threads, or why it is the plain reference."""
     return cpu.describe()
+
+
+def isa() -> str:
+    """The instruction set of the native kernels, or "reference"."""
+    return cpu.isa()
 
 
 def set_num_threads(num_threads: int | None) -> None:

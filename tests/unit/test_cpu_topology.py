@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
@@ -31,45 +30,6 @@ def test_one_cpu_per_physical_core(tmp_path: Path) -> None:
 
 def test_unknown_topology_counts_every_cpu(tmp_path: Path) -> None:
     assert topology.worker_cpus([3, 1, 2], tmp_path) == (1, 2, 3)
-
-
-@pytest.mark.parametrize(
-    ("files", "limit"),
-    [
-        ({}, math.inf),
-        ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/b/cpu.max": "max 100000"}, math.inf),
-        ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/b/cpu.max": "150000 100000"}, 1.5),
-        # The tightest of the groups on the way up counts.
-        (
-            {
-                "proc/self/cgroup": "0::/a/b",
-                "sys/fs/cgroup/a/b/cpu.max": "400000 100000",
-                "sys/fs/cgroup/a/cpu.max": "250000 100000",
-            },
-            2.5,
-        ),
-        # In a container the path is the host's; the group itself is mounted at the root.
-        ({"proc/self/cgroup": "0::/docker/1f", "sys/fs/cgroup/cpu.max": "200000 100000"}, 2.0),
-        (
-            {
-                "proc/self/cgroup": "4:memory:/x\n3:cpu,cpuacct:/x\n0::/",
-                "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "50000",
-                "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000",
-            },
-            0.5,
-        ),
-        (
-            {
-                "proc/self/cgroup": "1:cpu:/",
-                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
-                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000",
-            },
-            math.inf,
-        ),
-    ],
-)
-def test_cpu_limits_of_both_cgroup_versions(tmp_path: Path, files: dict[str, str], limit: float) -> None:
-    assert topology.cpu_limit(write(tmp_path, files)) == limit
 
 
 def test_the_default_is_cores_within_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,11 @@ def num_threads() -> int:
     return int(_cpu.num_threads())
 
 
+def isa() -> str:
+    """The instruction set in use, or "reference"."""
+    return str(_cpu.isa()) if available else "reference"
+
+
 def describe() -> str:
     """One line on what runs, for people."""
     if available:

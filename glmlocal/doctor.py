@@ -1,0 +1,276 @@
+"""Examining this machine: what it has, what it measures, what to fix; and reading again what was measured."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from glmlocal import __version__, memory
+from glmlocal.errors import ConfigError, KernelUnavailable
+from glmlocal.machine import cgroups, disk, gpus, measurements
+from glmlocal.machine.cpu import Cpu, busy_cpus, probe, times
+from glmlocal.machine.files import key_values, read_int, read_text
+from glmlocal.machine.findings import findings, is_busy
+from glmlocal.machine.measurements import Measurements
+from glmlocal.paths import cache_home, measurements_file
+from glmlocal.units import KIB, MIB
+
+_ISA_VARIABLE = "GLMLOCAL_CPU_ISA"
+_WATCH_S = 0.3  # how long others' use of the CPUs is watched
+_DISK_S, _QUICK_DISK_S = 1.2, 0.3
+_QUICK_FILE_BYTES = 256 * MIB
+_COMPILER = re.compile(rb"(GCC: \([^)\0]{0,80}\) [\w.+-]{1,40}|clang version [\w.+-]{1,40})")
+
+
+def load_measurements(path: Path | None = None) -> tuple[Measurements | None, str]:
+    """What doctor measured on this machine; or None and the reason, where nothing usable is stored."""
+    try:
+        path = path or measurements_file()
+    except ConfigError as error:
+        return None, str(error)
+    return measurements.load(path, measurements.fingerprint(probe(), int(psutil.virtual_memory().total)))
+
+
+def examine(
+    disk_path: Path | None = None, *, quick: bool = False, on_step: Callable[[str], None] = lambda step: None
+) -> dict[str, Any]:
+    """Look, measure, judge and store; the result is what ``glmlocal doctor --json`` prints.
+
+    Raises ConfigError for a bad GLMLOCAL_HOME. Anything about the machine that goes wrong is a finding instead.
+    """
+    if disk_path is not None and not disk_path.is_dir():
+        raise ConfigError(f"--disk is {str(disk_path)!r}, which is no directory; give the one that models are kept in")
+    disk_path = disk_path or cache_home()
+    on_step("watching what else runs")
+    cpu = probe()
+    busy = _watch(cpu)
+    total_bytes = int(psutil.virtual_memory().total)
+    on_step("loading the kernels")
+    kernels = _kernels(cpu)
+    facts: dict[str, Any] = {
+        "schema": measurements.SCHEMA,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "quick": quick,
+        "fingerprint": measurements.fingerprint(cpu, total_bytes),
+        "kernels": kernels,
+        "cpu": _cpu_facts(cpu, busy, kernels["cause"]),
+        "memory": _memory_facts(),
+        "peaks": None,
+    }
+    peaks = None if kernels["cause"] == "torch" else _measure_peaks(on_step)
+    on_step("measuring the disk")
+    facts["disk"], rates = _measure_disk(disk_path, quick)
+    if peaks is not None:
+        on_step("measuring the peaks again")
+        facts["peaks"] = _peak_facts(*peaks, again=not quick)
+    facts["gpus"] = [asdict(gpu) for gpu in gpus.probe()]
+    facts["gpus_on_bus"] = gpus.on_the_bus()
+    facts["versions"] = _versions(torch_works=kernels["cause"] != "torch")
+    facts["stored"] = _store(facts, rates)
+    facts["findings"] = [asdict(finding) for finding in findings(facts)]
+    return facts
+
+
+def _watch(cpu: Cpu) -> float:
+    before = times()
+    time.sleep(_WATCH_S)
+    return round(busy_cpus(before, times(), cpu.allowed), 2)
+
+
+def _kernels(cpu: Cpu) -> dict[str, Any]:
+    """Which kernels run and why not better ones; ``cause`` of a problem is "isa", "torch" or "build"."""
+    forced = os.environ.get(_ISA_VARIABLE, "")
+    problem, cause = None, None
+    try:
+        import_module("glmlocal.kernels")
+    except KernelUnavailable as error:
+        # The rest is examined as if it were not set.
+        problem, cause = str(error), "isa"
+        del os.environ[_ISA_VARIABLE]
+        import_module("glmlocal.kernels")
+    except (ImportError, OSError) as error:  # OSError: a shared library that torch wants
+        problem, cause = f"torch cannot be imported: {error}", "torch"
+    if cause == "torch":
+        native, isa, available = None, "none", []
+    else:
+        chosen = import_module("glmlocal.kernels.cpu")
+        isa, native = chosen.isa(), _native()
+        available = [] if native is None else list(native.available_isas())
+        if native is None and problem is None:
+            problem, cause = chosen.describe(), "build"
+    return {
+        "native": native is not None,
+        "isa": isa,
+        "forced": forced or None,
+        "available": available,
+        "cpu_has": list(cpu.instruction_sets),
+        "missing": [name for name in cpu.instruction_sets if name not in available],
+        "problem": problem,
+        "cause": cause,
+        "has_compiler": any(map(shutil.which, ("c++", "g++", "clang++"))),
+        "compiler": None if native is None else _compiler(Path(native.__file__)),
+    }
+
+
+def _native() -> Any | None:
+    try:
+        return import_module("glmlocal.kernels.cpu._cpu")
+    except ImportError:
+        return None
+
+
+def _compiler(extension: Path) -> str | None:
+    """What the compiler wrote into the extension about itself."""
+    try:
+        found = _COMPILER.search(extension.read_bytes())
+    except OSError:
+        return None
+    return found[1].decode().replace("GCC: ", "GCC ") if found else None
+
+
+def _cpu_facts(cpu: Cpu, busy: float, cause: str | None) -> dict[str, Any]:
+    limit = cgroups.cpu_limit()
+    threads = cpu.allowed_cores
+    if cause != "torch":
+        threads = import_module("glmlocal.kernels.cpu.topology").default_num_threads()
+    return {
+        "name": cpu.name,
+        "architecture": cpu.architecture,
+        "sockets": cpu.sockets,
+        "cores": cpu.cores,
+        "logical": cpu.logical,
+        "allowed": len(cpu.allowed),
+        "allowed_cores": cpu.allowed_cores,
+        "limit": None if math.isinf(limit) else limit,
+        "threads": threads,
+        "last_level_cache_bytes": cpu.last_level_cache_bytes,
+        "busy_cpus": busy,
+        "numa_nodes": [
+            {"node": node.number, "cpus": len(node.cpus), "memory_bytes": node.memory_bytes} for node in cpu.nodes
+        ],
+    }
+
+
+def _memory_facts(root: Path = Path("/")) -> dict[str, Any]:
+    ram, swap, limit = psutil.virtual_memory(), psutil.swap_memory(), cgroups.memory_limit()
+    info = key_values(root / "proc/meminfo")
+    setting = re.search(r"\[(\w+)\]", read_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
+    return {
+        "total_bytes": int(ram.total),
+        "available_bytes": memory.available_bytes(),
+        "limit_bytes": None if limit is None else limit.limit_bytes,
+        "limit_used_bytes": None if limit is None else limit.used_bytes,
+        "swap_total_bytes": int(swap.total),
+        "swap_used_bytes": int(swap.used),
+        "transparent_huge_pages": setting[1] if setting else None,
+        "huge_pages": {
+            "total": info.get("HugePages_Total", 0),
+            "free": info.get("HugePages_Free", 0),
+            "bytes": info.get("Hugepagesize", 0) * KIB,
+        },
+        "overcommit": read_int(root / "proc/sys/vm/overcommit_memory"),
+    }
+
+
+def _measure_peaks(on_step: Callable[[str], None]) -> tuple[Any, Any]:
+    """(one thread, all threads)."""
+    from glmlocal import peaks
+
+    on_step("measuring read bandwidth and arithmetic peaks")
+    return peaks.measure(1), peaks.measure()
+
+
+def _peak_facts(one: Any, before: Any, *, again: bool) -> dict[str, Any]:
+    from glmlocal import peaks
+
+    after = peaks.measure() if again else before
+    best = before.best_of(after)
+    # One thread alone never reads faster than all; where it seems to, all of them were disturbed.
+    return {
+        "threads": best.threads,
+        "read_gb_per_s": _round(max(best.read_gb_per_s, one.read_gb_per_s)),
+        "read_gb_per_s_one_thread": _round(one.read_gb_per_s),
+        "fp32_gflop_per_s": _round(best.fp32_gflop_per_s),
+        "int8_gop_per_s": None if best.int8_gop_per_s is None else _round(best.int8_gop_per_s),
+        "read_bytes": best.read_bytes,
+        "difference": _round(before.difference(after)) if again else None,
+    }
+
+
+def _measure_disk(directory: Path, quick: bool) -> tuple[dict[str, Any], disk.DiskRates | None]:
+    try:
+        rates = disk.measure(
+            directory,
+            file_bytes=_QUICK_FILE_BYTES if quick else disk.FILE_BYTES,
+            seconds=_QUICK_DISK_S if quick else _DISK_S,
+        )
+    except disk.DiskProblem as problem:
+        return {"path": str(directory), "problem": str(problem)}, None
+    rates = disk.DiskRates(
+        rates.path,
+        rates.filesystem,
+        rates.direct,
+        rates.file_bytes,
+        {threads: _round(rate) for threads, rate in rates.gb_per_s.items()},
+    )
+    return {**measurements.disk_json(rates), "problem": None}, rates
+
+
+def _versions(*, torch_works: bool) -> dict[str, str | None]:
+    torch: Any = import_module("torch") if torch_works else None
+    try:
+        torch_version: str | None = version("torch")
+    except PackageNotFoundError:
+        torch_version = None
+    return {
+        "glmlocal": __version__,
+        "python": platform.python_version(),
+        "torch": torch_version,
+        "torch_cuda": None if torch is None else torch.version.cuda,
+        "torch_rocm": None if torch is None else getattr(torch.version, "hip", None),
+        "kernel": platform.release(),
+        "glibc": " ".join(platform.libc_ver()).strip() or None,
+    }
+
+
+def _store(facts: dict[str, Any], rates: disk.DiskRates | None) -> dict[str, str | None]:
+    """Keep what was measured; where, or why not."""
+    if facts["peaks"] is None:
+        return {"path": None, "problem": "there are no measurements"}
+    peaks, path = facts["peaks"], measurements_file()
+    measured = Measurements(
+        fingerprint=facts["fingerprint"],
+        date=facts["date"],
+        glmlocal=__version__,
+        isa=facts["kernels"]["isa"],
+        threads=peaks["threads"],
+        quick=facts["quick"],
+        busy=is_busy(facts),
+        read_gb_per_s=peaks["read_gb_per_s"],
+        read_gb_per_s_one_thread=peaks["read_gb_per_s_one_thread"],
+        fp32_gflop_per_s=peaks["fp32_gflop_per_s"],
+        int8_gop_per_s=peaks["int8_gop_per_s"],
+        disk=rates,
+    )
+    try:
+        measurements.save(measured, path)
+    except OSError as error:
+        return {"path": None, "problem": f"{path}: {error.strerror or error}"}
+    return {"path": str(path), "problem": None}
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
