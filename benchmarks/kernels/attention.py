@@ -55,7 +55,7 @@ def make_arguments(order: str, seq_len: int, new: int, shape: Shape, kv_dtype: s
     no_rotation, slots = torch.tensor([[1.0, 0.0]]), torch.arange(tokens)
     positions = torch.zeros(tokens, dtype=torch.int64)
     kernels.rope_store_(
-        torch.empty(tokens, 0, head_dim), keys, values, None, None, 0.0, no_rotation, positions, k_cache, v_cache, slots, *scales
+        torch.zeros(tokens, 1, head_dim), keys, values, None, None, 0.0, no_rotation, positions, k_cache, v_cache, slots, *scales
     )
     return (
         torch.randn(new, shape.heads, head_dim),

@@ -95,16 +95,39 @@ struct Floats {
 };
 
 #if GLM_HAS_PAIRS
+constexpr struct Fp8Sizes {  // the bf16 of each code without its sign
+  alignas(64) uint16_t bf16[128] = {};
+  constexpr Fp8Sizes() {
+    for (int code = 1; code < 8; ++code) {  // subnormal: code · 2^-9
+      const int exponent = code >= 4 ? 2 : code >= 2 ? 1 : 0;
+      bf16[code] = uint16_t((118 + exponent) << 7 | (code << (7 - exponent) & 0x7f));
+    }
+    for (int code = 8; code < 127; ++code) bf16[code] = uint16_t((120 << 7) + (code << 4));
+    bf16[127] = 0x7fc0;
+  }
+} kFp8Sizes;
+
 struct Pairs {
   static constexpr int step = 2;
   static GLM_INLINE F multiply_add(F a, F b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
   static GLM_INLINE void put(float* row, int at, F x) {
     _mm256_storeu_si256((__m256i*)((char*)row + 2 * at), (__m256i)_mm512_cvtneps_pbh(x));
   }
-  // Pairs of one element each from both; no first and no second: zeros.
+  // Pairs of one element each from both.
   template <class Element>
   static GLM_INLINE F operands(const Element* first, const Element* second) {
-    return as_float(select(splat(0xffff0000), as_words(second ? widen(second) : zero()), shr<16>(as_words(widen(first)))));
+    return as_float(select(splat(0xffff0000), as_words(widen(second)), shr<16>(as_words(widen(first)))));
+  }
+  static GLM_INLINE F operands(const Bf16* first, const Bf16* second) {
+    return as_float(select(splat(0xffff0000), shl<16>(load_halves(second)), load_halves(first)));
+  }
+  static GLM_INLINE F operands(const Fp8* first, const Fp8* second) {
+    const U codes = select(splat(0xffff0000), shl<16>(load_bytes(second)), load_bytes(first));
+    const uint16_t* sizes = kFp8Sizes.bf16;
+    const U small = _mm512_permutex2var_epi16(load_words(sizes), codes, load_words(sizes + 32));
+    const U large = _mm512_permutex2var_epi16(load_words(sizes + 64), codes, load_words(sizes + 96));
+    const U size = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(codes, splat(0x00400040)), small, large);
+    return as_float(select(splat(0x80008000), shl<8>(codes), size));
   }
 };
 bool cpu_has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
@@ -264,7 +287,7 @@ void load_values(const AttentionTask& task, const Tile& tile, int head, Workspac
   const int whole = w.head_dim / kLanes * kLanes, rest = w.head_dim - whole;
   for (int i = 0; i < tile.count; i += Math::step) {
     const Element* first = (const Element*)tile.values[i] + offset;
-    const Element* second = i + 1 < tile.count ? (const Element*)tile.values[i + 1] + offset : nullptr;
+    const Element* second = (const Element*)tile.values[i + 1 < tile.count ? i + 1 : i] + offset;  // add_columns masks it
     float* to = w.values + i / Math::step * w.width;
     w.value_rows[i / Math::step] = to;
     if constexpr (holds_operands<Element, Math>) {
@@ -274,12 +297,12 @@ void load_values(const AttentionTask& task, const Tile& tile, int head, Workspac
       }
     }
     w.prefetch.advance(w.width / kLanes * kWidenWork);
-    for (int d = 0; d < whole; d += kLanes) store(to + d, Math::operands(first + d, second ? second + d : nullptr));
+    for (int d = 0; d < whole; d += kLanes) store(to + d, Math::operands(first + d, second + d));
     if (rest == 0) continue;
     Element ends[2][kLanes] = {};
     for (int d = 0; d < rest; ++d) {
       ends[0][d] = first[whole + d];
-      if (second) ends[1][d] = second[whole + d];
+      ends[1][d] = second[whole + d];
     }
     store(to + whole, Math::operands(ends[0], ends[1]));
   }
@@ -347,7 +370,7 @@ GLM_INLINE void add_columns(const float* weights, const float* const* values, in
     const int end = begin + Prefetch::kSteps < size ? begin + Prefetch::kSteps : size;
     for (int i = begin; i < end; ++i) add_row(i, [](F x) { return x; });
   }
-  if constexpr (Math::step == 2) {  // the second key of the last pair may be one that is not seen, and NaN
+  if constexpr (Math::step == 2) {  // the second key of the last pair is one that is not seen, and may be NaN
     if (num_keys % 2 == 1) add_row(size, [](F x) { return as_float(bit_and(as_words(x), splat(0xffff))); });
   }
   unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { store(result + r.v * stride + c.v * kLanes, acc[r.v][c.v]); }); });
