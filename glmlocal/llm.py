@@ -30,9 +30,10 @@ class LLM:
     """A loaded model. Safe to use from several threads; their requests share the engine's batches.
 
     ``model`` is a directory, a ``.gguf`` file or ``demo``. ``context`` is in tokens, prompt and answer together
-    (None: the model's limit or what memory allows); ``kv_dtype`` is what the KV cache stores: fp32, bf16, fp8 (e4m3), int8
-    (a scale per token and head), or auto, fp32 for fp32 checkpoints and bf16 for all others; ``threads`` limits the CPU threads; ``max_batch`` is how many
-    requests run at once. Raises CheckpointError, ConfigError, DownloadError or PlanError.
+    (None: the model's limit or what memory allows); ``kv_dtype`` is what the KV cache stores: fp32, bf16, fp8 (e4m3),
+    int8 (with a scale per token and head), or auto: fp32 for fp32 checkpoints, bf16 for all others; ``threads`` limits
+    the CPU threads; ``max_batch`` is how many requests run at once.
+    Raises CheckpointError, ConfigError, DownloadError or PlanError.
     """
 
     def __init__(

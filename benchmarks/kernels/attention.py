@@ -52,11 +52,9 @@ def make_arguments(order: str, seq_len: int, new: int, shape: Shape, kv_dtype: s
     scales = [torch.empty(num_blocks, kv_heads, BLOCK_SIZE) if kv_dtype == "int8" else None for _ in range(2)]
     tokens = num_blocks * BLOCK_SIZE
     keys, values = (torch.randn(tokens, kv_heads, head_dim) for _ in range(2))
-    no_rotation, slots = torch.tensor([[1.0, 0.0]]), torch.arange(tokens)
-    positions = torch.zeros(tokens, dtype=torch.int64)
-    kernels.rope_store_(
-        torch.zeros(tokens, 1, head_dim), keys, values, None, None, 0.0, no_rotation, positions, k_cache, v_cache, slots, *scales
-    )
+    q, no_rotation, positions = torch.zeros(tokens, 1, head_dim), torch.tensor([[1.0, 0.0]]), torch.zeros(tokens).long()
+    arguments = (no_rotation, positions, k_cache, v_cache, torch.arange(tokens), *scales)
+    kernels.rope_store_(q, keys, values, None, None, 0.0, *arguments)
     return (
         torch.randn(new, shape.heads, head_dim),
         k_cache,

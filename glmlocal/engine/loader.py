@@ -73,9 +73,7 @@ def free_bytes(checkpoint: Checkpoint) -> int:
     return available - needed
 
 
-def kv_budget(
-    config: ModelConfig, kv_dtype: str, context: int | None, max_batch: int, free: int
-) -> tuple[int, int]:
+def kv_budget(config: ModelConfig, kv_dtype: str, context: int | None, max_batch: int, free: int) -> tuple[int, int]:
     """Context in tokens and number of KV blocks. Without a wish: the model's limit, or what half the free memory holds.
 
     The pool serves ``max_batch`` full contexts where memory allows, and never fewer than one.
@@ -92,9 +90,10 @@ def kv_budget(
     elif not 1 < context <= limit:
         raise ConfigError(f"--context is {context}, wanted 2 to {limit} (the model's max_position_embeddings)")
     elif context * bytes_per_token > free:
+        hint = _smaller_dtype(config, kv_dtype, context, free)
         raise PlanError(
             f"--context {context} needs {format_bytes(context * bytes_per_token)} for the KV cache, but "
-            f"{format_bytes(free)} are free beside the weights; --context {affordable} would fit{_smaller_dtype(config, kv_dtype, context, free)}"
+            f"{format_bytes(free)} are free beside the weights; --context {affordable} would fit{hint}"
         )
     num_tokens = max(context, min(context * max_batch, affordable))
     return context, -(-num_tokens // BLOCK_SIZE)

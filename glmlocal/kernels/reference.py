@@ -148,7 +148,8 @@ def kv_write(
 
     k, v fp32 [tokens, kv_heads, head_dim]; caches fp32, bf16, fp8 (e4m3fn: ±448 at most, NaN stays NaN) or int8
     [blocks, block_size, kv_heads, head_dim]; int8 with scales fp32 [blocks, kv_heads, block_size]: the largest of a
-    token's features in a kv head is ±127, value = code · scale. slot_mapping int64 [tokens] = block · block_size + offset.
+    token's features in a kv head is ±127, value = code · scale; what is not finite makes the scale so.
+    slot_mapping int64 [tokens] = block · block_size + offset.
     """
     block, slot = slot_mapping // k_cache.shape[1], slot_mapping % k_cache.shape[1]
     for x, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):

@@ -138,7 +138,7 @@ class ModelConfig:
 
 
 def choose_kv_dtype(wanted: str, tensors: Mapping[str, TensorRef]) -> str:
-    """``auto`` → fp32 where the checkpoint's weights are fp32 (told by those that make keys), bf16 otherwise; or itself.
+    """``auto`` → fp32 where the checkpoint's weights are (told by those that make keys), else bf16; others: themselves.
 
     The name and the idea are vLLM's. Raises ConfigError for a dtype that there is not.
     """

@@ -28,10 +28,10 @@ def check_cache(
     v_scales: Tensor | None,
     shape: tuple[int, int, int, int],
 ) -> tuple[str, int, int]:
-    """The name of the element type and the addresses of the scales (0: none). Raises ValueError; strides are not looked at."""
-    name = _CACHE_TYPES.get(k_cache.dtype)
+    """The name of the element type and the addresses of the scales (0: none). Raises ValueError; strides are free."""
+    name = _CACHE_TYPES.get(k_cache.dtype, "")
     for cache in (k_cache, v_cache):
-        if name is None or cache.dtype is not k_cache.dtype or cache.shape != shape or not cache.is_cpu:
+        if not name or cache.dtype is not k_cache.dtype or cache.shape != shape or not cache.is_cpu:
             raise ValueError(
                 f"{op}: caches wanted fp32, bf16, fp8 (e4m3fn) or int8 {list(shape)} on the CPU, "
                 f"found {k_cache.dtype} {list(k_cache.shape)} and {v_cache.dtype} {list(v_cache.shape)}"
