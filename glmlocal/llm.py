@@ -31,8 +31,10 @@ class LLM:
     """A loaded model. Safe to use from several threads; their requests share the engine's batches.
 
     ``model`` is a directory, a ``.gguf`` file or ``demo``. ``context`` is in tokens, prompt and answer together
-    (None: the model's limit or what memory allows); ``threads`` limits the CPU threads; ``max_batch`` is how many
-    requests run at once. Raises CheckpointError, ConfigError, DownloadError or PlanError.
+    (None: the model's limit or what memory allows); ``kv_dtype`` is what the KV cache stores: fp32, bf16, fp8 (e4m3),
+    int8 (with a scale per token and head), or auto: fp32 for fp32 checkpoints, bf16 for all others; ``threads`` limits
+    the CPU threads; ``max_batch`` is how many requests run at once.
+    Raises CheckpointError, ConfigError, DownloadError or PlanError.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class LLM:
         model: str | Path,
         *,
         context: int | None = None,
+        kv_dtype: str = "auto",
         threads: int | None = None,
         max_batch: int = 8,
         progress: bool = False,
@@ -56,7 +59,12 @@ class LLM:
         self._defaults, self._eos_token_ids = text.defaults, text.eos_token_ids
         with byte_bar("loading", checkpoint.tensors.nbytes, show=progress) as on_bytes:
             self._engine = load_engine(
-                checkpoint, context=context, max_batch=max_batch, num_threads=threads, on_bytes=on_bytes
+                checkpoint,
+                context=context,
+                kv_dtype=kv_dtype,
+                max_batch=max_batch,
+                num_threads=threads,
+                on_bytes=on_bytes,
             )
         self._lock = threading.Lock()  # guards the engine and the queues
         self._queues: dict[str, deque[RequestOutput]] = {}

@@ -66,6 +66,7 @@ class FakeLLM:
         model: str | Path,
         *,
         context: int | None = None,
+        kv_dtype: str = "auto",
         threads: int | None = None,
         max_batch: int = 8,
         progress: bool = False,

@@ -1,48 +1,69 @@
 """Paged attention at a model's shape: decode over read bandwidth, prefill over the fp32 fma peak of the same run.
 
     python benchmarks/kernels/attention.py [--heads 96 --kv-heads 8 --head-dim 128] [--context 512,4096] [--prefill 512]
+                                           [--kv-dtype fp32,bf16,fp8,int8]
 
 Ceilings and ops are measured in turns, medians are compared; caches are rotated so that decode reads memory, not the
-last-level cache. Ends with one JSON line.
+last-level cache. Where a CPU multiplies pairs of bf16, twice the fma peak is the ceiling of prefill for caches that are
+not fp32. A fraction above 1 fails the benchmark. Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from glmlocal import kernels
 from glmlocal.kernels.cpu import _cpu
 
 BLOCK_SIZE = 32
 BEYOND_CACHE_BYTES = 512 << 20
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
-def make_cache(order: str, num_blocks: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """[blocks, block_size, kv_heads, head_dim], in memory as said or with keys and values of a head together."""
+@dataclass(frozen=True)
+class Shape:
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    def kv_bytes(self, tokens: int, kv_dtype: str) -> int:
+        row = self.head_dim * DTYPES[kv_dtype].itemsize + (4 if kv_dtype == "int8" else 0)
+        return 2 * tokens * self.kv_heads * row
+
+
+def make_arguments(order: str, seq_len: int, new: int, shape: Shape, kv_dtype: str) -> tuple[Any, ...]:
+    """A cache written by ``rope_store_``, in memory in the shape's order or with keys and values of a head together."""
+    num_blocks, dtype = -(-seq_len // BLOCK_SIZE), DTYPES[kv_dtype]
+    kv_heads, head_dim = shape.kv_heads, shape.head_dim
     if order == "tokens":
-        shape = (num_blocks, BLOCK_SIZE, kv_heads, head_dim)
-        return torch.randn(shape), torch.randn(shape)
-    keys = torch.randn(num_blocks, kv_heads, head_dim, BLOCK_SIZE).permute(0, 3, 1, 2)
-    return keys, torch.randn(num_blocks, kv_heads, BLOCK_SIZE, head_dim).transpose(1, 2)
-
-
-def make_arguments(order: str, seq_len: int, new: int, heads: int, kv_heads: int, head_dim: int) -> Arguments:
-    num_blocks = -(-seq_len // BLOCK_SIZE)
+        k_cache, v_cache = (torch.empty(num_blocks, BLOCK_SIZE, kv_heads, head_dim, dtype=dtype) for _ in range(2))
+    else:
+        k_cache = torch.empty(num_blocks, kv_heads, head_dim, BLOCK_SIZE, dtype=dtype).permute(0, 3, 1, 2)
+        v_cache = torch.empty(num_blocks, kv_heads, BLOCK_SIZE, head_dim, dtype=dtype).transpose(1, 2)
+    scales = [torch.empty(num_blocks, kv_heads, BLOCK_SIZE) if kv_dtype == "int8" else None for _ in range(2)]
+    tokens = num_blocks * BLOCK_SIZE
+    keys, values = (torch.randn(tokens, kv_heads, head_dim) for _ in range(2))
+    q, no_rotation, positions = torch.zeros(tokens, 1, head_dim), torch.tensor([[1.0, 0.0]]), torch.zeros(tokens).long()
+    arguments = (no_rotation, positions, k_cache, v_cache, torch.arange(tokens), *scales)
+    kernels.rope_store_(q, keys, values, None, None, 0.0, *arguments)
     return (
-        torch.randn(new, heads, head_dim),
-        *make_cache(order, num_blocks, kv_heads, head_dim),
+        torch.randn(new, shape.heads, head_dim),
+        k_cache,
+        v_cache,
         torch.randperm(num_blocks, dtype=torch.int32)[None],
         torch.tensor([0, new], dtype=torch.int32),
         torch.tensor([seq_len], dtype=torch.int32),
         head_dim**-0.5,
+        *scales,
     )
 
 
@@ -52,7 +73,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(cases: list[Arguments], ceiling: Callable[[], float], repeats: int) -> tuple[float, float]:
+def measure(cases: list[tuple[Any, ...]], ceiling: Callable[[], float], repeats: int) -> tuple[float, float]:
     """Median seconds of one call, and the median ceiling, measured in turns."""
     times, ceilings = [], []
     for i in range(repeats + 1):
@@ -66,40 +87,53 @@ def main() -> None:
     def numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
 
+    def names(known: Iterable[str]) -> Callable[[str], list[str]]:
+        def parse(text: str) -> list[str]:
+            if unknown := set(text.split(",")) - set(known):
+                raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; wanted some of {', '.join(known)}")
+            return text.split(",")
+
+        return parse
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, default=96)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--context", type=numbers, default=[512, 4096, 16384])
     parser.add_argument("--prefill", type=numbers, default=[512, 2048])
+    parser.add_argument("--kv-dtype", type=names(DTYPES), default=list(DTYPES))
+    parser.add_argument("--order", type=names(["tokens", "heads"]), default=["heads"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     kernels.set_num_threads(options.threads)
-    shape = options.heads, options.kv_heads, options.head_dim
-    print(f"{kernels.describe()}; {options.heads} heads, {options.kv_heads} kv heads of {options.head_dim}")
+    shape = Shape(options.heads, options.kv_heads, options.head_dim)
+    print(f"{kernels.describe()}; {shape.heads} heads, {shape.kv_heads} kv heads of {shape.head_dim}")
 
     results = []
 
     def report(case: dict[str, object], took: float, rate: float, ceiling: float, unit: str) -> None:
         results.append(case | {"us": took * 1e6, "fraction": rate / ceiling})
         name = " ".join(str(value) for value in case.values())
-        print(f"{name:24} {took * 1e6:9.0f} µs {rate:7.1f} of {ceiling:.1f} {unit} = {rate / ceiling:.2f}")
+        print(f"{name:28} {took * 1e6:9.0f} µs {rate:7.1f} of {ceiling:.1f} {unit} = {rate / ceiling:.2f}")
 
-    for order in ("tokens", "heads"):
+    for kv_dtype, order in itertools.product(options.kv_dtype, options.order):
+        what = {"kv_dtype": kv_dtype, "order": order}
         for context in options.context:
-            num_bytes = 2 * 4 * context * options.kv_heads * options.head_dim
-            cases = [make_arguments(order, context, 1, *shape) for _ in range(max(1, BEYOND_CACHE_BYTES // num_bytes))]
+            num_bytes = shape.kv_bytes(context, kv_dtype)
+            num_cases = max(1, BEYOND_CACHE_BYTES // num_bytes)
+            cases = [make_arguments(order, context, 1, shape, kv_dtype) for _ in range(num_cases)]
             took, bandwidth = measure(cases, lambda: _cpu.read_bandwidth(64 << 20), options.repeats)
-            report(
-                {"op": "decode", "context": context, "order": order}, took, num_bytes / took / 1e9, bandwidth, "GB/s"
-            )
+            report({"op": "decode", "context": context} | what, took, num_bytes / took / 1e9, bandwidth, "GB/s")
         for tokens in options.prefill:
-            flops = 2 * tokens * (tokens + 1) * options.heads * options.head_dim
-            cases = [make_arguments(order, tokens, tokens, *shape)]
+            flops = 2 * tokens * (tokens + 1) * shape.heads * shape.head_dim
+            cases = [make_arguments(order, tokens, tokens, shape, kv_dtype)]
             took, peak = measure(cases, _cpu.fma_peak, min(options.repeats, 5))
-            report({"op": "prefill", "tokens": tokens, "order": order}, took, flops / took / 1e9, peak, "GFLOP/s")
-    print(json.dumps({"shape": shape, "threads": kernels.num_threads(), "isa": _cpu.isa(), "results": results}))
+            peak *= 2 if kv_dtype != "fp32" and _cpu.attention_in_pairs() else 1
+            report({"op": "prefill", "tokens": tokens} | what, took, flops / took / 1e9, peak, "GFLOP/s")
+    print(json.dumps({"shape": asdict(shape), "threads": kernels.num_threads(), "isa": _cpu.isa(), "results": results}))
+    if any(result["fraction"] > 1 for result in results):
+        raise SystemExit("a fraction of its ceiling is above 1: one of the two was measured wrongly")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer TEXT and exit; - reads it from stdin")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--context", type=at_least(1), metavar="N", help="tokens for prompt and answer together")
+    add_kv_dtype(parser)
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads")
     parser.add_argument("--no-think", action="store_true", help="answer without thinking first")
     parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
@@ -84,6 +85,16 @@ def at_least(least: int) -> Any:
     return whole_number
 
 
+def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("auto", "fp32", "bf16", "fp8", "int8"),
+        default="auto",
+        help="what the KV cache stores; auto, as in vLLM, follows the checkpoint: fp32 where its weights are fp32, "
+        "else bf16; fp8 (e4m3) and int8 take half of bf16's memory",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     start_s = time.monotonic()
     sampling = sampling_options(args)
@@ -108,7 +119,12 @@ def run(args: argparse.Namespace) -> int:
     if not cpu.available:
         console.note(f"running slowly on the plain kernels: {cpu.describe()}")
     with LLM(
-        args.model, context=args.context, threads=args.threads, max_batch=1, progress=console.err_is_screen
+        args.model,
+        context=args.context,
+        kv_dtype=args.kv_dtype,
+        threads=args.threads,
+        max_batch=1,
+        progress=console.err_is_screen,
     ) as llm:
         llm.tokenizer  # noqa: B018 - a checkpoint without one is refused before anything is said about it
         raw = args.raw or llm.chat_template is None

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmlocal.cli.chat import at_least
+from glmlocal.cli.chat import add_kv_dtype, at_least
 from glmlocal.cli.stdin import decode_text
 from glmlocal.cli.terminal import Console, bar, safe_text
 from glmlocal.errors import ConfigError
@@ -59,6 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     reference.add_argument("--against", metavar="MODEL2", help="compare with this model's predictions")
     reference.add_argument("--against-logits", type=Path, metavar="FILE", help="compare with saved predictions")
     parser.add_argument("--save-logits", type=Path, metavar="FILE", help="save MODEL's predictions")
+    add_kv_dtype(parser)
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -111,7 +112,14 @@ def run(args: argparse.Namespace) -> int:
     from glmlocal.llm import LLM
 
     def load(model: str) -> LLM:
-        return LLM(model, context=context, threads=args.threads, max_batch=1, progress=console.err_is_screen)
+        return LLM(
+            model,
+            context=context,
+            kv_dtype=args.kv_dtype,
+            threads=args.threads,
+            max_batch=1,
+            progress=console.err_is_screen,
+        )
 
     with ExitStack() as stack:
         llm = stack.enter_context(load(args.model))

@@ -10,7 +10,8 @@
     hidden_size, intermediate_size, moe_intermediate_size, vocab_size
     attention                    {heads, kv_heads, head_dim, rotary_dim, bias, qk_norm}
     context                      tokens
-    kv_bytes_per_token           {used, "16bit"}; used is what glmlocal's cache takes now
+    kv_bytes_per_token           {used, "16bit", dtype}; used is what the cache takes in that dtype, the one of
+                                 --kv-dtype auto
     mtp                          {layers, present, usable, problem, embedding_copy, head_copy}; layers as declared
     tie_word_embeddings, eos_token_ids, chat_template (true, false)
     tensors                      [{kind, dtypes {name: bytes}, tensors, parameters, bytes, bits_per_weight}]
@@ -85,6 +86,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     from glmlocal.models.config import (
         ModelConfig,
         check_tensors,
+        choose_kv_dtype,
         expected_mtp_tensors,
         mtp_problem,
         optional_mtp_tensors,
@@ -100,6 +102,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     no_mtp = mtp_problem(config, tensors)
     copies = [name for name in optional_mtp_tensors(config) if name in tensors]
     kinds = _tensor_kinds(config, checkpoint)
+    kv_dtype = choose_kv_dtype("auto", tensors)
     files = [{"name": file.name, "bytes": file.stat().st_size} for file in tensors.files]
     return {
         "name": _name(checkpoint),
@@ -135,8 +138,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         },
         "context": config.max_position_embeddings,
         "kv_bytes_per_token": {
-            "used": config.kv_bytes_per_token,
-            "16bit": 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
+            "used": config.kv_bytes_per_token(kv_dtype),
+            "16bit": config.kv_bytes_per_token("bf16"),
+            "dtype": kv_dtype,
         },
         "mtp": {
             "layers": config.num_nextn_predict_layers,
@@ -301,10 +305,11 @@ def _lines(facts: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             f"{attention['kv_heads']} for keys and values{''.join(', ' + word for word in extras)}"
         ),
     )
-    used, reference = facts["kv_bytes_per_token"]["used"], facts["kv_bytes_per_token"]["16bit"]
-    full = format_bytes(used * facts["context"])
+    kv = facts["kv_bytes_per_token"]
+    at_16_bits = "" if kv["dtype"] == "bf16" else f"; {kv['16bit']:,} at 16 bits"
+    full = format_bytes(kv["used"] * facts["context"])
     yield "context", f"{facts['context']:,} tokens"
-    yield "KV cache", f"{used:,} bytes per token (fp32; {reference:,} at 16 bits), {full} for the whole context"
+    yield "KV cache", f"{kv['used']:,} bytes per token ({kv['dtype']}{at_16_bits}), {full} for the whole context"
     yield "MTP", _mtp(facts["mtp"])
     yield "stop tokens", ", ".join(map(str, facts["eos_token_ids"])) or "none"
     yield "chat template", "yes" if facts["chat_template"] else "no"

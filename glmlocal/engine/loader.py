@@ -14,7 +14,7 @@ from glmlocal.errors import ConfigError, PlanError
 from glmlocal.formats.index import Checkpoint
 from glmlocal.layers.kv_cache import KVCache
 from glmlocal.models import glm4_moe
-from glmlocal.models.config import ModelConfig, check_tensors
+from glmlocal.models.config import KV_DTYPES, ModelConfig, check_tensors, choose_kv_dtype
 from glmlocal.models.weights import WeightReader
 from glmlocal.units import format_bytes
 
@@ -29,6 +29,7 @@ def load_engine(
     checkpoint: Checkpoint,
     *,
     context: int | None = None,
+    kv_dtype: str = "auto",
     max_batch: int = 8,
     num_threads: int | None = None,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
@@ -40,7 +41,8 @@ def load_engine(
     """
     config = ModelConfig.from_hf(checkpoint.config)
     has_mtp = check_tensors(config, checkpoint.tensors)
-    context, num_blocks = kv_budget(config, context, max_batch, free_bytes(checkpoint))
+    kv_dtype = choose_kv_dtype(kv_dtype, checkpoint.tensors)
+    context, num_blocks = kv_budget(config, kv_dtype, context, max_batch, free_bytes(checkpoint))
     model = glm4_moe.build(
         config,
         WeightReader(checkpoint.tensors, on_bytes),
@@ -49,7 +51,7 @@ def load_engine(
         num_threads=num_threads or len(os.sched_getaffinity(0)),
     )
     kv_cache = KVCache.allocate(
-        config.num_hidden_layers, num_blocks, BLOCK_SIZE, config.num_key_value_heads, config.head_dim
+        config.num_hidden_layers, num_blocks, BLOCK_SIZE, config.num_key_value_heads, config.head_dim, kv_dtype
     )
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),
@@ -71,13 +73,13 @@ def free_bytes(checkpoint: Checkpoint) -> int:
     return available - needed
 
 
-def kv_budget(config: ModelConfig, context: int | None, max_batch: int, free: int) -> tuple[int, int]:
+def kv_budget(config: ModelConfig, kv_dtype: str, context: int | None, max_batch: int, free: int) -> tuple[int, int]:
     """Context in tokens and number of KV blocks. Without a wish: the model's limit, or what half the free memory holds.
 
     The pool serves ``max_batch`` full contexts where memory allows, and never fewer than one.
     """
     limit = config.max_position_embeddings
-    bytes_per_token = config.kv_bytes_per_token
+    bytes_per_token = config.kv_bytes_per_token(kv_dtype)
     affordable = int(free * KV_FRACTION) // bytes_per_token // BLOCK_SIZE * BLOCK_SIZE
     if context is None:
         context = min(limit, affordable)
@@ -88,9 +90,17 @@ def kv_budget(config: ModelConfig, context: int | None, max_batch: int, free: in
     elif not 1 < context <= limit:
         raise ConfigError(f"--context is {context}, wanted 2 to {limit} (the model's max_position_embeddings)")
     elif context * bytes_per_token > free:
+        hint = _smaller_dtype(config, kv_dtype, context, free)
         raise PlanError(
             f"--context {context} needs {format_bytes(context * bytes_per_token)} for the KV cache, but "
-            f"{format_bytes(free)} are free beside the weights; --context {affordable} would fit"
+            f"{format_bytes(free)} are free beside the weights; --context {affordable} would fit{hint}"
         )
     num_tokens = max(context, min(context * max_batch, affordable))
     return context, -(-num_tokens // BLOCK_SIZE)
+
+
+def _smaller_dtype(config: ModelConfig, kv_dtype: str, context: int, free: int) -> str:
+    """A hint, where a KV cache of a narrower dtype would hold the context."""
+    smaller = [name for name in KV_DTYPES if config.kv_bytes_per_token(name) < config.kv_bytes_per_token(kv_dtype)]
+    fitting = [name for name in smaller if context * config.kv_bytes_per_token(name) <= free]
+    return f", or --kv-dtype {fitting[0]}" if fitting else ""

@@ -167,15 +167,36 @@ def rope_(x: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
     x[..., half : 2 * half] = second * cos + first * sin
 
 
-def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Store this step's keys and values.
+def kv_write(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    """Store this step's keys and values, rounded to what the caches hold, to nearest with ties to even.
 
-    k, v fp32 [tokens, kv_heads, head_dim]; caches fp32 [blocks, block_size, kv_heads, head_dim];
+    k, v fp32 [tokens, kv_heads, head_dim]; caches fp32, bf16, fp8 (e4m3fn: ±448 at most, NaN stays NaN) or int8
+    [blocks, block_size, kv_heads, head_dim]; int8 with scales fp32 [blocks, kv_heads, block_size]: the largest of a
+    token's features in a kv head is ±127, value = code · scale; what is not finite makes the scale so.
     slot_mapping int64 [tokens] = block · block_size + offset.
     """
     block, slot = slot_mapping // k_cache.shape[1], slot_mapping % k_cache.shape[1]
-    k_cache[block, slot] = k
-    v_cache[block, slot] = v
+    for x, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
+        if scales is not None:
+            scale = x.abs().amax(-1) / 127
+            scales[block, :, slot] = scale
+            x = (x / scale.unsqueeze(-1)).nan_to_num(nan=0.0).clamp(-127, 127).round()
+        elif cache.dtype == torch.float8_e4m3fn:
+            x = x.clamp(-448, 448)
+        cache[block, slot] = x.to(cache.dtype)
+
+
+def _widen(cache: Tensor, scales: Tensor | None) -> Tensor:
+    """[blocks, block_size, kv_heads, head_dim] as fp32."""
+    return cache.float() if scales is None else cache.float() * scales.transpose(1, 2).unsqueeze(-1)
 
 
 def rope_store_(
@@ -190,6 +211,8 @@ def rope_store_(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """What comes before attention: ``rms_norm`` of each head where norms are given, ``rope_``, ``kv_write``.
 
@@ -199,7 +222,7 @@ def rope_store_(
         if norm is not None:
             x.copy_(rms_norm(x, norm, eps))
         rope_(x, cos_sin, positions)
-    kv_write(k, v, k_cache, v_cache, slot_mapping)
+    kv_write(k, v, k_cache, v_cache, slot_mapping, k_scales, v_scales)
 
 
 def paged_attention(
@@ -210,11 +233,14 @@ def paged_attention(
     query_start_loc: Tensor,
     seq_lens: Tensor,
     scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal grouped-query attention over the paged cache, prefill chunks and decode alike.
 
     q fp32 [tokens, heads, head_dim], the new tokens of all requests one after another: those of request r are
-    query_start_loc[r] … query_start_loc[r+1] and are its last ones; caches as in ``kv_write``, already holding them.
+    query_start_loc[r] … query_start_loc[r+1] and are its last ones; caches and scales as in ``kv_write``, already
+    holding them.
     block_tables int32 [requests, max_blocks]; query_start_loc int32 [requests + 1]; seq_lens int32 [requests] counts
     all cached tokens, the new ones included. Head h reads kv head h // (heads / kv_heads).
     Returns fp32 [tokens, heads, head_dim].
@@ -226,8 +252,12 @@ def paged_attention(
         if start == end:
             continue
         blocks = block_tables[r, : -(-seq_len // k_cache.shape[1])].long()
-        k = k_cache[blocks].flatten(0, 1)[:seq_len].repeat_interleave(groups, 1)  # [seq, heads, head_dim]
-        v = v_cache[blocks].flatten(0, 1)[:seq_len].repeat_interleave(groups, 1)
+        k, v = (  # [seq, heads, head_dim]
+            _widen(cache[blocks], None if scales is None else scales[blocks])
+            .flatten(0, 1)[:seq_len]
+            .repeat_interleave(groups, 1)
+            for cache, scales in ((k_cache, k_scales), (v_cache, v_scales))
+        )
         scores = torch.einsum("qhd,khd->hqk", q[start:end], k) * scale
         query_position = torch.arange(seq_len - (end - start), seq_len).unsqueeze(1)
         scores.masked_fill_(torch.arange(seq_len) > query_position, float("-inf"))

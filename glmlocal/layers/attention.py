@@ -34,6 +34,7 @@ class Attention:
         v = self.v_proj(x).view(num_tokens, -1, self.head_dim)
         cache = context.kv_cache
         k_cache, v_cache = cache.keys[self.layer_idx], cache.values[self.layer_idx]
+        k_scales, v_scales = cache.key_scales[self.layer_idx], cache.value_scales[self.layer_idx]
         kernels.rope_store_(
             q,
             k,
@@ -46,8 +47,18 @@ class Attention:
             k_cache,
             v_cache,
             context.slot_mapping,
+            k_scales,
+            v_scales,
         )
         out = kernels.paged_attention(
-            q, k_cache, v_cache, context.block_tables, context.query_start_loc, context.seq_lens, self.head_dim**-0.5
+            q,
+            k_cache,
+            v_cache,
+            context.block_tables,
+            context.query_start_loc,
+            context.seq_lens,
+            self.head_dim**-0.5,
+            k_scales,
+            v_scales,
         )
         return self.o_proj(out.view(num_tokens, -1))

@@ -7,24 +7,45 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Per layer K and V, fp32 [blocks, block_size, kv_heads, head_dim], both views of another memory order."""
+    """Per layer K and V [blocks, block_size, kv_heads, head_dim], both views of another memory order.
+
+    fp8 is unscaled; int8 has a scale per token and kv head, fp32 [blocks, kv_heads, block_size] (None for the others).
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    key_scales: tuple[Tensor | None, ...]
+    value_scales: tuple[Tensor | None, ...]
 
     @classmethod
-    def allocate(cls, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> KVCache:
+    def allocate(
+        cls, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, kv_dtype: str
+    ) -> KVCache:
         """Address space for all blocks; the system gives memory to those that are written.
 
         In memory a block's keys lie [kv_heads, head_dim, block_size] and its values [kv_heads, block_size, head_dim]:
         the orders in which attention reads them (decode at 4K context: 1.25 times as fast as in the shape's own order).
         """
-        keys = [torch.empty(num_blocks, num_kv_heads, head_dim, block_size) for _ in range(num_layers)]
-        values = [torch.empty(num_blocks, num_kv_heads, block_size, head_dim) for _ in range(num_layers)]
-        return cls(tuple(key.permute(0, 3, 1, 2) for key in keys), tuple(value.transpose(1, 2) for value in values))
+        dtype, layers = TORCH_DTYPE[kv_dtype], range(num_layers)
+        keys = [torch.empty(num_blocks, num_kv_heads, head_dim, block_size, dtype=dtype) for _ in layers]
+        values = [torch.empty(num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype) for _ in layers]
+
+        def scales() -> tuple[Tensor | None, ...]:
+            return tuple(
+                torch.empty(num_blocks, num_kv_heads, block_size) if kv_dtype == "int8" else None for _ in layers
+            )
+
+        return cls(
+            tuple(key.permute(0, 3, 1, 2) for key in keys),
+            tuple(value.transpose(1, 2) for value in values),
+            scales(),
+            scales(),
+        )
 
     @property
     def block_size(self) -> int:
@@ -32,4 +53,5 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        tensors = (*self.keys, *self.values, *self.key_scales, *self.value_scales)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)

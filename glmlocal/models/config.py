@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from glmlocal.errors import CheckpointError
-from glmlocal.formats.index import quoted
+from glmlocal.errors import CheckpointError, ConfigError
+from glmlocal.formats.index import TensorRef, quoted
 from glmlocal.models.tensors import (
     ARCHITECTURE,
     check_tensors,
@@ -22,8 +22,10 @@ from glmlocal.models.tensors import (
 )
 
 __all__ = [  # a config and the tensors that follow from it are asked for together
+    "KV_DTYPES",
     "ModelConfig",
     "check_tensors",
+    "choose_kv_dtype",
     "expected_mtp_tensors",
     "expected_tensors",
     "mtp_problem",
@@ -31,7 +33,8 @@ __all__ = [  # a config and the tensors that follow from it are asked for togeth
 ]
 
 MODEL_TYPE = "glm4_moe"
-KV_CACHE_ITEMSIZE = 4  # the cache is fp32
+KV_DTYPES = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1}  # bytes of one element of the KV cache
+KV_SCALE_BYTES = 4  # int8: one scale for each token and kv head of keys, one of values
 
 _INT_RANGES = {
     "vocab_size": (1, 1 << 24),
@@ -102,10 +105,10 @@ class ModelConfig:
         """Features of each head that are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache for one token, as the cache is now (fp32), MTP layers not counted."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * KV_CACHE_ITEMSIZE
+    def kv_bytes_per_token(self, kv_dtype: str) -> int:
+        """Bytes of KV cache for one token, MTP layers not counted; ``kv_dtype`` is one of KV_DTYPES."""
+        head_bytes = self.head_dim * KV_DTYPES[kv_dtype] + (KV_SCALE_BYTES if kv_dtype == "int8" else 0)
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * head_bytes
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -132,6 +135,19 @@ class ModelConfig:
         )
         _check_relations(result)
         return result
+
+
+def choose_kv_dtype(wanted: str, tensors: Mapping[str, TensorRef]) -> str:
+    """``auto`` → fp32 where the checkpoint's weights are (told by those that make keys), else bf16; others: themselves.
+
+    The name and the idea are vLLM's. Raises ConfigError for a dtype that there is not.
+    """
+    if wanted == "auto":
+        ref = tensors.get("model.layers.0.self_attn.k_proj.weight")
+        return "fp32" if ref is not None and ref.dtype == "F32" else "bf16"
+    if wanted not in KV_DTYPES:
+        raise ConfigError(f"--kv-dtype is {quoted(wanted)}, wanted auto, {', '.join(KV_DTYPES)}")
+    return wanted
 
 
 def _check_architecture(config: Mapping[str, Any]) -> None:

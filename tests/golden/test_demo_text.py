@@ -47,7 +47,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 def llm() -> Iterator[LLM]:
     if cached_demo(demo_dir()) is None:
         pytest.skip("the demo model is not in the cache; `glmlocal show demo` fetches it")
-    with LLM("demo", context=512) as model:
+    with LLM("demo", context=512, kv_dtype="fp32") as model:
         yield model
 
 

@@ -31,7 +31,7 @@ def test_quantized_gguf_gives_the_logits_of_its_dequantized_weights(quant: str, 
     stored = tiny_gguf.convert(tiny.save(model, tmp_path), tmp_path / "tiny.gguf", quant)
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     dequantized = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
-    got = load_engine(open_checkpoint(tmp_path / "tiny.gguf")).logits(TOKENS)
+    got = load_engine(open_checkpoint(tmp_path / "tiny.gguf"), kv_dtype="fp32").logits(TOKENS)
     want = reference_logits(dequantized, TOKENS)
     assert relative_error(got, want) < TOLERANCE
     assert relative_error(got, reference_logits(model, TOKENS)) > TOLERANCE  # it was quantized
@@ -53,7 +53,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     stored = tiny_gguf.convert(tiny.save(model, tmp_path), tmp_path / "tiny.gguf", "Q8_0")
     assert "lm_head.weight" not in stored
     model.load_state_dict(stored_to_state(model, stored))
-    got = load_engine(open_checkpoint(tmp_path / "tiny.gguf")).logits(TOKENS)
+    got = load_engine(open_checkpoint(tmp_path / "tiny.gguf"), kv_dtype="fp32").logits(TOKENS)
     assert relative_error(got, reference_logits(model, TOKENS)) < TOLERANCE
 
 

@@ -1,4 +1,8 @@
-"""Native paged attention against the plain one in float64, and against itself however a prompt is cut up."""
+"""Native paged attention against the plain one in float64, and against itself however a prompt is cut up.
+
+Caches of every dtype: what they hold is compared, not what was to be stored. Where the CPU multiplies pairs of bf16,
+the definition is given the rounded queries, and probabilities may be off by bf16's 2^-8 of themselves.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +25,7 @@ if not cpu.available:
 from glmlocal.kernels.cpu import _cpu
 from glmlocal.kernels.cpu.attention import paged_attention
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8]
 TILE, SPLIT = _cpu.KEY_TILE, _cpu.KEY_SPLIT
 NAN = float("nan")
 
@@ -49,13 +55,14 @@ SHAPES = [
 
 @dataclass(frozen=True)
 class Case:
-    """Requests with their cache; whatever no query may look at is NaN, or a block id that does not exist."""
+    """Requests with their cache; whatever no query may look at is NaN, has a scale of NaN, or does not exist."""
 
     shape: Shape
     keys: list[Tensor]  # per request [seq_len, kv_heads, head_dim]
     values: list[Tensor]
     queries: list[Tensor]  # per request [new, heads, head_dim]
     scale: float
+    dtype: torch.dtype = torch.float32
 
     def run(
         self, parts: list[tuple[int, int, int]], order: str = "tokens", op: Callable[..., Tensor] = paged_attention
@@ -66,28 +73,45 @@ class Case:
         needed = [-(-seq_len // size) for seq_len in seq_lens]
         num_blocks = sum(needed) + 2
         ids = torch.randperm(num_blocks)[: sum(needed)].split(needed)
-        k_cache, v_cache = caches(shape, num_blocks, order)
+        k_cache, v_cache, *scales = caches(shape, num_blocks, order, self.dtype)
         tables = torch.full((len(parts), max(needed, default=0) + 1), -7, dtype=torch.int32)
         for row, (r, _, _) in enumerate(parts):
             tables[row, : needed[row]] = ids[row]
             position = torch.arange(seq_lens[row])
-            k_cache[ids[row][position // size], position % size] = self.keys[r][: seq_lens[row]]
-            v_cache[ids[row][position // size], position % size] = self.values[r][: seq_lens[row]]
+            slots = ids[row][position // size] * size + position % size
+            stored = self.keys[r][: seq_lens[row]], self.values[r][: seq_lens[row]]
+            reference.kv_write(*stored, k_cache, v_cache, slots, *scales)
         counts = [end - start for _, start, end in parts]
         q = torch.cat([self.queries[r][start:end] for r, start, end in parts])
         starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
-        out = op(q, k_cache, v_cache, tables, starts, torch.tensor(seq_lens, dtype=torch.int32), self.scale)
+        seq_lens_tensor = torch.tensor(seq_lens, dtype=torch.int32)
+        out = op(q, k_cache, v_cache, tables, starts, seq_lens_tensor, self.scale, *scales)
         return list(out.split(counts))
 
-    def expected(self, r: int) -> Tensor:
-        """In float64, by the definition."""
-        q, k, v = self.queries[r].double(), self.keys[r].double(), self.values[r].double()
+    @property
+    def in_pairs(self) -> bool:
+        return self.dtype is not torch.float32 and _cpu.attention_in_pairs()
+
+    def expected(self, r: int) -> tuple[Tensor, Tensor]:
+        """In float64, by the definition; and the same with absolute values."""
+        q = self.queries[r] * self.scale
+        q = (q.bfloat16() if self.in_pairs else q).double()
+        k, v = (stored(x, self.dtype).double() for x in (self.keys[r], self.values[r]))
         group = self.shape.heads // self.shape.kv_heads
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = torch.einsum("qhd,khd->hqk", q, k) * self.scale
+        scores = torch.einsum("qhd,khd->hqk", q, k)
         position = torch.arange(len(k) - len(q), len(k))[:, None]
         scores.masked_fill_(torch.arange(len(k)) > position, float("-inf"))
-        return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+        weights = scores.softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, v), torch.einsum("hqk,khd->qhd", weights, v.abs())
+
+
+def stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 [tokens, kv_heads, head_dim] as a cache of that dtype gives it back."""
+    caches = [torch.zeros(len(x), 1, *x.shape[1:], dtype=dtype) for _ in range(2)]
+    scales = [torch.zeros(len(x), x.shape[1], 1) for _ in range(2)] if dtype is torch.int8 else []
+    reference.kv_write(x, x, *caches, torch.arange(len(x)), *scales)
+    return caches[0][:, 0].float() * scales[0] if scales else caches[0][:, 0].float()
 
 
 def orders(shape: Shape) -> list[str]:
@@ -95,18 +119,29 @@ def orders(shape: Shape) -> list[str]:
     return ["tokens", "heads", *(["keys"] if shape.block_size % 16 == 0 else [])]
 
 
-def caches(shape: Shape, num_blocks: int, order: str) -> tuple[Tensor, Tensor]:
-    """Caches full of NaN, as [blocks, block_size, kv_heads, head_dim]."""
+def caches(shape: Shape, num_blocks: int, order: str, dtype: torch.dtype) -> list[Tensor]:
+    """Caches full of NaN, as [blocks, block_size, kv_heads, head_dim]; for int8 their scales are."""
     n, size, heads, dim = num_blocks, shape.block_size, shape.kv_heads, shape.head_dim
+
+    def full(*sizes: int) -> Tensor:
+        return torch.full(sizes, 77 if dtype is torch.int8 else NAN, dtype=dtype)
+
+    scales = [torch.full((n, heads, size), NAN) for _ in range(2)] if dtype is torch.int8 else []
     if order == "tokens":
-        return torch.full((n, size, heads, dim), NAN), torch.full((n, size, heads, dim), NAN)
-    values = torch.full((n, heads, size, dim), NAN).transpose(1, 2)
+        return [full(n, size, heads, dim), full(n, size, heads, dim), *scales]
+    values = full(n, heads, size, dim).transpose(1, 2)
     if order == "heads":
-        return torch.full((n, heads, size, dim), NAN).transpose(1, 2), values
-    return torch.full((n, heads, dim, size), NAN).permute(0, 3, 1, 2), values
+        return [full(n, heads, size, dim).transpose(1, 2), values, *scales]
+    return [full(n, heads, dim, size).permute(0, 3, 1, 2), values, *scales]
 
 
-def make_case(shape: Shape, lengths: list[tuple[int, int]], seed: int = 0, spread: float = 1.0) -> Case:
+def make_case(
+    shape: Shape,
+    lengths: list[tuple[int, int]],
+    seed: int = 0,
+    spread: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Case:
     """Requests of (seq_len, new tokens); ``spread`` is the standard deviation of the scores."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -119,6 +154,7 @@ def make_case(shape: Shape, lengths: list[tuple[int, int]], seed: int = 0, sprea
         [normal(seq_len, shape.kv_heads, shape.head_dim) for seq_len, _ in lengths],
         [normal(new, shape.heads, shape.head_dim) * spread for _, new in lengths],
         shape.head_dim**-0.5,
+        dtype,
     )
 
 
@@ -129,20 +165,29 @@ def whole(case: Case) -> list[tuple[int, int, int]]:
 def check(case: Case, results: list[Tensor], spread: float = 1.0) -> None:
     # A score is off by 2^-24 of its size, and its weight by as much of itself.
     for r, result in enumerate(results):
-        torch.testing.assert_close(result.double(), case.expected(r), rtol=1e-5, atol=2e-6 * max(1.0, spread))
+        expected, size = case.expected(r)
+        tolerance = 2e-6 * max(1.0, spread) + 1e-5 * expected.abs() + (2**-8 * size if case.in_pairs else 0)
+        assert ((result.double() - expected).abs() <= tolerance).all(), r
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "order"), [(shape, order) for shape in SHAPES for order in orders(shape)], ids=str)
-def test_matches_float64(isa: str, shape: Shape, order: str) -> None:
-    case = make_case(shape, [(1, 1), (TILE + 1, 1), (23, 23), (97, 31), (50, 0), (SPLIT + 2, 3)])
+def test_matches_float64(isa: str, shape: Shape, order: str, dtype: torch.dtype) -> None:
+    case = make_case(shape, [(1, 1), (TILE + 1, 1), (23, 23), (97, 31), (50, 0), (SPLIT + 2, 3)], dtype=dtype)
     check(case, case.run(whole(case), order))
 
 
+def test_narrow_caches_are_multiplied_in_pairs_where_the_cpu_can(isa: str) -> None:
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    assert _cpu.attention_in_pairs() == (isa.startswith("avx512") and "avx512_bf16" in flags)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "seq_len", [1, 2, 15, 16, 17, TILE - 1, TILE, TILE + 1, SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT + 77]
 )
-def test_decode_of_every_length_matches_float64(isa: str, seq_len: int) -> None:
-    case = make_case(DEMO, [(seq_len, 1)])
+def test_decode_of_every_length_matches_float64(isa: str, seq_len: int, dtype: torch.dtype) -> None:
+    case = make_case(DEMO, [(seq_len, 1)], dtype=dtype)
     check(case, case.run(whole(case)))
 
 
@@ -173,12 +218,13 @@ def test_huge_scores_stay_finite(isa: str) -> None:
     assert all(torch.isfinite(result).all() for result in results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [AIR_PART, DEMO, Shape(4, 2, 24, 16), Shape(5, 1, 8, 3)], ids=str)
 def test_bits_depend_on_neither_chunks_nor_batch_nor_threads_nor_cache_order(
-    isa: str, threads: Callable[[int], None], shape: Shape
+    isa: str, threads: Callable[[int], None], shape: Shape, dtype: torch.dtype
 ) -> None:
     length = SPLIT + TILE + 3
-    case = make_case(shape, [(length, length), (70, 70), (SPLIT + 9, 2)])
+    case = make_case(shape, [(length, length), (70, 70), (SPLIT + 9, 2)], dtype=dtype)
     threads(1)
     together = case.run(whole(case))
     for count in (1, 2):
@@ -197,8 +243,9 @@ def test_bits_depend_on_neither_chunks_nor_batch_nor_threads_nor_cache_order(
             assert torch.equal(together[1][min(token, 60) : min(token, 60) + 3], other)
 
 
-def test_verifying_drafts_gives_the_bits_of_decoding(isa: str) -> None:
-    case = make_case(AIR, [(2 * SPLIT + 2, 5)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_verifying_drafts_gives_the_bits_of_decoding(isa: str, dtype: torch.dtype) -> None:
+    case = make_case(AIR, [(2 * SPLIT + 2, 5)], dtype=dtype)
     alone = [case.run([(0, token, token + 1)])[0] for token in range(5)]
     for count in (2, 3, 4, 5):
         (drafts,) = case.run([(0, 5 - count, 5)])
@@ -220,16 +267,20 @@ def test_agrees_with_the_plain_op(isa: str) -> None:
     torch.testing.assert_close(paged_attention(q, k_cache, v_cache, *arguments), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_nan_of_a_visible_key_or_value_shows_in_exactly_the_queries_that_see_it(isa: str) -> None:
-    case = make_case(DEMO, [(100, 100)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("position", [70, 71])  # either of a pair of keys
+def test_nan_of_a_visible_key_or_value_shows_in_exactly_the_queries_that_see_it(
+    isa: str, position: int, dtype: torch.dtype
+) -> None:
+    case = make_case(DEMO, [(100, 100)], dtype=dtype)
     for tensor in (case.keys[0], case.values[0]):
-        kept = tensor[70, 1, 5].item()
-        tensor[70, 1, 5] = NAN
+        kept = tensor[position, 1, 5].item()
+        tensor[position, 1, 5] = NAN
         (result,) = case.run(whole(case))
-        tensor[70, 1, 5] = kept
+        tensor[position, 1, 5] = kept
         seen = torch.isnan(result).any(-1)
-        assert seen[70:, 3:6].all()
-        assert not seen[:70].any()
+        assert seen[position:, 3:6].all()
+        assert not seen[:position].any()
         assert not seen[:, :3].any()
         assert not seen[:, 6:].any()
 
@@ -266,6 +317,10 @@ def ints(*values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+INT8 = {name: torch.zeros(5, 32, 2, 16, dtype=torch.int8) for name in ("k_cache", "v_cache")}
+SCALES = {name: torch.zeros(5, 2, 32) for name in ("k_scales", "v_scales")}
+
+
 @pytest.mark.parametrize(
     ("message", "changed"),
     [
@@ -283,13 +338,17 @@ def ints(*values: Any) -> Tensor:
         (r"block_tables wanted contiguous", {"block_tables": ints([0, 4], [1, 0]).t()}),
         (r"q wanted contiguous torch.float32 \[3, 4, 16\].*found torch.float64", {"q": torch.zeros(3, 4, 16).double()}),
         (r"q wanted contiguous .* strides", {"q": torch.zeros(4, 3, 16).transpose(0, 1)}),
-        (r"caches wanted fp32 .*bfloat16", {"k_cache": torch.zeros(5, 32, 2, 16, dtype=torch.bfloat16)}),
-        (r"caches wanted fp32 \[blocks, block_size, kv_heads, 16\]", {"v_cache": torch.zeros(5, 32, 1, 16)}),
-        (r"caches wanted fp32 .* 24\]", {"q": torch.zeros(3, 4, 24)}),
+        (r"caches wanted fp32, .*bfloat16", {"k_cache": torch.zeros(5, 32, 2, 16, dtype=torch.bfloat16)}),
+        (r"caches wanted fp32, .*float64", {n: torch.zeros(5, 32, 2, 16).double() for n in ("k_cache", "v_cache")}),
+        (r"caches wanted fp32, .* \[5, 32, 2, 16\]", {"v_cache": torch.zeros(5, 32, 1, 16)}),
+        (r"caches wanted fp32, .* 24\]", {"q": torch.zeros(3, 4, 24)}),
         (r"features next to each other", {"v_cache": torch.zeros(5, 2, 16, 32).permute(0, 3, 1, 2)}),
         (r"features next to each other", {"k_cache": torch.zeros(5, 32, 16, 2).transpose(2, 3)}),
         (r"equally many query heads .* 3 heads for 2", {"q": torch.zeros(3, 3, 16)}),
-        (r"caches wanted fp32", {"k_cache": torch.zeros(5, 0, 2, 16), "v_cache": torch.zeros(5, 0, 2, 16)}),
+        (r"scales belong to int8 caches, found torch.float32", {"k_scales": torch.zeros(5, 2, 32)}),
+        (r"int8 caches wanted k_scales and v_scales", INT8),
+        (r"v_scales wanted contiguous torch.float32 \[5, 2, 32\]", INT8 | SCALES | {"v_scales": torch.zeros(5, 32, 2)}),
+        (r"caches wanted \[blocks", {"k_cache": torch.zeros(5, 0, 2, 16), "v_cache": torch.zeros(5, 0, 2, 16)}),
         (r"blocks from 0 to -1", {"k_cache": torch.zeros(0, 32, 2, 16), "v_cache": torch.zeros(0, 32, 2, 16)}),
     ],
 )  # fmt: skip

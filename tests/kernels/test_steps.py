@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glmlocal import kernels
 from glmlocal.kernels import reference
+from glmlocal.layers.kv_cache import TORCH_DTYPE, KVCache
 
 pytestmark = pytest.mark.usefixtures("isa")
 NAN = float("nan")
@@ -165,3 +166,136 @@ def test_the_memory_order_of_the_caches_does_not_matter() -> None:
     kernels.rope_store_(*(x.clone() for x in inputs), **{**rest, "k_cache": k_cache, "v_cache": v_cache})
     assert torch.equal(k_cache.nan_to_num(9), rest["k_cache"].nan_to_num(9))
     assert torch.equal(v_cache.nan_to_num(9), rest["v_cache"].nan_to_num(9))
+
+
+NARROW = ["bf16", "fp8", "int8"]
+
+
+def awkward_numbers() -> Tensor:
+    """fp32 [n]: what rounding to bf16 and e4m3 can go wrong with, and any bits at all."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = codes[codes.isfinite()].unique()
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    edges = torch.tensor(
+        [0.0, -0.0, 448, 463.9, 464, 464.1, 480, 1e30, -449, 2**-10, 1.5 * 2**-9, 1e-30, 1e-44, 3.4e38]
+    )
+    special = torch.tensor([float("inf"), float("-inf"), NAN])
+    halves = (torch.arange(0x3F00, 0x4100) * 65536 + 0x8000).int().view(torch.float32)  # bf16's ties
+    any_bits = torch.randint(-(2**31), 2**31, (4096,), generator=torch.Generator().manual_seed(5)).int()
+    near = torch.cat([ties, edges, halves])
+    return torch.cat(
+        [
+            codes,
+            near,
+            near.nextafter(torch.tensor(1e38)),
+            near.nextafter(torch.tensor(-1e38)),
+            special,
+            any_bits.view(torch.float32),
+        ]
+    )
+
+
+def same_numbers(got: Tensor, want: Tensor) -> bool:
+    """Equal, the signs of zeros too; NaN is NaN."""
+    got, want = got.float(), want.float()
+    signs = torch.equal(got.signbit()[~want.isnan()], want.signbit()[~want.isnan()])
+    return signs and bool(((got == want) | (got.isnan() & want.isnan())).all())
+
+
+@pytest.mark.parametrize("kv_dtype", NARROW)
+def test_stored_numbers_are_rounded_like_the_twin_rounds(kv_dtype: str) -> None:
+    numbers = awkward_numbers()
+    v = torch.cat([numbers, torch.zeros(-len(numbers) % 128)]).view(-1, 2, 64)
+    v[3] = 0  # int8: a scale of 0
+    v[4] = 1e-44
+    tokens = len(v)
+    cache, twin = (KVCache.allocate(1, -(-tokens // 16), 16, 2, 64, kv_dtype) for _ in range(2))
+    slots = torch.randperm(tokens)
+    for kv, op in ((cache, kernels.rope_store_), (twin, reference.rope_store_)):
+        rest = (kv.keys[0], kv.values[0], slots, kv.key_scales[0], kv.value_scales[0])
+        cos_sin, positions = torch.tensor([[1.0, 0.0]]), torch.zeros(tokens).long()
+        op(torch.zeros(tokens, 2, 64), torch.zeros(tokens, 2, 64), v, None, None, 1e-5, cos_sin, positions, *rest)
+    block, slot = slots // 16, slots % 16
+    for mine, theirs in ((cache.keys, twin.keys), (cache.values, twin.values)):
+        assert same_numbers(mine[0][block, slot], theirs[0][block, slot])
+    for mine, theirs in ((cache.key_scales, twin.key_scales), (cache.value_scales, twin.value_scales)):
+        if mine[0] is not None and theirs[0] is not None:
+            assert same_numbers(mine[0][block, :, slot], theirs[0][block, :, slot])
+    if kv_dtype == "fp8":  # the twin itself, by the format's definition
+        finite = v[~v.isnan()].clamp(-448, 448)
+        got = cache.values[0][block, slot].float()[~v.isnan()]
+        step = torch.maximum(2.0 ** (finite.abs().double().log2().floor().clamp(min=-6) - 3), torch.tensor(2.0**-9))
+        assert ((got - finite).abs() <= step / 2).all()
+        assert got.abs().max() == 448
+
+
+@pytest.mark.parametrize("kv_dtype", NARROW)
+def test_a_value_alone_is_read_exactly(kv_dtype: str) -> None:
+    """One key has a weight of 1: attention gives back what the cache holds, whatever its code is."""
+    codes = torch.arange(65536 if kv_dtype == "bf16" else 256)
+    if kv_dtype == "bf16":
+        codes = codes[((codes & 0x7F80) != 0) & ((codes & 0x7F80) < 0x7F00)]  # normal, and no overflow of sums
+    codes = torch.cat([codes, codes[: -len(codes) % 128]]).view(-1, 2, 64)
+    dtype, requests = TORCH_DTYPE[kv_dtype], len(codes)
+    cache = KVCache.allocate(1, requests, 16, 2, 64, kv_dtype)
+    stored = codes.to(torch.int16 if kv_dtype == "bf16" else torch.uint8).view(dtype)
+    cache.keys[0][:, 0], cache.values[0][:, 0] = torch.zeros(requests, 2, 64).to(dtype), stored
+    want = stored.float()
+    if kv_dtype == "int8":
+        scales = 2.0 ** torch.randint(-8, 8, (requests, 2))
+        for scale in (*cache.key_scales, *cache.value_scales):
+            assert scale is not None
+            scale[:, :, 0] = scales
+        want = want * scales[:, :, None]
+    out = kernels.paged_attention(
+        random(requests, 2, 64),
+        cache.keys[0],
+        cache.values[0],
+        torch.arange(requests, dtype=torch.int32)[:, None],
+        torch.arange(requests + 1, dtype=torch.int32),
+        torch.ones(requests, dtype=torch.int32),
+        0.125,
+        cache.key_scales[0],
+        cache.value_scales[0],
+    )
+    assert ((out == want) | (out.isnan() & want.isnan())).all()
+
+
+@pytest.mark.parametrize("kv_dtype", NARROW)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "rotary_dim"), [(96, 8, 128, 64), (9, 3, 64, 64), (4, 2, 24, 8)]
+)
+def test_keys_are_rotated_before_they_are_rounded(
+    heads: int, kv_heads: int, head_dim: int, rotary_dim: int, kv_dtype: str
+) -> None:
+    inputs, rest = rope_case(61, heads, kv_heads, head_dim, rotary_dim, norms=True)
+    cache, twin = (KVCache.allocate(1, 5, 16, kv_heads, head_dim, kv_dtype) for _ in range(2))
+    before = [x.clone() for x in (*cache.keys, *cache.values)]
+    scales = {"k_scales": cache.key_scales[0], "v_scales": cache.value_scales[0]}
+    kernels.rope_store_(*inputs, **{**rest, "k_cache": cache.keys[0], "v_cache": cache.values[0]}, **scales)
+    _, k, v = inputs  # k as rotated
+    slots = rest["slot_mapping"]
+    reference.kv_write(k, v, twin.keys[0], twin.values[0], slots, twin.key_scales[0], twin.value_scales[0])
+    block, slot = slots // 16, slots % 16
+    other = torch.ones(5, 16, dtype=torch.bool)
+    other[block, slot] = False
+    for mine, theirs, old in zip((*cache.keys, *cache.values), (*twin.keys, *twin.values), before, strict=True):
+        assert same_numbers(mine[block, slot], theirs[block, slot])
+        assert same_numbers(mine[other], old[other])
+    if kv_dtype == "int8":
+        assert mine.abs().amax() == 127
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"k_cache": torch.zeros(5, 16, 2, 16, dtype=torch.bfloat16)},
+        {"k_scales": torch.zeros(5, 2, 16)},
+        {name: torch.zeros(5, 16, 2, 16, dtype=torch.int8) for name in ("k_cache", "v_cache")},
+        {name: torch.zeros(5, 16, 2, 16, dtype=torch.float16) for name in ("k_cache", "v_cache")},
+    ],
+)
+def test_caches_that_do_not_fit_are_refused(changed: dict[str, Any]) -> None:
+    inputs, rest = rope_case(4, 4, 2, 16, 8, norms=False)
+    with pytest.raises(ValueError, match=r"wanted|belong"):
+        kernels.rope_store_(*inputs, **{**rest, **changed})

@@ -111,8 +111,10 @@ def test_the_released_values_are_read() -> None:
     assert (config.rope_theta, config.partial_rotary_factor, config.rotary_dim) == (1e6, 0.5, 64)
     assert (config.use_qk_norm, config.attention_bias, config.routed_scaling_factor) == (True, True, 2.5)
     assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == ((151329, 151336, 151338), 151329, None)
-    assert config.kv_bytes_per_token == 2 * 376_832
-    assert ModelConfig.from_hf(AIR).kv_bytes_per_token == 2 * 188_416
+    air = ModelConfig.from_hf(AIR)
+    assert (config.kv_bytes_per_token("bf16"), air.kv_bytes_per_token("bf16")) == (376_832, 188_416)
+    assert [air.kv_bytes_per_token(dtype) for dtype in ("fp32", "fp8")] == [376_832, 94_208]
+    assert air.kv_bytes_per_token("int8") == 94_208 + 2 * 46 * 8 * 4
 
 
 def test_defaults_are_those_of_transformers() -> None:

@@ -60,7 +60,7 @@ def test_json_says_what_the_model_is(release: Path, capsys: pytest.CaptureFixtur
         "heads": 4, "kv_heads": 2, "head_dim": 32, "rotary_dim": 16, "bias": True, "qk_norm": True,
     }  # fmt: skip
     assert facts["context"] == 512
-    assert facts["kv_bytes_per_token"] == {"used": 3 * 2 * 2 * 32 * 4, "16bit": 3 * 2 * 2 * 32 * 2}
+    assert facts["kv_bytes_per_token"] == {"used": 3 * 2 * 2 * 32 * 4, "16bit": 3 * 2 * 2 * 32 * 2, "dtype": "fp32"}
     assert facts["mtp"] == {
         "layers": 1, "present": True, "usable": True, "problem": None, "embedding_copy": True, "head_copy": True,
     }  # fmt: skip

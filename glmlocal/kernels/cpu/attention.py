@@ -2,6 +2,9 @@
 
 The caches may lie in memory in another order than their shape says, as views: keys as [blocks, kv_heads, head_dim,
 block_size] and values as [blocks, kv_heads, block_size, head_dim] are read fastest. The order never changes a result.
+
+Where the CPU multiplies pairs of bf16 (AVX512_BF16) and the cache is not fp32, queries and probabilities are rounded to
+bf16; sums are fp32 always.
 """
 
 from __future__ import annotations
@@ -14,6 +17,35 @@ from glmlocal.kernels.cpu import _cpu
 from glmlocal.kernels.cpu.linear import check_tensor
 
 _LANES = 16  # keys that the kernels take at a time
+_CACHE_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8", torch.int8: "i8"}
+
+
+def check_cache(
+    op: str,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    shape: tuple[int, int, int, int],
+) -> tuple[str, int, int]:
+    """The name of the element type and the addresses of the scales (0: none). Raises ValueError; strides are free."""
+    name = _CACHE_TYPES.get(k_cache.dtype, "")
+    for cache in (k_cache, v_cache):
+        if not name or cache.dtype is not k_cache.dtype or cache.shape != shape or not cache.is_cpu:
+            raise ValueError(
+                f"{op}: caches wanted fp32, bf16, fp8 (e4m3fn) or int8 {list(shape)} on the CPU, "
+                f"found {k_cache.dtype} {list(k_cache.shape)} and {v_cache.dtype} {list(v_cache.shape)}"
+            )
+    if name != "i8":
+        if k_scales is not None or v_scales is not None:
+            raise ValueError(f"{op}: scales belong to int8 caches, found {k_cache.dtype}")
+        return name, 0, 0
+    if k_scales is None or v_scales is None:
+        raise ValueError(f"{op}: int8 caches wanted k_scales and v_scales")
+    blocks, block_size, kv_heads, _ = shape
+    check_tensor(f"{op}: k_scales", k_scales, torch.float32, (blocks, kv_heads, block_size))
+    check_tensor(f"{op}: v_scales", v_scales, torch.float32, (blocks, kv_heads, block_size))
+    return name, k_scales.data_ptr(), v_scales.data_ptr()
 
 
 def paged_attention(
@@ -24,6 +56,8 @@ def paged_attention(
     query_start_loc: Tensor,
     seq_lens: Tensor,
     scale: float,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     tokens, heads, head_dim = q.shape
     shape = k_cache.shape
@@ -32,20 +66,15 @@ def paged_attention(
     check_tensor("paged_attention: block_tables", block_tables, torch.int32, (requests, max_blocks))
     check_tensor("paged_attention: query_start_loc", query_start_loc, torch.int32, (requests + 1,))
     check_tensor("paged_attention: seq_lens", seq_lens, torch.int32, (requests,))
-    k_strides, v_strides = k_cache.stride(), v_cache.stride()
-    if (
-        k_cache.dtype is not torch.float32
-        or v_cache.dtype is not torch.float32
-        or not (k_cache.is_cpu and v_cache.is_cpu)
-        or len(shape) != 4
-        or v_cache.shape != shape
-        or shape[3] != head_dim
-        or shape[1] == 0
-    ):
+    if len(shape) != 4 or shape[1] == 0:
         raise ValueError(
-            f"paged_attention: caches wanted fp32 [blocks, block_size, kv_heads, {head_dim}] on the CPU, "
-            f"found {k_cache.dtype} {list(shape)} and {v_cache.dtype} {list(v_cache.shape)}"
+            f"paged_attention: caches wanted [blocks, block_size, kv_heads, {head_dim}], found {list(shape)}"
         )
+    cache_shape = shape[0], shape[1], shape[2], head_dim
+    cache_type, k_scales_ptr, v_scales_ptr = check_cache(
+        "paged_attention", k_cache, v_cache, k_scales, v_scales, cache_shape
+    )
+    k_strides, v_strides = k_cache.stride(), v_cache.stride()
     if v_strides[3] != 1 or (k_strides[3] != 1 and (k_strides[1] != 1 or shape[1] % _LANES)):
         raise ValueError(
             f"paged_attention: caches wanted features next to each other, or of keys the slots of a block of a "
@@ -57,17 +86,22 @@ def paged_attention(
             f"found head_dim {head_dim} and {heads} heads for {shape[2]}"
         )
     if head_dim % 8:  # no released model: not worth a code path of its own
-        return reference.paged_attention(q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale)
+        return reference.paged_attention(
+            q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale, k_scales, v_scales
+        )
     out = torch.empty_like(q)
     _cpu.paged_attention(
         q.data_ptr(),
         tokens,
         heads,
+        cache_type,
         k_cache.data_ptr(),
         k_strides,
+        k_scales_ptr,
         v_cache.data_ptr(),
         v_strides,
-        shape,
+        v_scales_ptr,
+        cache_shape,
         block_tables.data_ptr(),
         max_blocks,
         query_start_loc.data_ptr(),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from glmlocal.kernels.cpu import _cpu
+from glmlocal.kernels.cpu.attention import check_cache
 from glmlocal.kernels.cpu.linear import check_rows, check_tensor
 
 
@@ -31,6 +32,8 @@ def rope_store_(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     tokens, heads, head_dim = q.shape
     blocks, block_size, kv_heads, _ = k_cache.shape
@@ -42,11 +45,7 @@ def rope_store_(
     for name, tensor in (("k", k), ("v", v)):
         check_tensor(f"rope_store_: {name}", tensor, torch.float32, (tokens, kv_heads, head_dim))
     shape = (blocks, block_size, kv_heads, head_dim)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):  # any strides
-        if cache.dtype is not torch.float32 or cache.shape != shape or not cache.is_cpu:
-            raise ValueError(
-                f"rope_store_: {name} wanted fp32 {list(shape)} on the CPU, found {cache.dtype} {list(cache.shape)}"
-            )
+    cache_type, k_scales_ptr, v_scales_ptr = check_cache("rope_store_", k_cache, v_cache, k_scales, v_scales, shape)
     for name, index in (("positions", positions), ("slot_mapping", slot_mapping)):
         check_tensor(f"rope_store_: {name}", index, torch.int64, (tokens,))
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
@@ -66,10 +65,13 @@ def rope_store_(
         rotary_dim,
         positions.data_ptr(),
         slot_mapping.data_ptr(),
+        cache_type,
         k_cache.data_ptr(),
         k_cache.stride(),
+        k_scales_ptr,
         v_cache.data_ptr(),
         v_cache.stride(),
+        v_scales_ptr,
         shape,
     )
 

@@ -87,9 +87,11 @@ void check_attention(const KeyValueCache& cache, const AttentionBatch& batch) {
   }
 }
 
+bool attention_in_pairs() { return kernels().attention_in_pairs(); }
+
 void paged_attention(const KeyValueCache& cache, const AttentionBatch& batch) {
   const int kv_heads = int(cache.kv_heads), head_dim = int(cache.head_dim), group = int(batch.heads / cache.kv_heads);
-  const ptrdiff_t size = partial_size(head_dim);
+  const ptrdiff_t size = partial_size(head_dim), itemsize = ptrdiff_t(cache_itemsize(cache.type));
   std::vector<QueryTile> tiles = make_tiles(batch, std::clamp(kTileRows / group, 1, kTileKeys));
   share_heads(tiles, kv_heads, group);
 
@@ -102,7 +104,7 @@ void paged_attention(const KeyValueCache& cache, const AttentionBatch& batch) {
   double cost_ns = 0;
   for (QueryTile& tile : tiles) {
     const double pairs = double(tile.first_position + tile.num_tokens) * kv_heads * head_dim;
-    cost_ns += pairs * (4.0 * tile.num_tokens * group * kNsPerFlop + 8 * kNsPerByte);
+    cost_ns += pairs * (4.0 * tile.num_tokens * group * kNsPerFlop + 2.0 * double(itemsize) * kNsPerByte);
     tile.partials = num_partials;
     if (tile.separate_splits) num_partials += tile.num_splits * tile.num_tokens * batch.heads * size;
     for (int split = 0; split < (tile.separate_splits ? tile.num_splits : 1); ++split) {
@@ -120,10 +122,16 @@ void paged_attention(const KeyValueCache& cache, const AttentionBatch& batch) {
     task.q_stride = batch.q_stride;
     task.out = batch.out + tile->first_token * out_stride + head * group * head_dim;
     task.out_stride = out_stride;
-    task.keys = cache.keys + head * cache.key_strides.head;
-    task.values = cache.values + head * cache.value_strides.head;
+    task.type = cache.type;
+    task.keys = (const std::byte*)cache.keys + head * cache.key_strides.head * itemsize;
+    task.values = (const std::byte*)cache.values + head * cache.value_strides.head * itemsize;
     task.key_strides = cache.key_strides;
     task.value_strides = cache.value_strides;
+    if (cache.key_scales != nullptr) {
+      task.key_scales = cache.key_scales + head * cache.block_size;
+      task.value_scales = cache.value_scales + head * cache.block_size;
+      task.scale_block_stride = cache.kv_heads * cache.block_size;
+    }
     task.block_table = batch.block_tables + tile->request * batch.max_blocks;
     task.block_size = int(cache.block_size);
     task.num_tokens = tile->num_tokens;

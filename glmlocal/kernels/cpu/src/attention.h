@@ -6,10 +6,15 @@
 //
 // with every sum over features and keys taken in one fixed order. Neither the other queries of a call, nor how a prompt
 // is cut into chunks, nor the number of threads takes part in that, so they never change a bit of the result.
+//
+// Products and sums are fp32. Where the CPU multiplies pairs of bf16 (attention_in_pairs) and the cache is not fp32, queries
+// and probabilities are rounded to bf16 first: what the cache holds is exact in bf16, and twice as much is done at a time.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "cache_type.h"
 
 namespace glmlocal {
 
@@ -17,16 +22,19 @@ inline constexpr int kLanes = 16;
 inline constexpr int kTileKeys = 64;    // keys and values of 128 features: 64 KiB
 inline constexpr int kSplitKeys = 512;  // what one thread does of a long sequence at a time
 
-// fp32 [num_blocks, block_size, kv_heads, head_dim] with these distances in floats. Features are next to each other, or,
+// [num_blocks, block_size, kv_heads, head_dim] with these distances in elements. Features are next to each other, or,
 // of keys and where block_size is a multiple of 16, slots are: [num_blocks, kv_heads, head_dim, block_size] is the order
 // that the dot products want and saves transposing each tile (a third of the time of decoding).
 struct CacheStrides {
   ptrdiff_t block, slot, head, feature;
 };
 struct KeyValueCache {
-  const float* keys;
-  const float* values;
+  CacheType type;
+  const void* keys;
+  const void* values;
   CacheStrides key_strides, value_strides;
+  const float* key_scales;  // int8: [num_blocks, kv_heads, block_size]; else null
+  const float* value_scales;
   int64_t num_blocks, block_size, kv_heads, head_dim;
 };
 
@@ -50,9 +58,13 @@ struct AttentionTask {
   ptrdiff_t q_stride;
   float* out;
   ptrdiff_t out_stride;
-  const float* keys;  // of the first kv head
-  const float* values;
+  CacheType type;
+  const void* keys;  // of the first kv head
+  const void* values;
   CacheStrides key_strides, value_strides;
+  const float* key_scales;  // of the first kv head, or null; those of a block are scale_block_stride floats apart
+  const float* value_scales;
+  ptrdiff_t scale_block_stride;
   const int32_t* block_table;
   int block_size;
   int num_tokens, num_heads, group, head_dim;
@@ -71,6 +83,9 @@ constexpr int partial_size(int head_dim) { return padded_head_dim(head_dim) + kL
 
 // Throws std::invalid_argument where a length or a block id does not fit the cache or the other lengths.
 void check_attention(const KeyValueCache& cache, const AttentionBatch& batch);
+
+// Are queries and probabilities rounded to bf16 for caches that are not fp32?
+bool attention_in_pairs();
 
 // The batch must have passed check_attention().
 void paged_attention(const KeyValueCache& cache, const AttentionBatch& batch);

@@ -32,6 +32,9 @@ const std::map<std::string, Codes> kCodes{{"f32", Codes::f32}, {"bf16", Codes::b
                                           {"u4", Codes::u4},   {"u3", Codes::u3},     {"u2", Codes::u2}};
 const std::map<std::string, FloatType> kFloatTypes{{"f16", FloatType::f16}, {"f32", FloatType::f32}};
 
+const std::map<std::string, CacheType> kCacheTypes{{"f32", CacheType::f32}, {"bf16", CacheType::bf16},
+                                                   {"fp8", CacheType::fp8}, {"i8", CacheType::i8}};
+
 template <class Value>
 Value named(const std::map<std::string, Value>& names, const std::string& name) {
   if (const auto found = names.find(name); found != names.end()) return found->second;
@@ -193,10 +196,21 @@ using Strides = std::array<int64_t, 4>;
 
 CacheStrides cache_strides(const Strides& s) { return {s[0], s[1], s[2], s[3]}; }
 
+template <class T>
+T* cache_pointer(CacheType type, Address address, const char* what) {
+  if (address % cache_itemsize(type) != 0) throw std::invalid_argument(std::string(what) + ": misaligned memory");
+  return pointer<T>(address, what);
+}
+float* scales_pointer(CacheType type, Address address, const char* what) {
+  return type == CacheType::i8 ? pointer<float>(address, what) : nullptr;
+}
+
 void run_rope_store(Address q, int64_t tokens, int64_t heads, Address k, Address v, Address q_norm, Address k_norm, float eps,
-                    Address cos_sin, int64_t max_positions, int64_t rotary_dim, Address positions, Address slots, Address k_cache,
-                    const Strides& k_strides, Address v_cache, const Strides& v_strides, const Strides& cache_shape) {
+                    Address cos_sin, int64_t max_positions, int64_t rotary_dim, Address positions, Address slots,
+                    const std::string& cache_type, Address k_cache, const Strides& k_strides, Address k_scales, Address v_cache,
+                    const Strides& v_strides, Address v_scales, const Strides& cache_shape) {
   if (tokens <= 0) return;
+  const CacheType type = named(kCacheTypes, cache_type);
   const auto [num_blocks, block_size, kv_heads, head_dim] = cache_shape;
   const RopeStore job{
       .q = pointer<float>(q, "q"), .k = pointer<float>(k, "k"), .v = pointer<const float>(v, "v"),
@@ -205,8 +219,9 @@ void run_rope_store(Address q, int64_t tokens, int64_t heads, Address k, Address
       .k_norm = k_norm == 0 ? nullptr : pointer<const float>(k_norm, "k_norm"), .eps = eps,
       .cos_sin = pointer<const float>(cos_sin, "cos_sin"), .max_positions = max_positions, .rotary_dim = rotary_dim,
       .positions = pointer<const int64_t>(positions, "positions"), .slots = pointer<const int64_t>(slots, "slot_mapping"),
-      .keys = pointer<float>(k_cache, "k_cache"), .values = pointer<float>(v_cache, "v_cache"),
+      .type = type, .keys = cache_pointer<std::byte>(type, k_cache, "k_cache"), .values = cache_pointer<std::byte>(type, v_cache, "v_cache"),
       .key_strides = cache_strides(k_strides), .value_strides = cache_strides(v_strides),
+      .key_scales = scales_pointer(type, k_scales, "k_scales"), .value_scales = scales_pointer(type, v_scales, "v_scales"),
       .num_blocks = num_blocks, .block_size = block_size};
   int64_t bad;
   {
@@ -235,14 +250,19 @@ void run_router_topk(Address logits, int64_t rows, int64_t experts, Address corr
   router_topk({experts, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor}, from, rows, bias, id, weight);
 }
 
-void run_paged_attention(Address q, int64_t tokens, int64_t heads, Address k_cache, const Strides& k_strides, Address v_cache,
-                         const Strides& v_strides, const Strides& cache_shape, Address block_tables, int64_t max_blocks,
-                         Address query_start_loc, Address seq_lens, int64_t requests, float scale, Address out) {
+void run_paged_attention(Address q, int64_t tokens, int64_t heads, const std::string& cache_type, Address k_cache,
+                         const Strides& k_strides, Address k_scales, Address v_cache, const Strides& v_strides, Address v_scales,
+                         const Strides& cache_shape, Address block_tables, int64_t max_blocks, Address query_start_loc,
+                         Address seq_lens, int64_t requests, float scale, Address out) {
+  const CacheType type = named(kCacheTypes, cache_type);
   const auto [num_blocks, block_size, kv_heads, head_dim] = cache_shape;
   const bool has_blocks = num_blocks > 0, has_tokens = tokens > 0;  // empty tensors have no memory
-  const KeyValueCache cache{.keys = has_blocks ? pointer<const float>(k_cache, "k_cache") : nullptr,
-                            .values = has_blocks ? pointer<const float>(v_cache, "v_cache") : nullptr,
+  const KeyValueCache cache{.type = type,
+                            .keys = has_blocks ? cache_pointer<const std::byte>(type, k_cache, "k_cache") : nullptr,
+                            .values = has_blocks ? cache_pointer<const std::byte>(type, v_cache, "v_cache") : nullptr,
                             .key_strides = cache_strides(k_strides), .value_strides = cache_strides(v_strides),
+                            .key_scales = has_blocks ? scales_pointer(type, k_scales, "k_scales") : nullptr,
+                            .value_scales = has_blocks ? scales_pointer(type, v_scales, "v_scales") : nullptr,
                             .num_blocks = num_blocks, .block_size = block_size, .kv_heads = kv_heads, .head_dim = head_dim};
   const AttentionBatch batch{.q = has_tokens ? pointer<const float>(q, "q") : nullptr, .q_stride = heads * head_dim,
                              .out = has_tokens ? pointer<float>(out, "out") : nullptr, .tokens = tokens, .heads = heads,
@@ -327,15 +347,16 @@ NB_MODULE(_cpu, m) {
 
   m.def("rms_norm", &run_rms_norm, "x"_a, "rows"_a, "features"_a, "weight"_a, "eps"_a, "out"_a);
   m.def("rope_store", &run_rope_store, "q"_a, "tokens"_a, "heads"_a, "k"_a, "v"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "cos_sin"_a,
-        "max_positions"_a, "rotary_dim"_a, "positions"_a, "slots"_a, "k_cache"_a, "k_strides"_a, "v_cache"_a, "v_strides"_a,
-        "cache_shape"_a);
+        "max_positions"_a, "rotary_dim"_a, "positions"_a, "slots"_a, "cache_type"_a, "k_cache"_a, "k_strides"_a, "k_scales"_a,
+        "v_cache"_a, "v_strides"_a, "v_scales"_a, "cache_shape"_a);
   m.def("router_topk", &run_router_topk, "logits"_a, "rows"_a, "experts"_a, "correction_bias"_a, "top_k"_a, "n_group"_a,
         "topk_group"_a, "norm_topk_prob"_a, "routed_scaling_factor"_a, "topk_ids"_a, "topk_weights"_a);
 
   m.attr("KEY_TILE") = kTileKeys;
   m.attr("KEY_SPLIT") = kSplitKeys;
-  m.def("paged_attention", &run_paged_attention, "q"_a, "tokens"_a, "heads"_a, "k_cache"_a, "k_strides"_a, "v_cache"_a, "v_strides"_a,
-        "cache_shape"_a, "block_tables"_a, "max_blocks"_a, "query_start_loc"_a, "seq_lens"_a, "requests"_a, "scale"_a, "out"_a);
+  m.def("attention_in_pairs", &attention_in_pairs);
+  m.def("paged_attention", &run_paged_attention, "q"_a, "tokens"_a, "heads"_a, "cache_type"_a, "k_cache"_a, "k_strides"_a,
+        "k_scales"_a, "v_cache"_a, "v_strides"_a, "v_scales"_a, "cache_shape"_a, "block_tables"_a, "max_blocks"_a, "query_start_loc"_a, "seq_lens"_a, "requests"_a, "scale"_a, "out"_a);
 
   m.def("swiglu_ffn", &run_swiglu, "gate"_a, "up"_a, "down"_a, "x"_a, "num_rows"_a, "out"_a);
 

@@ -38,6 +38,7 @@ struct KernelTable {
 
   // isa/attention.cpp
   void (*attend)(const AttentionTask& task);
+  bool (*attention_in_pairs)();
   // Folds num_splits partial results of one row, `stride` floats apart, and writes [head_dim]; the first one is overwritten.
   void (*merge_splits)(float* partials, ptrdiff_t stride, int num_splits, int head_dim, float* out);
 

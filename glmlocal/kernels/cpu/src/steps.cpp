@@ -1,7 +1,9 @@
 #include "steps.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "isa.h"
 #include "memory.h"
@@ -48,10 +50,31 @@ void drop_groups(const Routing& routing, float* choice, float* group_scores) {
   }
 }
 
-void store_head(const float* from, int dim, float* cache, const CacheStrides& strides, const RopeStore& job, int64_t t, int64_t h) {
+// Codes of -127 … 127 and the scale that makes the largest of them 127; what is not finite makes the scale so too.
+void store_codes(const float* from, int dim, int8_t* to, ptrdiff_t stride, float* scale) {
+  float largest = 0;
+  for (int i = 0; i < dim; ++i) {
+    const float size = std::abs(from[i]);
+    if (size > largest || size != size) largest = size;
+  }
+  *scale = largest / 127;
+  for (int i = 0; i < dim; ++i) {
+    const float code = from[i] / *scale;  // NaN where the scale is 0 or not finite; a subnormal one may be far off
+    to[i * stride] = code != code ? 0 : int8_t(std::lrint(std::clamp(code, -127.0f, 127.0f)));
+  }
+}
+
+void store_head(const RopeStore& job, const float* from, int64_t t, int64_t h, void* cache, const CacheStrides& strides, float* scales) {
   const int64_t block = job.slots[t] / job.block_size, slot = job.slots[t] % job.block_size;
-  float* to = cache + block * strides.block + slot * strides.slot + h * strides.head;
-  for (int i = 0; i < dim; ++i) to[i * strides.feature] = from[i];
+  with_element(job.type, [&](auto element) {
+    using Element = decltype(element);
+    Element* to = (Element*)cache + block * strides.block + slot * strides.slot + h * strides.head;
+    if constexpr (std::is_same_v<Element, int8_t>) {
+      store_codes(from, int(job.head_dim), to, strides.feature, scales + (block * job.kv_heads + h) * job.block_size + slot);
+    } else {
+      for (int64_t i = 0; i < job.head_dim; ++i) to[i * strides.feature] = convert_to(Element{}, from[i]);
+    }
+  });
 }
 
 }  // namespace
@@ -79,8 +102,8 @@ int64_t rope_store(const RopeStore& job) {
     for (int64_t h = 0; h < job.kv_heads; ++h) {
       const int64_t row = (t * job.kv_heads + h) * dim;
       turn(job.k + row, job.k_norm);
-      store_head(job.k + row, dim, job.keys, job.key_strides, job, t, h);
-      store_head(job.v + row, dim, job.values, job.value_strides, job, t, h);
+      store_head(job, job.k + row, t, h, job.keys, job.key_strides, job.key_scales);
+      store_head(job, job.v + row, t, h, job.values, job.value_strides, job.value_scales);
     }
   });
   return -1;

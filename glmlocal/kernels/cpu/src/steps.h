@@ -25,9 +25,12 @@ struct RopeStore {
   int64_t max_positions, rotary_dim;
   const int64_t* positions; // [tokens]
   const int64_t* slots;     // [tokens]
-  float* keys;              // fp32 [num_blocks, block_size, kv_heads, head_dim], in any order in memory
-  float* values;
+  CacheType type;
+  void* keys;               // [num_blocks, block_size, kv_heads, head_dim], in any order in memory
+  void* values;
   CacheStrides key_strides, value_strides;
+  float* key_scales;        // int8: [num_blocks, kv_heads, block_size], else null
+  float* value_scales;
   int64_t num_blocks, block_size;
 };
 

@@ -1,5 +1,16 @@
 // One attention task: tiles of keys against rows of queries, a few rows at a time.
+
+// CPUs with AVX-512 that also multiply pairs of bf16 are asked for at run time; clang takes this as a compiler flag only.
+#if defined(__AVX512F__) && !defined(__clang__)
+#pragma GCC target("avx512bf16")
+#define GLM_HAS_PAIRS 1
+#elif defined(__AVX512BF16__)
+#define GLM_HAS_PAIRS 1
+#endif
+
 #include "attention.h"
+
+#include <type_traits>
 
 #include "isa/lanes.h"
 #include "memory.h"
@@ -10,6 +21,7 @@ namespace {
 constexpr int kTileColumns = kTileKeys / kLanes;
 constexpr int kRows = kGemmRows, kColumns = kGemmTiles;  // of a register tile
 constexpr int kTransposeWork = 100;  // 16 × 16 floats take about as long as so many fmas
+constexpr int kWidenWork = 3;        // and so 16 elements of the cache
 constexpr float kLowest = -3.402823466e38f;              // finite: minus infinity less itself would be NaN
 
 // The next tile of keys and values, asked for while this one is worked on. Its lines are far apart, which no hardware
@@ -18,13 +30,13 @@ class Prefetch {
  public:
   static constexpr int kSteps = 8;  // loop iterations of the kernels between two calls of advance()
 
-  // `work` fmas (of 16 lanes) will be done meanwhile.
-  void start(const float* const* keys, const float* const* values, ptrdiff_t key_offset, ptrdiff_t value_offset, int count,
-             int head_dim, int64_t work) {
+  // Rows of row_bytes, offsets in bytes. `work` fmas (of 16 lanes) will be done meanwhile.
+  void start(const void* const* keys, const void* const* values, ptrdiff_t key_offset, ptrdiff_t value_offset, int count,
+             int row_bytes, int64_t work) {
     keys_ = keys, values_ = values, key_offset_ = key_offset, value_offset_ = value_offset;
-    count_ = count, size_ = head_dim, row_ = at_ = credit_ = 0;
+    count_ = count, size_ = row_bytes, row_ = at_ = credit_ = 0;
     in_values_ = false;
-    const int64_t pieces = 2 * count * ((head_dim + kPiece - 1) / kPiece);
+    const int64_t pieces = 2 * count * ((row_bytes + kPiece - 1) / kPiece);
     rate_ = int(pieces * kOne * 33 / 32 / work);  // done just before the end
   }
 
@@ -34,43 +46,117 @@ class Prefetch {
         if (in_values_) return;
         in_values_ = true, row_ = 0;
       }
-      const float* p = (in_values_ ? values_[row_] + value_offset_ : keys_[row_] + key_offset_) + at_;
-      unroll<kPiece / kLanes>([&](auto line) { __builtin_prefetch(p + line.v * kLanes, 0, 2); });
+      const char* p = in_values_ ? (const char*)values_[row_] + value_offset_ : (const char*)keys_[row_] + key_offset_;
+      unroll<kPiece / kLine>([&](auto line) { __builtin_prefetch(p + at_ + line.v * kLine, 0, 2); });
       if ((at_ += kPiece) >= size_) at_ = 0, ++row_;
     }
   }
 
  private:
-  static constexpr int kPiece = 4 * kLanes, kOne = 1 << 16;
+  static constexpr int kLine = 64, kPiece = 2 * kLine, kOne = 1 << 16;
 
-  const float* const* keys_;
-  const float* const* values_;
+  const void* const* keys_;
+  const void* const* values_;
   ptrdiff_t key_offset_, value_offset_;
   int count_, size_, row_, at_, rate_, credit_;
   bool in_values_;
 };
 
+// 16 elements of the cache, widened.
+GLM_INLINE F widen(const float* p) { return load(p); }
+GLM_INLINE F widen(const Bf16* p) { return as_float(shl<16>(load_halves(p))); }
+GLM_INLINE F widen(const int8_t* p) { return load_i8(p); }
+GLM_INLINE F widen(const Fp8* p) {
+  // Exponent and mantissa under an exponent of 2 give 2^(e + 1) · (1 + m / 8), eight powers of two too large; where e is 0,
+  // m · 2^-9 is wanted. No step makes a subnormal float, which would be slow.
+  const U bits = load_bytes(p);
+  const F large = as_float(select(splat(0x07f00000), shl<20>(bits), splat(0x40000000)));
+  const F subnormal = fma(large, broadcast(0x1p-7f), broadcast(-0x1p-6f));
+  const F size = where_less(large, broadcast(4.0f), subnormal, mul(large, broadcast(0x1p-8f)));
+  const F number = where_less(broadcast(448.0f), size, broadcast(__builtin_nanf("")), size);
+  return as_float(select(splat(0x80000000), shl<24>(bits), as_words(number)));
+}
+// The first n of them, zeros after them.
+template <class Element>
+GLM_INLINE F widen_first(const Element* p, int n) {
+  Element lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return widen(lanes);
+}
+
+// What the inner loops multiply. An operand is one float, or two bf16 that are neighbours along the sum and lie in the
+// place of one float; a row of operands is written 16 features or keys at a time.
+struct Floats {
+  static constexpr int step = 1;
+  static GLM_INLINE F multiply_add(F a, F b, F c) { return fma(a, b, c); }
+  static GLM_INLINE void put(float* row, int at, F x) { store(row + at, x); }
+  template <class Element>
+  static GLM_INLINE F operands(const Element* p, const Element*) { return widen(p); }
+};
+
+#if GLM_HAS_PAIRS
+constexpr struct Fp8Sizes {  // the bf16 of each code without its sign
+  alignas(64) uint16_t bf16[128] = {};
+  constexpr Fp8Sizes() {
+    for (int code = 1; code < 8; ++code) {  // subnormal: code · 2^-9
+      const int exponent = code >= 4 ? 2 : code >= 2 ? 1 : 0;
+      bf16[code] = uint16_t((118 + exponent) << 7 | (code << (7 - exponent) & 0x7f));
+    }
+    for (int code = 8; code < 127; ++code) bf16[code] = uint16_t((120 << 7) + (code << 4));
+    bf16[127] = 0x7fc0;
+  }
+} kFp8Sizes;
+
+struct Pairs {
+  static constexpr int step = 2;
+  static GLM_INLINE F multiply_add(F a, F b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  static GLM_INLINE void put(float* row, int at, F x) {
+    _mm256_storeu_si256((__m256i*)((char*)row + 2 * at), (__m256i)_mm512_cvtneps_pbh(x));
+  }
+  // Pairs of one element each from both.
+  template <class Element>
+  static GLM_INLINE F operands(const Element* first, const Element* second) {
+    return as_float(select(splat(0xffff0000), as_words(widen(second)), shr<16>(as_words(widen(first)))));
+  }
+  static GLM_INLINE F operands(const Bf16* first, const Bf16* second) {
+    return as_float(select(splat(0xffff0000), shl<16>(load_halves(second)), load_halves(first)));
+  }
+  static GLM_INLINE F operands(const Fp8* first, const Fp8* second) {
+    const U codes = select(splat(0xffff0000), shl<16>(load_bytes(second)), load_bytes(first));
+    const uint16_t* sizes = kFp8Sizes.bf16;
+    const U small = _mm512_permutex2var_epi16(load_words(sizes), codes, load_words(sizes + 32));
+    const U large = _mm512_permutex2var_epi16(load_words(sizes + 64), codes, load_words(sizes + 96));
+    const U size = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(codes, splat(0x00400040)), small, large);
+    return as_float(select(splat(0x80008000), shl<8>(codes), size));
+  }
+};
+bool cpu_has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+#endif
+
 // The keys and values of one tile, for the first kv head. Where the slots of keys are neighbours, keys[i] is not the
 // address of one key but of the i-th part of what belongs to the block, good for prefetching only.
 struct Tile {
   int first, count;
-  const float* keys[kTileKeys];
-  const float* values[kTileKeys];
+  const void* keys[kTileKeys];
+  const void* values[kTileKeys];
 };
 
 // Everything a task works on. One row is one query head of one token; rows of a kv head are next to each other.
 struct Workspace {
   int rows, rows_per_head, head_dim, width;  // width: head_dim rounded up to whole vectors
-  float* q;                                  // [rows][head_dim], times the scale
-  float* keys;                               // [head_dim][kTileKeys], where the cache has features next to each other
-  float* values;                             // [kTileKeys][width], where head_dim is not a multiple of 16
+  float* q;                                  // [rows][head_dim] operands, times the scale
+  float* key_rows;                           // [kTileKeys][width], one key's operands each
+  float* keys;                               // [head_dim][kTileKeys] operands, where those of the cache cannot be read
+  float* values;                             // [kTileKeys][width] operands, the same
   float* maximum;                            // [rows], of the current split
   float* own;                                // [rows][partial_size], for a split that is folded at once
   float* folded;                             // [rows][partial_size], of the splits so far
   float* result;  // of the current split; while it runs, the last 16 floats of a row are the lanes' sums of weights
-  const float* key_columns[kTileColumns];  // feature d of 16 keys is at key_columns[…] + d * key_stride
+  const float* key_columns[kTileColumns];  // operand d of 16 keys is at key_columns[…] + d * key_stride
   ptrdiff_t key_stride;
-  const float* value_rows[kTileKeys];
+  const float* value_rows[kTileKeys];  // of each key or pair of keys
+  float key_scales[kTileKeys];         // int8
+  float value_scales[kTileKeys];
   Prefetch prefetch;
 };
 
@@ -80,12 +166,13 @@ void make_workspace(const AttentionTask& task, Workspace& w) {
   w.head_dim = task.head_dim;
   w.width = padded_head_dim(task.head_dim);
   const size_t rows = size_t(w.rows), width = size_t(w.width), partials = rows * size_t(partial_size(task.head_dim));
-  float* next = scratch(Scratch::attention, 2 * kTileKeys * width + 2 * partials + rows * width + rows);
+  float* next = scratch(Scratch::attention, 3 * kTileKeys * width + 2 * partials + rows * width + rows);
   auto take = [&](size_t size) {
     float* p = next;
     next += size;
     return p;
   };
+  w.key_rows = take(kTileKeys * width);
   w.keys = take(kTileKeys * width);
   w.values = take(kTileKeys * width);
   w.own = take(partials);
@@ -94,13 +181,20 @@ void make_workspace(const AttentionTask& task, Workspace& w) {
   w.maximum = take(rows);
 }
 
+// Rows are head_dim / step operands apart; what a row has beyond them is overwritten by the next one.
+template <class Math>
 void scale_queries(const AttentionTask& task, const Workspace& w) {
-  const int size = task.group * task.head_dim;
+  const F scale = broadcast(task.scale);
   float* to = w.q;
   for (int head = 0; head < task.num_heads; ++head) {
     for (int token = 0; token < task.num_tokens; ++token) {
-      const float* from = task.q + token * task.q_stride + head * size;
-      for (int i = 0; i < size; ++i) *to++ = from[i] * task.scale;
+      const float* from = task.q + token * task.q_stride + head * task.group * task.head_dim;
+      for (int member = 0; member < task.group; ++member, from += task.head_dim, to += task.head_dim / Math::step) {
+        for (int d = 0; d < task.head_dim; d += kLanes) {
+          const int left = task.head_dim - d;
+          Math::put(to, d, mul(left < kLanes ? load_first(from + d, left) : load(from + d), scale));
+        }
+      }
     }
   }
 }
@@ -109,6 +203,7 @@ bool slots_are_neighbours(const AttentionTask& task) {
   return task.key_strides.slot == 1 && task.block_size % kLanes == 0;
 }
 
+template <class Element>
 void find_tile(const AttentionTask& task, int first, Tile& tile) {
   const int left = task.first_position + task.num_tokens - first;
   tile.first = first;
@@ -116,73 +211,133 @@ void find_tile(const AttentionTask& task, int first, Tile& tile) {
   const ptrdiff_t key_step = slots_are_neighbours(task) ? task.head_dim : task.key_strides.slot;
   int block = first / task.block_size, slot = first % task.block_size;
   for (int i = 0; i < tile.count; ++i) {
-    tile.keys[i] = task.keys + task.block_table[block] * task.key_strides.block + slot * key_step;
-    tile.values[i] = task.values + task.block_table[block] * task.value_strides.block + slot * task.value_strides.slot;
+    tile.keys[i] = (const Element*)task.keys + task.block_table[block] * task.key_strides.block + slot * key_step;
+    tile.values[i] = (const Element*)task.values + task.block_table[block] * task.value_strides.block + slot * task.value_strides.slot;
     if (++slot == task.block_size) slot = 0, ++block;
   }
 }
 
+// One row of head_dim elements → operands, zeros after them.
+template <class Element, class Math>
+GLM_INLINE const float* operand_row(const Element* from, int head_dim, float* to) {
+  int d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) Math::put(to, d, widen(from + d));
+  if (d < head_dim) Math::put(to, d, widen_first(from + d, head_dim - d));
+  return to;
+}
+
+// Does the cache hold operands as the inner loops take them?
+template <class Element, class Math>
+constexpr bool holds_operands = std::is_same_v<Element, float> && Math::step == 1;
+
 // Points key_columns at the keys of one head. Lanes of keys that do not exist hold anything.
+template <class Element, class Math>
 void load_keys(const AttentionTask& task, const Tile& tile, int head, Workspace& w) {
-  const ptrdiff_t offset = head * task.key_strides.head;
-  if (slots_are_neighbours(task)) {
-    w.key_stride = task.key_strides.feature;
-    for (int c = 0; c < kTileColumns; ++c) {
-      const int position = tile.first + (c * kLanes < tile.count ? c * kLanes : 0);
-      w.key_columns[c] = task.keys + offset + task.block_table[position / task.block_size] * task.key_strides.block +
-                         position % task.block_size;
-    }
-    return;
-  }
+  const ptrdiff_t offset = head * task.key_strides.head, feature = task.key_strides.feature;
+  const int size = w.head_dim / Math::step;
+  const bool neighbours = slots_are_neighbours(task);
   const float* rows[kTileKeys];
-  for (int i = 0; i < kTileKeys; ++i) rows[i] = tile.keys[i < tile.count ? i : 0] + offset;
+  if (!neighbours) {
+    for (int i = 0; i < kTileKeys; ++i) {
+      const Element* from = (const Element*)tile.keys[i < tile.count ? i : 0] + offset;
+      if constexpr (holds_operands<Element, Math>) {
+        rows[i] = from;
+      } else {
+        w.prefetch.advance(size / kLanes * kWidenWork);
+        rows[i] = operand_row<Element, Math>(from, w.head_dim, w.key_rows + i * w.width);
+      }
+    }
+  }
   w.key_stride = kTileKeys;
-  const int whole = w.head_dim / kLanes * kLanes;
   for (int c = 0; c < kTileColumns; ++c) {
     float* to = w.keys + c * kLanes;
     w.key_columns[c] = to;
     if (c * kLanes >= tile.count) continue;
-    for (int d = 0; d < whole; d += kLanes) {
+    if (neighbours) {
+      const int position = tile.first + c * kLanes;
+      const Element* from = (const Element*)task.keys + offset +
+                            task.block_table[position / task.block_size] * task.key_strides.block + position % task.block_size;
+      if constexpr (holds_operands<Element, Math>) {
+        w.key_columns[c] = from;
+        w.key_stride = feature;
+      } else {
+        for (int d = 0; d < size; ++d, from += Math::step * feature) {
+          if (d % Prefetch::kSteps == 0) w.prefetch.advance(Prefetch::kSteps * kWidenWork);
+          store(to + d * kTileKeys, Math::operands(from, from + feature));
+        }
+      }
+      continue;
+    }
+    int d = 0;
+    for (; d + kLanes <= size; d += kLanes) {
       w.prefetch.advance(kTransposeWork);
       transpose(rows + c * kLanes, d, to + d * kTileKeys, kTileKeys);
     }
-    for (int d = whole; d < w.head_dim; ++d) {
+    for (; d < size; ++d) {
       for (int i = 0; i < kLanes; ++i) to[d * kTileKeys + i] = rows[c * kLanes + i][d];
     }
   }
 }
 
-// Values whose features do not fill whole vectors are copied, with zeros after them.
+// Points value_rows at the values of one head, or at copies where they are no operands or their features do not fill whole
+// vectors.
+template <class Element, class Math>
 void load_values(const AttentionTask& task, const Tile& tile, int head, Workspace& w) {
   const ptrdiff_t offset = head * task.value_strides.head;
   const int whole = w.head_dim / kLanes * kLanes, rest = w.head_dim - whole;
-  for (int i = 0; i < tile.count; ++i) {
-    w.value_rows[i] = tile.values[i] + offset;
+  for (int i = 0; i < tile.count; i += Math::step) {
+    const Element* first = (const Element*)tile.values[i] + offset;
+    const Element* second = (const Element*)tile.values[i + 1 < tile.count ? i + 1 : i] + offset;  // add_columns masks it
+    float* to = w.values + i / Math::step * w.width;
+    w.value_rows[i / Math::step] = to;
+    if constexpr (holds_operands<Element, Math>) {
+      if (rest == 0) {
+        w.value_rows[i] = first;
+        continue;
+      }
+    }
+    w.prefetch.advance(w.width / kLanes * kWidenWork);
+    for (int d = 0; d < whole; d += kLanes) store(to + d, Math::operands(first + d, second + d));
     if (rest == 0) continue;
-    float* to = w.values + i * w.width;
-    for (int d = 0; d < whole; d += kLanes) store(to + d, load(w.value_rows[i] + d));
-    store(to + whole, load_first(w.value_rows[i] + whole, rest));
-    w.value_rows[i] = to;
+    Element ends[2][kLanes] = {};
+    for (int d = 0; d < rest; ++d) {
+      ends[0][d] = first[whole + d];
+      ends[1][d] = second[whole + d];
+    }
+    store(to + whole, Math::operands(ends[0], ends[1]));
+  }
+}
+
+void load_scales(const AttentionTask& task, const Tile& tile, int head, Workspace& w) {
+  const ptrdiff_t offset = ptrdiff_t(head) * task.block_size;
+  int block = tile.first / task.block_size, slot = tile.first % task.block_size;
+  for (int i = 0; i < kTileKeys; ++i) {
+    const ptrdiff_t at = i < tile.count ? task.block_table[block] * task.scale_block_stride + offset + slot : 0;
+    w.key_scales[i] = i < tile.count ? task.key_scales[at] : 0;
+    w.value_scales[i] = i < tile.count ? task.value_scales[at] : 0;
+    if (++slot == task.block_size) slot = 0, ++block;
   }
 }
 
 // scores[row][key] = q[row] · key, summed over the features in order.
-template <int rows, int columns>
+template <class Math, int rows, int columns>
 GLM_INLINE void score_columns(const float* q, const float* const* key_columns, ptrdiff_t key_stride, int head_dim, float* scores,
                               Prefetch& prefetch) {
+  constexpr int steps = Prefetch::kSteps / Math::step;  // head_dim is a multiple of kSteps
+  const int size = head_dim / Math::step;
   const float* from[columns];
   unroll<columns>([&](auto c) { from[c.v] = key_columns[c.v]; });
   F acc[rows][columns];
   unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { acc[r.v][c.v] = zero(); }); });
   ptrdiff_t at = 0;
-  for (int begin = 0; begin < head_dim; begin += Prefetch::kSteps) {  // head_dim is a multiple of kSteps
-    prefetch.advance(Prefetch::kSteps * rows * columns);
-    for (int d = begin; d < begin + Prefetch::kSteps; ++d, at += key_stride) {
+  for (int begin = 0; begin < size; begin += steps) {
+    prefetch.advance(steps * rows * columns);
+    for (int d = begin; d < begin + steps; ++d, at += key_stride) {
       F key[columns];
       unroll<columns>([&](auto c) { key[c.v] = load(from[c.v] + at); });
       unroll<rows>([&](auto r) {
-        const F x = broadcast(q[r.v * head_dim + d]);
-        unroll<columns>([&](auto c) { acc[r.v][c.v] = fma(key[c.v], x, acc[r.v][c.v]); });
+        const F x = broadcast(q[r.v * size + d]);
+        unroll<columns>([&](auto c) { acc[r.v][c.v] = Math::multiply_add(key[c.v], x, acc[r.v][c.v]); });
       });
     }
   }
@@ -191,7 +346,7 @@ GLM_INLINE void score_columns(const float* q, const float* const* key_columns, p
 
 // result[row] = decay[row] · result[row] + Σ weights[row][key] · value[key], in the order of the keys. Null decay: no
 // result yet.
-template <int rows, int columns>
+template <class Math, int rows, int columns>
 GLM_INLINE void add_columns(const float* weights, const float* const* values, int num_keys, int first_column, const float* decay,
                             float* result, int stride, Prefetch& prefetch) {
   F acc[rows][columns];
@@ -200,35 +355,42 @@ GLM_INLINE void add_columns(const float* weights, const float* const* values, in
       acc[r.v][c.v] = decay ? mul(load(result + r.v * stride + c.v * kLanes), broadcast(decay[r.v])) : zero();
     });
   });
-  for (int begin = 0; begin < num_keys; begin += Prefetch::kSteps) {
+  const auto add_row = [&](int i, auto&& masked) __attribute__((always_inline)) {
+    const float* from = values[i] + first_column;
+    F value[columns];
+    unroll<columns>([&](auto c) { value[c.v] = masked(load(from + c.v * kLanes)); });
+    unroll<rows>([&](auto r) {
+      const F x = broadcast(weights[r.v * kTileKeys + i]);
+      unroll<columns>([&](auto c) { acc[r.v][c.v] = Math::multiply_add(value[c.v], x, acc[r.v][c.v]); });
+    });
+  };
+  const int size = num_keys / Math::step;
+  for (int begin = 0; begin < size; begin += Prefetch::kSteps) {
     prefetch.advance(Prefetch::kSteps * rows * columns);
-    const int end = begin + Prefetch::kSteps < num_keys ? begin + Prefetch::kSteps : num_keys;
-    for (int key = begin; key < end; ++key) {
-      const float* from = values[key] + first_column;
-      F value[columns];
-      unroll<columns>([&](auto c) { value[c.v] = load(from + c.v * kLanes); });
-      unroll<rows>([&](auto r) {
-        const F x = broadcast(weights[r.v * kTileKeys + key]);
-        unroll<columns>([&](auto c) { acc[r.v][c.v] = fma(value[c.v], x, acc[r.v][c.v]); });
-      });
-    }
+    const int end = begin + Prefetch::kSteps < size ? begin + Prefetch::kSteps : size;
+    for (int i = begin; i < end; ++i) add_row(i, [](F x) { return x; });
+  }
+  if constexpr (Math::step == 2) {  // the second key of the last pair is one that is not seen, and may be NaN
+    if (num_keys % 2 == 1) add_row(size, [](F x) { return as_float(bit_and(as_words(x), splat(0xffff))); });
   }
   unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { store(result + r.v * stride + c.v * kLanes, acc[r.v][c.v]); }); });
 }
 
-// Scores → weights exp(score - maximum), zero for keys beyond num_keys; each lane's running sum of them; and by how much
-// a grown maximum shrinks what was summed before.
-template <int rows>
-GLM_INLINE void softmax_rows(float* scores, int num_keys, bool fresh, float* maximum_so_far, float* sums, int sums_stride,
-                             float* decay) {
+// Scores → a row of operands, the weights exp(score - maximum), zero for keys beyond num_keys; each lane's running sum of
+// them; and by how much a grown maximum shrinks what was summed before. The keys' scales belong to the scores, the values'
+// to the operands.
+template <class Math, bool scaled, int rows>
+GLM_INLINE void softmax_rows(float* scores, const float* key_scales, const float* value_scales, int num_keys, bool fresh,
+                             float* maximum_so_far, float* sums, int sums_stride, float* decay) {
   alignas(64) float before[kLanes] = {}, after[kLanes] = {};
   unroll<rows>([&](auto r) {
-    const float* s = scores + r.v * kTileKeys;
+    float* s = scores + r.v * kTileKeys;
     const F lowest = broadcast(kLowest);
     F best = lowest;
     unroll<kTileColumns>([&](auto c) {
       constexpr int first = decltype(c)::v * kLanes;
-      const F x = load(s + first);
+      const F x = scaled ? mul(load(s + first), load(key_scales + first)) : load(s + first);
+      if constexpr (scaled) store(s + first, x);
       best = max(best, num_keys >= first + kLanes ? x : where_first(num_keys - first, x, lowest));
     });
     before[r.v] = fresh ? kLowest : maximum_so_far[r.v];
@@ -244,46 +406,47 @@ GLM_INLINE void softmax_rows(float* scores, int num_keys, bool fresh, float* max
     unroll<kTileColumns>([&](auto c) {
       constexpr int first = decltype(c)::v * kLanes;
       const F e = exp(sub(load(s + first), highest));
-      const F x = num_keys >= first + kLanes ? e : where_first(num_keys - first, e, zero());
-      store(s + first, x);
-      sum = add(sum, x);
+      const auto visible = [&](F x) { return num_keys >= first + kLanes ? x : where_first(num_keys - first, x, zero()); };
+      sum = add(sum, visible(e));
+      Math::put(s, first, visible(scaled ? mul(e, load(value_scales + first)) : e));
     });
     store(sums + r.v * sums_stride, sum);
   });
 }
 
-template <int rows>
+template <class Math, bool scaled, int rows>
 void attend_rows(Workspace& w, int row, int num_keys, bool fresh) {
   alignas(64) float scores[rows * kTileKeys], decay[kLanes];
   for (int c = 0; c < kTileColumns; c += kColumns) {
-    score_columns<rows, kColumns>(w.q + row * w.head_dim, w.key_columns + c, w.key_stride, w.head_dim, scores + c * kLanes, w.prefetch);
+    score_columns<Math, rows, kColumns>(w.q + row * (w.head_dim / Math::step), w.key_columns + c, w.key_stride, w.head_dim, scores + c * kLanes, w.prefetch);
   }
   const int stride = w.width + kLanes;
   float* result = w.result + row * ptrdiff_t(stride);
-  softmax_rows<rows>(scores, num_keys, fresh, w.maximum + row, result + w.width, stride, decay);
+  softmax_rows<Math, scaled, rows>(scores, w.key_scales, w.value_scales, num_keys, fresh, w.maximum + row, result + w.width, stride, decay);
   const float* factor = fresh ? nullptr : decay;
   int column = 0;
   for (; column + kColumns * kLanes <= w.width; column += kColumns * kLanes) {
-    add_columns<rows, kColumns>(scores, w.value_rows, num_keys, column, factor, result + column, stride, w.prefetch);
+    add_columns<Math, rows, kColumns>(scores, w.value_rows, num_keys, column, factor, result + column, stride, w.prefetch);
   }
   for (; column < w.width; column += kLanes) {
-    add_columns<rows, 1>(scores, w.value_rows, num_keys, column, factor, result + column, stride, w.prefetch);
+    add_columns<Math, rows, 1>(scores, w.value_rows, num_keys, column, factor, result + column, stride, w.prefetch);
   }
 }
 
-template <int most>
+template <class Math, bool scaled, int most>
 void attend_rows(int rows, Workspace& w, int row, int num_keys, bool fresh) {
   if constexpr (most > 1) {
-    if (rows < most) return attend_rows<most - 1>(rows, w, row, num_keys, fresh);
+    if (rows < most) return attend_rows<Math, scaled, most - 1>(rows, w, row, num_keys, fresh);
   }
-  attend_rows<most>(w, row, num_keys, fresh);
+  attend_rows<Math, scaled, most>(w, row, num_keys, fresh);
 }
 
 // Rows row … end - 1 see the first num_keys keys of the tile.
+template <class Math, bool scaled>
 void attend_range(Workspace& w, int row, int end, int num_keys, bool fresh) {
   for (int pieces = (end - row + kRows - 1) / kRows; pieces > 0; --pieces) {
     const int rows = (end - row + pieces - 1) / pieces;
-    attend_rows<kRows>(rows, w, row, num_keys, fresh);
+    attend_rows<Math, scaled, kRows>(rows, w, row, num_keys, fresh);
     row += rows;
   }
 }
@@ -291,17 +454,20 @@ void attend_range(Workspace& w, int row, int end, int num_keys, bool fresh) {
 // The first token that sees the key at this position.
 int first_token(const AttentionTask& task, int key) { return key > task.first_position ? key - task.first_position : 0; }
 
+template <class Element, class Math>
 void attend_tile(const AttentionTask& task, const Tile& tile, int head, bool fresh, Workspace& w) {
-  load_keys(task, tile, head, w);
-  load_values(task, tile, head, w);
+  constexpr bool scaled = std::is_same_v<Element, int8_t>;
+  load_keys<Element, Math>(task, tile, head, w);
+  load_values<Element, Math>(task, tile, head, w);
+  if constexpr (scaled) load_scales(task, tile, head, w);
   const int row = head * w.rows_per_head, end = row + w.rows_per_head;
   int token = first_token(task, tile.first);
   for (; token < task.num_tokens; ++token) {
     const int num_keys = task.first_position + token + 1 - tile.first;
     if (num_keys >= kTileKeys) break;
-    attend_range(w, row + token * task.group, row + (token + 1) * task.group, num_keys, fresh);
+    attend_range<Math, scaled>(w, row + token * task.group, row + (token + 1) * task.group, num_keys, fresh);
   }
-  attend_range(w, row + token * task.group, end, kTileKeys, fresh);
+  attend_range<Math, scaled>(w, row + token * task.group, end, kTileKeys, fresh);
 }
 
 // folded ← both, as if their splits had been one.
@@ -337,31 +503,34 @@ void end_split(const AttentionTask& task, int first_key, Workspace& w) {
   }
 }
 
-}  // namespace
-
-void attend(const AttentionTask& task) {
+template <class Element, class Math>
+void attend_with(const AttentionTask& task) {
   Workspace w;
   make_workspace(task, w);
-  scale_queries(task, w);
+  scale_queries<Math>(task, w);
   const int num_keys = task.first_position + task.num_tokens;
   const int64_t transposed = slots_are_neighbours(task) ? 0 : kTileColumns * (w.width / kLanes) * kTransposeWork;
-  const int64_t tile_work = int64_t(w.rows_per_head) * (kTileColumns * w.head_dim + kTileKeys * (w.width / kLanes)) + transposed;
+  const int64_t multiplied = kTileColumns * w.head_dim + kTileKeys * (w.width / kLanes);
+  const int64_t widened = holds_operands<Element, Math> ? 0 : multiplied * kWidenWork;
+  const int64_t tile_work = (int64_t(w.rows_per_head) * multiplied + transposed + widened) / Math::step;
+  const ptrdiff_t itemsize = sizeof(Element);
   Tile tiles[2];
   Tile *tile = &tiles[0], *next = &tiles[1];
-  find_tile(task, task.first_split * kSplitKeys, *tile);
+  find_tile<Element>(task, task.first_split * kSplitKeys, *tile);
   for (int split = task.first_split; split < task.first_split + task.num_splits; ++split) {
     const int begin = split * kSplitKeys, end = begin + kSplitKeys < num_keys ? begin + kSplitKeys : num_keys;
     w.result = task.partials ? task.partials : split == 0 ? w.folded : w.own;
     for (int key = begin; key < end; key += kTileKeys) {
       const bool last_tile = key + kTileKeys >= num_keys;
-      if (!last_tile) find_tile(task, key + kTileKeys, *next);
+      if (!last_tile) find_tile<Element>(task, key + kTileKeys, *next);
       for (int head = 0; head < task.num_heads; ++head) {
         const bool last_head = head + 1 == task.num_heads;
         const Tile& ahead = last_head ? *next : *tile;
         const int ahead_head = last_head ? 0 : head + 1;
-        w.prefetch.start(ahead.keys, ahead.values, ahead_head * task.key_strides.head, ahead_head * task.value_strides.head,
-                         last_head && last_tile ? 0 : ahead.count, task.head_dim, tile_work);
-        attend_tile(task, *tile, head, key == begin, w);
+        w.prefetch.start(ahead.keys, ahead.values, ahead_head * task.key_strides.head * itemsize,
+                         ahead_head * task.value_strides.head * itemsize, last_head && last_tile ? 0 : ahead.count,
+                         task.head_dim * int(itemsize), tile_work);
+        attend_tile<Element, Math>(task, *tile, head, key == begin, w);
       }
       Tile* const done = tile;
       tile = next;
@@ -375,6 +544,28 @@ void attend(const AttentionTask& task) {
     write_result(w.folded + row * ptrdiff_t(partial_size(task.head_dim)), task.head_dim,
                  task.out + token * task.out_stride + (head * task.group + member) * task.head_dim);
   }
+}
+
+}  // namespace
+
+bool attention_in_pairs() {
+#if GLM_HAS_PAIRS
+  return cpu_has_pairs();
+#else
+  return false;
+#endif
+}
+
+void attend(const AttentionTask& task) {
+  with_element(task.type, [&](auto element) {
+    using Element = decltype(element);
+#if GLM_HAS_PAIRS
+    if constexpr (!std::is_same_v<Element, float>) {
+      if (cpu_has_pairs()) return attend_with<Element, Pairs>(task);
+    }
+#endif
+    attend_with<Element, Floats>(task);
+  });
 }
 
 void merge_splits(float* partials, ptrdiff_t stride, int num_splits, int head_dim, float* out) {

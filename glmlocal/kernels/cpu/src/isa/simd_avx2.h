@@ -43,6 +43,13 @@ GLM_INLINE F load_u8(const uint8_t* p) {
           _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
 }
 
+GLM_INLINE U load_bytes(const void* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)), _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
+}
+GLM_INLINE U load_halves(const void* p) {
+  const __m128i* q = (const __m128i*)p;
+  return {_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), _mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1))};
+}
 GLM_INLINE U load_words(const void* p) {
   const __m256i* q = (const __m256i*)p;
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
@@ -60,6 +67,7 @@ GLM_INLINE U select(U m, U a, U b) {
           _mm256_or_si256(_mm256_and_si256(m.hi, a.hi), _mm256_andnot_si256(m.hi, b.hi))};
 }
 GLM_INLINE F as_float(U x) { return {_mm256_castsi256_ps(x.lo), _mm256_castsi256_ps(x.hi)}; }
+GLM_INLINE U as_words(F x) { return {_mm256_castps_si256(x.lo), _mm256_castps_si256(x.hi)}; }
 
 GLM_INLINE U as_words(F x) { return {_mm256_castps_si256(x.lo), _mm256_castps_si256(x.hi)}; }
 GLM_INLINE U max_words(U a, U b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }

@@ -28,6 +28,8 @@ GLM_INLINE F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_s
 GLM_INLINE F load_i8(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 GLM_INLINE F load_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 
+GLM_INLINE U load_bytes(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+GLM_INLINE U load_halves(const void* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
 GLM_INLINE U load_words(const void* p) { return _mm512_loadu_si512(p); }
 GLM_INLINE U splat(uint32_t x) { return _mm512_set1_epi32(int(x)); }
 GLM_INLINE U shift_right(U x, int n) { return _mm512_srl_epi32(x, _mm_cvtsi32_si128(n)); }
@@ -36,6 +38,7 @@ template <int n> GLM_INLINE U shl(U x) { if constexpr (n == 0) return x; else re
 GLM_INLINE U bit_and(U a, U b) { return _mm512_and_si512(a, b); }
 GLM_INLINE U select(U m, U a, U b) { return _mm512_ternarylogic_epi32(m, a, b, 0xCA); }
 GLM_INLINE F as_float(U x) { return _mm512_castsi512_ps(x); }
+GLM_INLINE U as_words(F x) { return _mm512_castps_si512(x); }
 
 GLM_INLINE U as_words(F x) { return _mm512_castps_si512(x); }
 GLM_INLINE U max_words(U a, U b) { return _mm512_max_epi32(a, b); }

@@ -39,6 +39,12 @@ GLM_INLINE F exp2_int(F n) {
   return map<F>([&](int i) { return (Quad)((QuadU)(__builtin_convertvector(n.v[i], QuadI) + 127) << 23); });
 }
 
+template <class T>
+GLM_INLINE U load_narrow(const T* p) {
+  return map<U>([&](int i) { return QuadU{p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]}; });
+}
+GLM_INLINE U load_bytes(const void* p) { return load_narrow((const uint8_t*)p); }
+GLM_INLINE U load_halves(const void* p) { return load_narrow((const uint16_t*)p); }
 GLM_INLINE U load_words(const void* p) { U x; __builtin_memcpy(&x, p, sizeof x); return x; }
 GLM_INLINE U splat(uint32_t x) { const QuadU q{x, x, x, x}; return {{q, q, q, q}}; }
 GLM_INLINE U shift_right(U x, int n) { return map<U>([&](int i) { return x.v[i] >> n; }); }
@@ -47,6 +53,7 @@ template <int n> GLM_INLINE U shl(U x) { return map<U>([&](int i) { return x.v[i
 GLM_INLINE U bit_and(U a, U b) { return map<U>([&](int i) { return a.v[i] & b.v[i]; }); }
 GLM_INLINE U select(U m, U a, U b) { return map<U>([&](int i) { return blend(m.v[i], a.v[i], b.v[i]); }); }
 GLM_INLINE F as_float(U x) { return map<F>([&](int i) { return (Quad)x.v[i]; }); }
+GLM_INLINE U as_words(F x) { return map<U>([&](int i) { return (QuadU)x.v[i]; }); }
 
 GLM_INLINE U as_words(F x) { return map<U>([&](int i) { return (QuadU)x.v[i]; }); }
 GLM_INLINE U max_words(U a, U b) {

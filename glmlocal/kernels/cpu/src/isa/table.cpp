@@ -16,6 +16,7 @@ void rms_norm_row(const float* x, const float* weight, float eps, int n, float* 
 void rotate(float* head, const float* cos, const float* sin, int half);
 void sigmoid(const float* x, int n, float* out);
 void attend(const AttentionTask& task);
+bool attention_in_pairs();
 void merge_splits(float* partials, ptrdiff_t stride, int num_splits, int head_dim, float* out);
 double fma_flops(int iterations);
 double int8_ops(int iterations);
@@ -34,6 +35,7 @@ const KernelTable table{
     .rotate = rotate,
     .sigmoid = sigmoid,
     .attend = attend,
+    .attention_in_pairs = attention_in_pairs,
     .merge_splits = merge_splits,
     .fma_flops = fma_flops,
     .int8_ops = int8_ops,
