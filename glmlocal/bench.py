@@ -225,7 +225,7 @@ def cost_of(llm: LLM) -> ModelCost:
     for path, weight in _weights(runner.model, ""):
         if path.startswith((".mtp", ".embed_tokens")):
             continue  # speculation is not measured; of the embeddings a token reads one row
-        sums = groups.setdefault((_part_name(path), weight.kind, _is_integer(weight)), [0, 0])
+        sums = groups.setdefault((_part_name(path), weight.kind, weight.int8_activations), [0, 0])
         sums[0] += weight.shape[0] * weight.shape[1]
         sums[1] += weight.nbytes
     routed = (config.num_experts_per_tok, config.n_routed_experts)
@@ -258,17 +258,11 @@ def _weights(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 def _part_name(path: str) -> str:
     for part, name in (
         (".lm_head", HEAD),
-        (".self_attn.", "attention"),
         (".router.", "router"),
+        (".attention.", "attention"),
         (".shared_experts.", "shared experts"),
         (".experts.", "routed experts"),
     ):
         if part in path:
             return name
     return "dense FFN"
-
-
-def _is_integer(weight: Any) -> bool:
-    """Does the matrix hold integer codes that the kernels could multiply as integers? The plain kernels widen all."""
-    format_ = getattr(weight, "format", None)
-    return format_ is not None and format_.codes.startswith("u")

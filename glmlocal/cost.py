@@ -20,7 +20,7 @@ class Part:
     kind: str  # how the checkpoint stores them: "bf16", "Q4_0", …
     weights: int  # numbers in the matrices
     nbytes: int  # as held in memory
-    is_integer: bool  # integer codes, for which integer arithmetic is the ceiling
+    is_integer: bool  # multiplied as integers: their peak is the ceiling
     used: int = 1  # of every ``of`` matrices a token uses so many: (8, 128) for routed experts
     of: int = 1
 

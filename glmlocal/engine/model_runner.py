@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from glmlocal import kernels
 from glmlocal.engine.scheduler import Batch
 from glmlocal.layers.context import ForwardContext
 from glmlocal.layers.kv_cache import KVCache
@@ -42,7 +43,7 @@ def forward_context(batch: Batch, kv_cache: KVCache) -> ForwardContext:
     requests, block_size = batch.requests, kv_cache.block_size
     spans = [(item, range(item.start, item.start + len(item.token_ids))) for item in requests]
     max_blocks = max(len(item.block_ids) for item in requests)
-    return ForwardContext(
+    step = kernels.StepIndex(
         positions=torch.tensor([position for _, span in spans for position in span]),
         slot_mapping=torch.tensor(
             [item.block_ids[p // block_size] * block_size + p % block_size for item, span in spans for p in span]
@@ -52,5 +53,5 @@ def forward_context(batch: Batch, kv_cache: KVCache) -> ForwardContext:
         ),
         query_start_loc=torch.tensor([0, *accumulate(len(span) for _, span in spans)], dtype=torch.int32),
         seq_lens=torch.tensor([span.stop for _, span in spans], dtype=torch.int32),
-        kv_cache=kv_cache,
     )
+    return ForwardContext(kernels.bind_step(step), kv_cache)

@@ -18,12 +18,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from glmlocal.kernels import cpu
+from glmlocal.kernels.blocks import AttentionBlock, BlockOutput, LayerCache, Router, StepIndex
 
 # The signatures are the reference's in both cases, so that is what a type checker is shown.
 if TYPE_CHECKING or not cpu.available:
     from glmlocal.kernels.reference import (
+        BoundAttention,
+        BoundCache,
+        BoundStep,
         ExpertWeights,
         Weight,
+        attention_block,
+        bind_attention,
+        bind_cache,
+        bind_step,
+        combine,
         experts_ffn,
         linear,
         pack,
@@ -35,16 +44,46 @@ if TYPE_CHECKING or not cpu.available:
         swiglu_ffn,
     )
 else:
-    from glmlocal.kernels.cpu.attention import paged_attention
+    from glmlocal.kernels.cpu.blocks import (
+        BoundAttention,
+        BoundCache,
+        BoundStep,
+        attention_block,
+        bind_attention,
+        bind_cache,
+        bind_step,
+        combine,
+    )
     from glmlocal.kernels.cpu.linear import PackedExperts as ExpertWeights
-    from glmlocal.kernels.cpu.linear import experts_ffn, linear, pack_experts, swiglu_ffn
+    from glmlocal.kernels.cpu.linear import pack_experts
+    from glmlocal.kernels.cpu.ops import (
+        experts_ffn,
+        linear,
+        paged_attention,
+        rms_norm,
+        rope_store_,
+        router_topk,
+        swiglu_ffn,
+    )
     from glmlocal.kernels.cpu.packing import PackedWeight as Weight
     from glmlocal.kernels.cpu.packing import pack
-    from glmlocal.kernels.cpu.steps import rms_norm, rope_store_, router_topk
 
 __all__ = [
+    "AttentionBlock",
+    "BlockOutput",
+    "BoundAttention",
+    "BoundCache",
+    "BoundStep",
     "ExpertWeights",
+    "LayerCache",
+    "Router",
+    "StepIndex",
     "Weight",
+    "attention_block",
+    "bind_attention",
+    "bind_cache",
+    "bind_step",
+    "combine",
     "describe",
     "experts_ffn",
     "isa",

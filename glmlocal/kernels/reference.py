@@ -6,6 +6,7 @@ Before they meet a weight that was packed for int8 activations they are rounded 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
+from glmlocal.kernels import blocks
+from glmlocal.kernels.blocks import AttentionBlock, BlockOutput, LayerCache, StepIndex
 
 Activations = Literal["int8", "fp32"]
 _INT8_GROUP = 32  # columns that share an activation scale
@@ -263,3 +266,33 @@ def paged_attention(
         scores.masked_fill_(torch.arange(seq_len) > query_position, float("-inf"))
         out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
     return out
+
+
+BoundAttention = AttentionBlock[Weight]
+BoundCache = LayerCache
+BoundStep = StepIndex
+
+
+def bind_attention(block: AttentionBlock[Weight]) -> BoundAttention:
+    """Bring an attention block into the form ``attention_block`` takes."""
+    return block
+
+
+def bind_cache(cache: LayerCache) -> BoundCache:
+    return cache
+
+
+def bind_step(step: StepIndex) -> BoundStep:
+    return step
+
+
+def attention_block(block: BoundAttention, x: Tensor, step: BoundStep, cache: BoundCache) -> BlockOutput:
+    """x fp32 [tokens, hidden] through pre-norm attention, residual, post-norm and router (see ``blocks.py``)."""
+    return blocks.attention_block(sys.modules[__name__], block, x, step, cache)
+
+
+def combine(
+    residual: Tensor, hidden: Tensor, routed: Tensor | None, ffn: tuple[Weight, Weight, Weight] | None
+) -> Tensor:
+    """residual + (FFN(hidden) + routed), all fp32 [tokens, hidden]; ffn is gate, up, down; either may be None."""
+    return blocks.combine(sys.modules[__name__], residual, hidden, routed, ffn)

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from glmlocal import kernels
 from glmlocal.layers.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """New tokens of all requests lie one after another ("ragged"): request r owns query_start_loc[r] … [r+1]."""
-
-    positions: Tensor  # int64 [tokens]
-    slot_mapping: Tensor  # int64 [tokens] = block · block_size + offset
-    block_tables: Tensor  # int32 [requests, max_blocks]
-    query_start_loc: Tensor  # int32 [requests + 1]
-    seq_lens: Tensor  # int32 [requests], new tokens included
+    step: kernels.BoundStep  # where each new token stands and where its keys and values go
     kv_cache: KVCache

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glmlocal import kernels
+
 TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -21,6 +23,7 @@ class KVCache:
     values: tuple[Tensor, ...]
     key_scales: tuple[Tensor | None, ...]
     value_scales: tuple[Tensor | None, ...]
+    layers: tuple[kernels.BoundCache, ...]  # the same, as attention takes them
 
     @classmethod
     def allocate(
@@ -40,12 +43,14 @@ class KVCache:
                 torch.empty(num_blocks, num_kv_heads, block_size) if kv_dtype == "int8" else None for _ in layers
             )
 
-        return cls(
+        tensors = (
             tuple(key.permute(0, 3, 1, 2) for key in keys),
             tuple(value.transpose(1, 2) for value in values),
             scales(),
             scales(),
         )
+        bound = tuple(kernels.bind_cache(kernels.LayerCache(*layer)) for layer in zip(*tensors, strict=True))
+        return cls(*tensors, bound)
 
     @property
     def block_size(self) -> int:

@@ -10,29 +10,37 @@ from torch import Tensor
 
 from glmlocal import kernels
 from glmlocal.formats.quant import QuantizedMatrix
-from glmlocal.layers.attention import Attention
 from glmlocal.layers.context import ForwardContext
 from glmlocal.layers.embedding import Embedding
+from glmlocal.layers.experts import Experts, ResidentExperts
 from glmlocal.layers.linear import Linear
-from glmlocal.layers.moe import MoE, ResidentExperts, Router, SwiGLU
 from glmlocal.layers.norm import RMSNorm
 from glmlocal.layers.rope import cos_sin_table
 from glmlocal.models.config import ModelConfig
 from glmlocal.models.weights import WeightReader
 
+FFN = tuple[kernels.Weight, kernels.Weight, kernels.Weight]  # gate, up, down
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """Pre-norm attention, then pre-norm FFN, each added to the residual."""
+    """Pre-norm attention, then pre-norm FFN, each added to the residual: three native calls."""
 
-    input_layernorm: RMSNorm
-    self_attn: Attention
-    post_attention_layernorm: RMSNorm
-    mlp: SwiGLU | MoE
+    index: int
+    attention: kernels.BoundAttention
+    mlp: FFN | None  # of a dense layer, which has no experts
+    experts: Experts | None
+    shared_experts: FFN | None  # added unscaled
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        """x fp32 [tokens, hidden] → the same; writes this layer's keys and values to the cache."""
+        out = kernels.attention_block(self.attention, x, context.step, context.kv_cache.layers[self.index])
+        routed = None
+        if self.experts is not None:
+            assert out.topk_ids is not None
+            assert out.topk_weights is not None
+            routed = self.experts.submit(out.hidden, out.topk_ids, out.topk_weights).wait()
+        return kernels.combine(out.residual, out.hidden, routed, self.mlp or self.shared_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,49 +115,77 @@ def build(
 
 
 def _decoder_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: Tensor) -> DecoderLayer:
-    prefix, eps = f"model.layers.{i}", config.rms_norm_eps
-    attn = f"{prefix}.self_attn"
-    is_dense = i < config.first_k_dense_replace
+    prefix = f"model.layers.{i}"
+    mlp = f"{prefix}.mlp"
+    if i < config.first_k_dense_replace:
+        return DecoderLayer(i, _attention(config, reader, prefix, cos_sin, None), _ffn(reader, mlp), None, None)
     return DecoderLayer(
-        reader.norm(f"{prefix}.input_layernorm", eps),
-        Attention(
-            i,
-            config.head_dim,
-            reader.linear(f"{attn}.q_proj", bias=config.attention_bias),
-            reader.linear(f"{attn}.k_proj", bias=config.attention_bias),
-            reader.linear(f"{attn}.v_proj", bias=config.attention_bias),
-            reader.linear(f"{attn}.o_proj"),
-            reader.dense(f"{attn}.q_norm.weight") if config.use_qk_norm else None,
-            reader.dense(f"{attn}.k_norm.weight") if config.use_qk_norm else None,
-            eps,
-            cos_sin,
-        ),
-        reader.norm(f"{prefix}.post_attention_layernorm", eps),
-        _swiglu(reader, f"{prefix}.mlp") if is_dense else _moe(config, reader, f"{prefix}.mlp"),
+        i,
+        _attention(config, reader, prefix, cos_sin, _router(config, reader, mlp)),
+        None,
+        _experts(config, reader, mlp),
+        _ffn(reader, f"{mlp}.shared_experts") if config.n_shared_experts else None,
     )
 
 
-def _swiglu(reader: WeightReader, prefix: str) -> SwiGLU:
-    return SwiGLU(*(reader.weight(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down")))
+def _attention(
+    config: ModelConfig,
+    reader: WeightReader,
+    prefix: str,
+    cos_sin: Tensor,
+    router: kernels.Router[kernels.Weight] | None,
+) -> kernels.BoundAttention:
+    attn = f"{prefix}.self_attn"
+
+    def bias(name: str) -> Tensor | None:
+        return reader.dense(f"{attn}.{name}_proj.bias") if config.attention_bias else None
+
+    def head_norm(name: str) -> Tensor | None:
+        return reader.dense(f"{attn}.{name}_norm.weight") if config.use_qk_norm else None
+
+    return kernels.bind_attention(
+        kernels.AttentionBlock(
+            input_layernorm=reader.dense(f"{prefix}.input_layernorm.weight"),
+            q_proj=reader.weight(f"{attn}.q_proj.weight"),
+            k_proj=reader.weight(f"{attn}.k_proj.weight"),
+            v_proj=reader.weight(f"{attn}.v_proj.weight"),
+            o_proj=reader.weight(f"{attn}.o_proj.weight"),
+            q_bias=bias("q"),
+            k_bias=bias("k"),
+            v_bias=bias("v"),
+            q_norm=head_norm("q"),
+            k_norm=head_norm("k"),
+            post_attention_layernorm=reader.dense(f"{prefix}.post_attention_layernorm.weight"),
+            rms_norm_eps=config.rms_norm_eps,
+            head_dim=config.head_dim,
+            cos_sin=cos_sin,
+            router=router,
+        )
+    )
 
 
-def _moe(config: ModelConfig, reader: WeightReader, prefix: str) -> MoE:
-    def experts(name: str) -> Iterator[Tensor | QuantizedMatrix]:  # one at a time: a layer of Air unpacked is 2 GB
+def _ffn(reader: WeightReader, prefix: str) -> FFN:
+    gate, up, down = (reader.weight(f"{prefix}.{name}_proj.weight") for name in ("gate", "up", "down"))
+    return gate, up, down
+
+
+def _router(config: ModelConfig, reader: WeightReader, prefix: str) -> kernels.Router[kernels.Weight]:
+    return kernels.Router(
+        kernels.pack(reader.dense(f"{prefix}.gate.weight")),
+        reader.dense(f"{prefix}.gate.e_score_correction_bias"),
+        config.num_experts_per_tok,
+        config.n_group,
+        config.topk_group,
+        config.norm_topk_prob,
+        config.routed_scaling_factor,
+    )
+
+
+def _experts(config: ModelConfig, reader: WeightReader, prefix: str) -> ResidentExperts:
+    def matrices(name: str) -> Iterator[Tensor | QuantizedMatrix]:  # one at a time: a layer of Air unpacked is 2 GB
         return (reader.matrix(f"{prefix}.experts.{e}.{name}_proj.weight") for e in range(config.n_routed_experts))
 
-    return MoE(
-        Router(
-            kernels.pack(reader.dense(f"{prefix}.gate.weight")),
-            reader.dense(f"{prefix}.gate.e_score_correction_bias"),
-            config.num_experts_per_tok,
-            config.n_group,
-            config.topk_group,
-            config.norm_topk_prob,
-            config.routed_scaling_factor,
-        ),
-        ResidentExperts(kernels.pack_experts(experts("gate"), experts("up"), experts("down"))),
-        _swiglu(reader, f"{prefix}.shared_experts") if config.n_shared_experts else None,
-    )
+    return ResidentExperts(kernels.pack_experts(matrices("gate"), matrices("up"), matrices("down")))
 
 
 def _mtp_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: Tensor) -> MTPLayer:

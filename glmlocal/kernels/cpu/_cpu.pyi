@@ -79,6 +79,70 @@ class Experts:
     def intermediate_size(self) -> int: ...
     def ffn(self, x: int, num_tokens: int, topk_ids: int, topk_weights: int, top_k: int, out: int) -> None: ...
 
+class LayerCache:
+    def __init__(
+        self,
+        type: str,
+        keys: int,
+        key_strides: tuple[int, ...],
+        key_scales: int,
+        values: int,
+        value_strides: tuple[int, ...],
+        value_scales: int,
+        shape: tuple[int, ...],
+    ) -> None: ...
+
+class StepIndex:
+    def __init__(
+        self,
+        tokens: int,
+        positions: int,
+        slots: int,
+        block_tables: int,
+        max_blocks: int,
+        query_start_loc: int,
+        seq_lens: int,
+        requests: int,
+    ) -> None: ...
+
+class AttentionBlock:
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        eps: float,
+        vectors: dict[str, int],
+        matrices: dict[str, Matrix],
+        cos_sin: int,
+        max_positions: int,
+        rotary_dim: int,
+    ) -> None: ...
+    def set_router(
+        self,
+        gate: Matrix,
+        correction_bias: int,
+        top_k: int,
+        n_group: int,
+        topk_group: int,
+        norm_topk_prob: bool,
+        routed_scaling_factor: float,
+    ) -> None: ...
+    def run(
+        self,
+        step: StepIndex,
+        cache: LayerCache,
+        x: int,
+        residual: int,
+        hidden: int,
+        topk_ids: int,
+        topk_weights: int,
+    ) -> None: ...
+
+def combine(
+    ffn: tuple[Matrix, ...] | None, residual: int, hidden: int, routed: int, rows: int, hidden_size: int, out: int
+) -> None: ...
 def matrix_layout(out_features: int, in_features: int, format: MatrixFormat) -> MatrixLayout: ...
 def swiglu_ffn(gate: Matrix, up: Matrix, down: Matrix, x: int, num_rows: int, out: int) -> None: ...
 def allocate(num_bytes: int) -> NDArray[np.uint8]: ...

@@ -48,6 +48,16 @@ def check_cache(
     return name, k_scales.data_ptr(), v_scales.data_ptr()
 
 
+def check_cache_order(op: str, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Raises ValueError for an order in memory that attention cannot read."""
+    k_strides, v_strides, block_size = k_cache.stride(), v_cache.stride(), k_cache.shape[1]
+    if v_strides[3] != 1 or (k_strides[3] != 1 and (k_strides[1] != 1 or block_size % _LANES)):
+        raise ValueError(
+            f"{op}: caches wanted features next to each other, or of keys the slots of a block of a "
+            f"multiple of {_LANES}, found strides {list(k_strides)} and {list(v_strides)}, block size {block_size}"
+        )
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -74,12 +84,7 @@ def paged_attention(
     cache_type, k_scales_ptr, v_scales_ptr = check_cache(
         "paged_attention", k_cache, v_cache, k_scales, v_scales, cache_shape
     )
-    k_strides, v_strides = k_cache.stride(), v_cache.stride()
-    if v_strides[3] != 1 or (k_strides[3] != 1 and (k_strides[1] != 1 or shape[1] % _LANES)):
-        raise ValueError(
-            f"paged_attention: caches wanted features next to each other, or of keys the slots of a block of a "
-            f"multiple of {_LANES}, found strides {list(k_strides)} and {list(v_strides)}, block size {shape[1]}"
-        )
+    check_cache_order("paged_attention", k_cache, v_cache)
     if head_dim == 0 or shape[2] == 0 or heads % shape[2]:
         raise ValueError(
             f"paged_attention: wanted a head_dim and equally many query heads per kv head, "
@@ -96,10 +101,10 @@ def paged_attention(
         heads,
         cache_type,
         k_cache.data_ptr(),
-        k_strides,
+        k_cache.stride(),
         k_scales_ptr,
         v_cache.data_ptr(),
-        v_strides,
+        v_cache.stride(),
         v_scales_ptr,
         cache_shape,
         block_tables.data_ptr(),

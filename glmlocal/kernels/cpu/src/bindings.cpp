@@ -3,14 +3,18 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
 #include <map>
+#include <optional>
 #include <stdexcept>
 
 #include "attention.h"
+#include "blocks.h"
 #include "isa.h"
 #include "memory.h"
 #include "ops.h"
@@ -92,7 +96,8 @@ struct Matrix {
     float* to = pointer<float>(out, "out");
     const float* add = bias == 0 ? nullptr : pointer<const float>(bias, "bias");
     nb::gil_scoped_release release;
-    linear(packed, from, num_rows, add, to);
+    const Product product{&packed, add, to};
+    linear({&product, 1}, from, num_rows, packed.in_features());
   }
 
   // The weights as the kernels see them, fp32 [out, in]: for tests and for the plain path.
@@ -169,13 +174,18 @@ struct Experts {
   }
 };
 
-void run_swiglu(const Matrix& gate, const Matrix& up, const Matrix& down, Address x, int64_t num_rows, Address out) {
-  const int64_t hidden = gate.packed.in_features(), intermediate = gate.packed.out_features();
-  if (up.packed.in_features() != hidden || up.packed.out_features() != intermediate || down.packed.in_features() != intermediate ||
-      down.packed.out_features() != hidden) {
-    throw std::invalid_argument("swiglu_ffn: up wanted [" + std::to_string(intermediate) + ", " + std::to_string(hidden) +
-                                "] and down transposed to that, as gate has it");
+void check_swiglu(const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down) {
+  const int64_t hidden = gate.in_features(), intermediate = gate.out_features();
+  if (up.in_features() == hidden && up.out_features() == intermediate && down.in_features() == intermediate && down.out_features() == hidden) {
+    return;
   }
+  throw std::invalid_argument("swiglu_ffn: up wanted [" + std::to_string(intermediate) + ", " + std::to_string(hidden) +
+                              "] and down transposed to that, as gate has it");
+}
+
+void run_swiglu(const Matrix& gate, const Matrix& up, const Matrix& down, Address x, int64_t num_rows, Address out) {
+  check_swiglu(gate.packed, up.packed, down.packed);
+  const int64_t hidden = gate.packed.in_features();
   if (num_rows <= 0 || hidden == 0) return;
   const float* from = pointer<const float>(x, "x");
   float* to = pointer<float>(out, "out");
@@ -205,6 +215,12 @@ float* scales_pointer(CacheType type, Address address, const char* what) {
   return type == CacheType::i8 ? pointer<float>(address, what) : nullptr;
 }
 
+nb::builtin_exception bad_token(int64_t token, int64_t position, int64_t slot, int64_t max_positions, int64_t num_slots) {
+  return nb::index_error(("token " + std::to_string(token) + " has position " + std::to_string(position) + " and slot " +
+                          std::to_string(slot) + ", wanted below " + std::to_string(max_positions) + " and " +
+                          std::to_string(num_slots)).c_str());
+}
+
 void run_rope_store(Address q, int64_t tokens, int64_t heads, Address k, Address v, Address q_norm, Address k_norm, float eps,
                     Address cos_sin, int64_t max_positions, int64_t rotary_dim, Address positions, Address slots,
                     const std::string& cache_type, Address k_cache, const Strides& k_strides, Address k_scales, Address v_cache,
@@ -228,26 +244,26 @@ void run_rope_store(Address q, int64_t tokens, int64_t heads, Address k, Address
     nb::gil_scoped_release release;
     bad = rope_store(job);
   }
-  if (bad >= 0) {
-    throw nb::index_error(("token " + std::to_string(bad) + " has position " + std::to_string(job.positions[bad]) + " and slot " +
-                           std::to_string(job.slots[bad]) + ", wanted below " + std::to_string(max_positions) + " and " +
-                           std::to_string(num_blocks * block_size)).c_str());
-  }
+  if (bad >= 0) throw bad_token(bad, job.positions[bad], job.slots[bad], max_positions, num_blocks * block_size);
+}
+
+void check_routing(const Routing& r) {
+  const bool grouped = r.n_group >= 1 && r.topk_group >= 1 && r.topk_group <= r.n_group && r.experts % r.n_group == 0;
+  if (grouped && r.top_k >= 1 && r.top_k <= r.experts / r.n_group * r.topk_group) return;
+  throw std::invalid_argument("router_topk: cannot choose " + std::to_string(r.top_k) + " of " + std::to_string(r.experts) +
+                              " experts in " + std::to_string(r.topk_group) + " of " + std::to_string(r.n_group) + " groups");
 }
 
 void run_router_topk(Address logits, int64_t rows, int64_t experts, Address correction_bias, int64_t top_k, int64_t n_group,
                      int64_t topk_group, bool norm_topk_prob, float routed_scaling_factor, Address ids, Address weights) {
-  const bool grouped = n_group >= 1 && topk_group >= 1 && topk_group <= n_group && experts % n_group == 0;
-  if (!grouped || top_k < 1 || top_k > experts / n_group * topk_group) {
-    throw std::invalid_argument("router_topk: cannot choose " + std::to_string(top_k) + " of " + std::to_string(experts) +
-                                " experts in " + std::to_string(topk_group) + " of " + std::to_string(n_group) + " groups");
-  }
+  const Routing routing{experts, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor};
+  check_routing(routing);
   if (rows <= 0) return;
   const float *from = pointer<const float>(logits, "logits"), *bias = pointer<const float>(correction_bias, "correction_bias");
   int32_t* id = pointer<int32_t>(ids, "topk_ids");
   float* weight = pointer<float>(weights, "topk_weights");
   nb::gil_scoped_release release;
-  router_topk({experts, top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor}, from, rows, bias, id, weight);
+  router_topk(routing, from, rows, bias, id, weight);
 }
 
 void run_paged_attention(Address q, int64_t tokens, int64_t heads, const std::string& cache_type, Address k_cache,
@@ -275,6 +291,121 @@ void run_paged_attention(Address q, int64_t tokens, int64_t heads, const std::st
   if (tokens <= 0) return;
   nb::gil_scoped_release release;
   paged_attention(cache, batch);
+}
+
+// A layer's cache; the caller keeps its tensors alive.
+struct LayerCache {
+  KeyValueCache cache;
+
+  LayerCache(const std::string& type_name, Address keys, const Strides& key_strides, Address key_scales, Address values,
+             const Strides& value_strides, Address value_scales, const Strides& shape) {
+    const CacheType type = named(kCacheTypes, type_name);
+    const bool has_blocks = shape[0] > 0;  // empty tensors have no memory
+    cache = {.type = type,
+             .keys = has_blocks ? cache_pointer<const std::byte>(type, keys, "keys") : nullptr,
+             .values = has_blocks ? cache_pointer<const std::byte>(type, values, "values") : nullptr,
+             .key_strides = cache_strides(key_strides), .value_strides = cache_strides(value_strides),
+             .key_scales = has_blocks ? scales_pointer(type, key_scales, "key_scales") : nullptr,
+             .value_scales = has_blocks ? scales_pointer(type, value_scales, "value_scales") : nullptr,
+             .num_blocks = shape[0], .block_size = shape[1], .kv_heads = shape[2], .head_dim = shape[3]};
+  }
+};
+
+StepIndex make_step(int64_t tokens, Address positions, Address slots, Address block_tables, int64_t max_blocks,
+                    Address query_start_loc, Address seq_lens, int64_t requests) {
+  return {.tokens = tokens,
+          .positions = tokens > 0 ? pointer<const int64_t>(positions, "positions") : nullptr,
+          .slots = tokens > 0 ? pointer<const int64_t>(slots, "slot_mapping") : nullptr,
+          .block_tables = requests * max_blocks > 0 ? pointer<const int32_t>(block_tables, "block_tables") : nullptr,
+          .max_blocks = max_blocks,
+          .query_start_loc = pointer<const int32_t>(query_start_loc, "query_start_loc"),
+          .seq_lens = requests > 0 ? pointer<const int32_t>(seq_lens, "seq_lens") : nullptr,
+          .requests = requests};
+}
+
+// An attention block; keeps its matrices alive, its vectors are the caller's to keep.
+struct BoundBlock {
+  std::vector<nb::object> owners;
+  AttentionBlock block;
+
+  BoundBlock(int64_t hidden_size, int64_t heads, int64_t kv_heads, int64_t head_dim, float eps,
+             const std::map<std::string, Address>& vectors, nb::dict matrices, Address cos_sin, int64_t max_positions,
+             int64_t rotary_dim) {
+    if (rotary_dim < 0 || rotary_dim % 2 != 0 || rotary_dim > head_dim) {
+      throw std::invalid_argument("attention_block: cos_sin has " + std::to_string(rotary_dim) + " columns, wanted an even number up to " +
+                                  std::to_string(head_dim));
+    }
+    const auto vector = [&](const char* name) -> const float* {
+      const Address address = vectors.at(name);
+      return address == 0 ? nullptr : pointer<const float>(address, name);
+    };
+    const auto matrix = [&](const char* name) {
+      const nb::object owner = matrices[name];
+      owners.push_back(owner);
+      return &nb::cast<const Matrix&>(owner).packed;
+    };
+    block = {.hidden_size = hidden_size, .heads = heads, .kv_heads = kv_heads, .head_dim = head_dim,
+             .input_norm = vector("input_layernorm"), .post_norm = vector("post_attention_layernorm"), .eps = eps,
+             .qkv = {matrix("q_proj"), matrix("k_proj"), matrix("v_proj")},
+             .qkv_bias = {vector("q_bias"), vector("k_bias"), vector("v_bias")}, .o = matrix("o_proj"),
+             .q_norm = vector("q_norm"), .k_norm = vector("k_norm"),
+             .cos_sin = rotary_dim == 0 ? nullptr : pointer<const float>(cos_sin, "cos_sin"),
+             .max_positions = max_positions, .rotary_dim = rotary_dim};
+  }
+
+  void set_router(nb::object gate, Address correction_bias, int64_t top_k, int64_t n_group, int64_t topk_group, bool norm_topk_prob,
+                  float routed_scaling_factor) {
+    const PackedMatrix& packed = nb::cast<const Matrix&>(gate).packed;
+    const Routing routing{packed.out_features(), top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor};
+    check_routing(routing);
+    block.gate = &packed;
+    block.correction_bias = pointer<const float>(correction_bias, "e_score_correction_bias");
+    block.routing = routing;
+    owners.push_back(std::move(gate));
+  }
+
+  void run(const StepIndex& step, const LayerCache& layer, Address x, Address residual, Address hidden, Address ids, Address weights) const {
+    const KeyValueCache& cache = layer.cache;
+    if (cache.head_dim != block.head_dim || cache.kv_heads != block.kv_heads) {
+      throw std::invalid_argument("attention_block: cache of " + std::to_string(cache.kv_heads) + " heads of " +
+                                  std::to_string(cache.head_dim) + ", wanted " + std::to_string(block.kv_heads) + " of " +
+                                  std::to_string(block.head_dim));
+    }
+    check_attention(cache, {.q = nullptr, .q_stride = 0, .out = nullptr, .tokens = step.tokens, .heads = block.heads,
+                            .block_tables = step.block_tables, .max_blocks = step.max_blocks, .query_start_loc = step.query_start_loc,
+                            .seq_lens = step.seq_lens, .requests = step.requests, .scale = 1});
+    if (step.tokens <= 0) return;
+    const float* from = pointer<const float>(x, "x");
+    float *to_residual = pointer<float>(residual, "residual"), *to_hidden = pointer<float>(hidden, "hidden");
+    int32_t* id = block.gate == nullptr ? nullptr : pointer<int32_t>(ids, "topk_ids");
+    float* weight = block.gate == nullptr ? nullptr : pointer<float>(weights, "topk_weights");
+    int64_t bad;
+    {
+      nb::gil_scoped_release release;
+      bad = attention_block(block, step, cache, from, to_residual, to_hidden, id, weight);
+    }
+    if (bad >= 0) throw bad_token(bad, step.positions[bad], step.slots[bad], block.max_positions, cache.num_blocks * cache.block_size);
+  }
+};
+
+void run_combine(std::optional<nb::tuple> ffn, Address residual, Address hidden, Address routed, int64_t rows, int64_t hidden_size,
+                 Address out) {
+  const PackedMatrix* matrices[3] = {};
+  if (ffn) {
+    for (size_t i = 0; i < 3; ++i) matrices[i] = &nb::cast<const Matrix&>((*ffn)[i]).packed;
+    check_swiglu(*matrices[0], *matrices[1], *matrices[2]);
+    if (matrices[0]->in_features() != hidden_size) {
+      throw std::invalid_argument("combine: the FFN takes " + std::to_string(matrices[0]->in_features()) + " features, found " +
+                                  std::to_string(hidden_size));
+    }
+  }
+  if (rows <= 0 || hidden_size == 0) return;
+  if (!ffn && routed == 0) throw std::invalid_argument("combine: wanted an FFN, routed experts' output or both");
+  const float *base = pointer<const float>(residual, "residual"), *x = pointer<const float>(hidden, "hidden");
+  const float* add = routed == 0 ? nullptr : pointer<const float>(routed, "routed");
+  float* to = pointer<float>(out, "out");
+  nb::gil_scoped_release release;
+  combine(matrices[0], matrices[1], matrices[2], base, x, add, rows, hidden_size, to);
 }
 
 nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate(size_t num_bytes) {
@@ -359,6 +490,23 @@ NB_MODULE(_cpu, m) {
         "k_scales"_a, "v_cache"_a, "v_strides"_a, "v_scales"_a, "cache_shape"_a, "block_tables"_a, "max_blocks"_a, "query_start_loc"_a, "seq_lens"_a, "requests"_a, "scale"_a, "out"_a);
 
   m.def("swiglu_ffn", &run_swiglu, "gate"_a, "up"_a, "down"_a, "x"_a, "num_rows"_a, "out"_a);
+
+  nb::class_<LayerCache>(m, "LayerCache")
+      .def(nb::init<const std::string&, Address, const Strides&, Address, Address, const Strides&, Address, const Strides&>(), "type"_a,
+           "keys"_a, "key_strides"_a, "key_scales"_a, "values"_a, "value_strides"_a, "value_scales"_a, "shape"_a);
+  nb::class_<StepIndex>(m, "StepIndex")
+      .def("__init__", [](StepIndex* self, int64_t tokens, Address positions, Address slots, Address block_tables, int64_t max_blocks,
+                          Address query_start_loc, Address seq_lens, int64_t requests) {
+        new (self) StepIndex(make_step(tokens, positions, slots, block_tables, max_blocks, query_start_loc, seq_lens, requests));
+      }, "tokens"_a, "positions"_a, "slots"_a, "block_tables"_a, "max_blocks"_a, "query_start_loc"_a, "seq_lens"_a, "requests"_a);
+  nb::class_<BoundBlock>(m, "AttentionBlock")
+      .def(nb::init<int64_t, int64_t, int64_t, int64_t, float, const std::map<std::string, Address>&, nb::dict, Address, int64_t, int64_t>(),
+           "hidden_size"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "eps"_a, "vectors"_a, "matrices"_a, "cos_sin"_a, "max_positions"_a,
+           "rotary_dim"_a)
+      .def("set_router", &BoundBlock::set_router, "gate"_a, "correction_bias"_a, "top_k"_a, "n_group"_a, "topk_group"_a,
+           "norm_topk_prob"_a, "routed_scaling_factor"_a)
+      .def("run", &BoundBlock::run, "step"_a, "cache"_a, "x"_a, "residual"_a, "hidden"_a, "topk_ids"_a, "topk_weights"_a);
+  m.def("combine", &run_combine, "ffn"_a.none(), "residual"_a, "hidden"_a, "routed"_a, "rows"_a, "hidden_size"_a, "out"_a);
 
   nb::class_<Experts>(m, "Experts")
       .def(nb::init<nb::sequence, nb::sequence, nb::sequence>(), "gate"_a, "up"_a, "down"_a)

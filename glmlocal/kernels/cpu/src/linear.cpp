@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "activations.h"
 #include "memory.h"
@@ -20,40 +21,68 @@ int chunk_rows(int64_t num_rows, int64_t panels) {
   return int(std::min(chunk, num_rows));
 }
 
-void linear(const PackedMatrix& w, const float* x, int64_t num_rows, const float* bias, float* out) {
-  if (num_rows == 0 || w.out_features() == 0) return;
-  const int64_t out_features = w.out_features();
-  const Activations input = prepare_activations(x, num_rows, w.in_features(), !w.int8_activations, w.int8_activations);
-  const int panels = w.panels();
-  const int chunk = chunk_rows(num_rows, panels);
-  const int chunks = int((num_rows + chunk - 1) / chunk);
-  const double cost = product_cost_ns(w, num_rows);
-  // Tasks of a few µs: claiming one costs about 0.1 µs when cores contend for the counter.
-  const int wanted_tasks = std::clamp(int(cost / 4000), 4 * num_threads(), 1 << 20);
-  const int panels_per_task = std::max(1, int(int64_t(panels) * chunks / wanted_tasks));
-  const int tasks_per_chunk = (panels + panels_per_task - 1) / panels_per_task;
+namespace {
 
-  parallel_for(chunks * tasks_per_chunk, cost, [&](int task) {
-    const int64_t first_row = int64_t(task / tasks_per_chunk) * chunk;
-    const int rows_here = int(std::min<int64_t>(chunk, num_rows - first_row));
-    const auto row_of = [&](int m) { return first_row + m; };
-    const int first_panel = task % tasks_per_chunk * panels_per_task;
-    for (int panel = first_panel; panel < std::min(first_panel + panels_per_task, panels); ++panel) {
-      const int64_t column = int64_t(panel) * kPanelRows;
-      const int width = w.rows_in(panel), tile_width = w.tiles_in(panel) * kTileRows;
-      float* to = out + first_row * out_features + column;
-      if (width == tile_width) {
-        panel_product(w, panel, input, rows_here, row_of, to, out_features);
-      } else {
-        float* tile = scratch(Scratch::tile, size_t(rows_here) * tile_width);
-        panel_product(w, panel, input, rows_here, row_of, tile, tile_width);
-        for (int m = 0; m < rows_here; ++m) std::memcpy(to + m * out_features, tile + m * tile_width, width * sizeof(float));
-      }
-      if (bias == nullptr) continue;
-      for (int m = 0; m < rows_here; ++m) {
-        for (int n = 0; n < width; ++n) to[m * out_features + n] += bias[column + n];
-      }
+// How one product is cut into tasks: chunks of rows, and for each of them runs of panels.
+struct Cut {
+  int chunk, tasks_per_chunk, panels_per_task, tasks;
+
+  Cut(const PackedMatrix& w, int64_t num_rows, double cost) {
+    const int panels = w.panels();
+    chunk = chunk_rows(num_rows, panels);
+    const int chunks = int((num_rows + chunk - 1) / chunk);
+    // Tasks of a few µs: claiming one costs about 0.1 µs when cores contend for the counter.
+    const int wanted_tasks = std::clamp(int(cost / 4000), 4 * num_threads(), 1 << 20);
+    panels_per_task = std::max(1, int(int64_t(panels) * chunks / wanted_tasks));
+    tasks_per_chunk = (panels + panels_per_task - 1) / panels_per_task;
+    tasks = chunks * tasks_per_chunk;
+  }
+};
+
+void run_task(const Product& product, const Cut& cut, int task, const Activations& input, int64_t num_rows) {
+  const PackedMatrix& w = *product.weight;
+  const int64_t out_features = w.out_features(), first_row = int64_t(task / cut.tasks_per_chunk) * cut.chunk;
+  const int rows_here = int(std::min<int64_t>(cut.chunk, num_rows - first_row));
+  const auto row_of = [&](int m) { return first_row + m; };
+  const int first_panel = task % cut.tasks_per_chunk * cut.panels_per_task;
+  for (int panel = first_panel; panel < std::min(first_panel + cut.panels_per_task, w.panels()); ++panel) {
+    const int64_t column = int64_t(panel) * kPanelRows;
+    const int width = w.rows_in(panel), tile_width = w.tiles_in(panel) * kTileRows;
+    float* to = product.out + first_row * out_features + column;
+    if (width == tile_width) {
+      panel_product(w, panel, input, rows_here, row_of, to, out_features);
+    } else {
+      float* tile = scratch(Scratch::tile, size_t(rows_here) * tile_width);
+      panel_product(w, panel, input, rows_here, row_of, tile, tile_width);
+      for (int m = 0; m < rows_here; ++m) std::memcpy(to + m * out_features, tile + m * tile_width, width * sizeof(float));
     }
+    if (product.bias == nullptr) continue;
+    for (int m = 0; m < rows_here; ++m) {
+      for (int n = 0; n < width; ++n) to[m * out_features + n] += product.bias[column + n];
+    }
+  }
+}
+
+}  // namespace
+
+void linear(std::span<const Product> products, const float* x, int64_t num_rows, int64_t in) {
+  if (num_rows == 0) return;
+  bool floats = false, int8 = false;
+  double cost = 0;
+  std::vector<Cut> cuts;
+  std::vector<int> ends;  // of each product's tasks
+  for (const Product& product : products) {
+    (product.weight->int8_activations ? int8 : floats) = true;
+    const double own_cost = product_cost_ns(*product.weight, num_rows);
+    cuts.emplace_back(*product.weight, num_rows, own_cost);
+    ends.push_back((ends.empty() ? 0 : ends.back()) + (product.weight->out_features() == 0 ? 0 : cuts.back().tasks));
+    cost += own_cost;
+  }
+  const Activations input = prepare_activations(x, num_rows, in, floats, int8);
+  parallel_for(ends.back(), cost, [&](int task) {
+    size_t i = 0;
+    while (task >= ends[i]) ++i;
+    run_task(products[i], cuts[i], i == 0 ? task : task - ends[i - 1], input, num_rows);
   });
 }
 

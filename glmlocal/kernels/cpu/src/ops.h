@@ -3,13 +3,20 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "packed_matrix.h"
 
 namespace glmlocal {
 
-// out[m][n] = Σ_k x[m][k] · w[n][k] (+ bias[n]); x [num_rows, in], bias [out] or null, out [num_rows, out].
-void linear(const PackedMatrix& w, const float* x, int64_t num_rows, const float* bias, float* out);
+// out[m][n] = Σ_k x[m][k] · weight[n][k] (+ bias[n]); x [num_rows, in], bias [out] or null, out [num_rows, out].
+struct Product {
+  const PackedMatrix* weight;
+  const float* bias;
+  float* out;
+};
+// At least one product, all of the same x.
+void linear(std::span<const Product> products, const float* x, int64_t num_rows, int64_t in);
 
 struct ExpertMatrices {
   const PackedMatrix* const* gate;  // [num_experts], each [intermediate, hidden]

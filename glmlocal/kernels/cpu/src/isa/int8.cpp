@@ -171,10 +171,10 @@ GLM_FLATTEN void multiply_tile(const Piece& piece, int panel_tiles, int zero_poi
   const ptrdiff_t line = panel_tiles * 64, scale_line = panel_tiles * kTileRows;
   for (int b = 0; b < blocks; ++b) {
     for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
-    unroll<units>([&](auto unit) {
+    for (int unit = 0; unit < units; ++unit) {
       U sums[num_rows * tiles];
       unroll<num_rows>([&](auto m) {
-        const U start = splat(uint32_t(-zero_point * sum_of<halves>(x[m.v][b], unit.v)));
+        const U start = splat(uint32_t(-zero_point * sum_of<halves>(x[m.v][b], unit)));
         unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = start; });
       });
       unroll<quads>([&](auto q) {
@@ -182,7 +182,7 @@ GLM_FLATTEN void multiply_tile(const Piece& piece, int panel_tiles, int zero_poi
         unroll<tiles>([&](auto t) { w[t.v] = load_words(codes + t.v * 64); });
         codes += line;
         unroll<num_rows>([&](auto m) {
-          const U word = splat(word_of(x[m.v][b], unit.v * quads + q.v));
+          const U word = splat(word_of(x[m.v][b], unit * quads + q.v));
           unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = dot<eight_bits>(sums[m.v * tiles + t.v], w[t.v], word); });
         });
       });
@@ -197,7 +197,7 @@ GLM_FLATTEN void multiply_tile(const Piece& piece, int panel_tiles, int zero_poi
       });
       if (offsets) {
         unroll<num_rows>([&](auto m) {
-          const F x_sum = broadcast(x[m.v][b].scale * float(sum_of<halves>(x[m.v][b], unit.v)));
+          const F x_sum = broadcast(x[m.v][b].scale * float(sum_of<halves>(x[m.v][b], unit)));
           unroll<tiles>([&](auto t) {
             constexpr int i = m.v * tiles + t.v;
             acc[i] = fma(x_sum, load(all_offsets + t.v * kTileRows), acc[i]);
@@ -206,7 +206,7 @@ GLM_FLATTEN void multiply_tile(const Piece& piece, int panel_tiles, int zero_poi
         all_offsets += scale_line;
       }
       scales += scale_line;
-    });
+    }
   }
   unroll<num_rows>([&](auto m) {
     unroll<tiles>([&](auto t) { store(out + m.v * out_stride + t.v * kTileRows, acc[m.v * tiles + t.v]); });

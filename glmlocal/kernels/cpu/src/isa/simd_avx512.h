@@ -40,7 +40,6 @@ GLM_INLINE U select(U m, U a, U b) { return _mm512_ternarylogic_epi32(m, a, b, 0
 GLM_INLINE F as_float(U x) { return _mm512_castsi512_ps(x); }
 GLM_INLINE U as_words(F x) { return _mm512_castps_si512(x); }
 
-GLM_INLINE U as_words(F x) { return _mm512_castps_si512(x); }
 GLM_INLINE U max_words(U a, U b) { return _mm512_max_epi32(a, b); }
 GLM_INLINE U add_words(U a, U b) { return _mm512_add_epi32(a, b); }
 GLM_INLINE U to_words(F x) { return _mm512_cvtps_epi32(x); }

@@ -55,7 +55,6 @@ GLM_INLINE U select(U m, U a, U b) { return map<U>([&](int i) { return blend(m.v
 GLM_INLINE F as_float(U x) { return map<F>([&](int i) { return (Quad)x.v[i]; }); }
 GLM_INLINE U as_words(F x) { return map<U>([&](int i) { return (QuadU)x.v[i]; }); }
 
-GLM_INLINE U as_words(F x) { return map<U>([&](int i) { return (QuadU)x.v[i]; }); }
 GLM_INLINE U max_words(U a, U b) {
   return map<U>([&](int i) { return blend((QuadU)((QuadI)a.v[i] > (QuadI)b.v[i]), a.v[i], b.v[i]); });
 }
