@@ -3,7 +3,8 @@
     python benchmarks/kernels/attention.py [--heads 96 --kv-heads 8 --head-dim 128] [--context 512,4096] [--prefill 512]
                                            [--kv-dtype fp32,bf16,fp8,int8]
 
-Ceilings and ops are measured in turns, medians are compared; caches are rotated so that decode reads memory, not the
+Ceilings (bytes read or floating-point operations, in G/s) and all dtypes are measured in turns, and the best of each is
+compared: what it does when nothing else uses the machine. Caches are rotated so that decode reads memory, not the
 last-level cache. Where a CPU multiplies pairs of bf16, twice the fma peak is the ceiling of prefill for caches that are
 not fp32. A fraction above 1 fails the benchmark. Ends with one JSON line.
 """
@@ -11,12 +12,10 @@ not fp32. A fraction above 1 fails the benchmark. Ends with one JSON line.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from glmlocal import kernels
 from glmlocal.kernels.cpu import _cpu
 
 BLOCK_SIZE = 32
-BEYOND_CACHE_BYTES = 512 << 20
+BEYOND_CACHE_BYTES = 512 << 20  # of all dtypes together
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -73,14 +72,18 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(cases: list[tuple[Any, ...]], ceiling: Callable[[], float], repeats: int) -> tuple[float, float]:
-    """Median seconds of one call, and the median ceiling, measured in turns."""
-    times, ceilings = [], []
+def measure(
+    cases: dict[str, list[tuple[Any, ...]]], ceiling: Callable[[], float], repeats: int
+) -> tuple[dict[str, list[float]], float]:
+    """Sorted seconds of the calls of each dtype, and the best ceiling, all measured in turns."""
+    times: dict[str, list[float]] = {kv_dtype: [] for kv_dtype in cases}
+    ceilings = []
     for i in range(repeats + 1):
         ceilings.append(ceiling())
-        case = cases[i % len(cases)]
-        times.append(seconds(lambda: kernels.paged_attention(*case)))  # noqa: B023 (called at once)
-    return median(times[1:]), median(ceilings[1:])
+        for kv_dtype, several in cases.items():
+            case = several[i % len(several)]
+            times[kv_dtype].append(seconds(lambda: kernels.paged_attention(*case)))  # noqa: B023 (called at once)
+    return {kv_dtype: sorted(taken[1:]) for kv_dtype, taken in times.items()}, max(ceilings)
 
 
 def main() -> None:
@@ -110,27 +113,39 @@ def main() -> None:
     shape = Shape(options.heads, options.kv_heads, options.head_dim)
     print(f"{kernels.describe()}; {shape.heads} heads, {shape.kv_heads} kv heads of {shape.head_dim}")
 
-    results = []
+    results: list[dict[str, Any]] = []
 
-    def report(case: dict[str, object], took: float, rate: float, ceiling: float, unit: str) -> None:
-        results.append(case | {"us": took * 1e6, "fraction": rate / ceiling})
-        name = " ".join(str(value) for value in case.values())
-        print(f"{name:28} {took * 1e6:9.0f} µs {rate:7.1f} of {ceiling:.1f} {unit} = {rate / ceiling:.2f}")
+    def run(what: dict[str, Any], new: int, amount: Callable[[str], float], ceiling: Callable[[], float]) -> None:
+        seq_len, order = what["tokens"], what["order"]
+        cases = {}
+        for kv_dtype in options.kv_dtype:
+            count = (
+                1
+                if new > 1
+                else max(1, BEYOND_CACHE_BYTES // len(options.kv_dtype) // shape.kv_bytes(seq_len, kv_dtype))
+            )
+            cases[kv_dtype] = [make_arguments(order, seq_len, new, shape, kv_dtype) for _ in range(count)]
+        times, best_ceiling = measure(cases, ceiling, options.repeats if new == 1 else min(options.repeats, 9))
+        first = next(iter(times.values()))[0]
+        for kv_dtype, taken in times.items():
+            best, middle = taken[0], taken[len(taken) // 2]
+            top = best_ceiling * (2 if new > 1 and kv_dtype != "fp32" and _cpu.attention_in_pairs() else 1)
+            rate = amount(kv_dtype) / best / 1e9
+            results.append(
+                what | {"kv_dtype": kv_dtype, "us": best * 1e6, "median_us": middle * 1e6, "fraction": rate / top}
+            )
+            print(
+                f"{what['op']:8}{seq_len:6} {order:7}{kv_dtype:5}{best * 1e6:9.0f} µs (median {middle * 1e6:.0f}), "
+                f"{first / best:.2f} times {options.kv_dtype[0]}, {rate:.1f} of {top:.1f} G/s = {rate / top:.2f}"
+            )
 
-    for kv_dtype, order in itertools.product(options.kv_dtype, options.order):
-        what = {"kv_dtype": kv_dtype, "order": order}
+    for order in options.order:
         for context in options.context:
-            num_bytes = shape.kv_bytes(context, kv_dtype)
-            num_cases = max(1, BEYOND_CACHE_BYTES // num_bytes)
-            cases = [make_arguments(order, context, 1, shape, kv_dtype) for _ in range(num_cases)]
-            took, bandwidth = measure(cases, lambda: _cpu.read_bandwidth(64 << 20), options.repeats)
-            report({"op": "decode", "context": context} | what, took, num_bytes / took / 1e9, bandwidth, "GB/s")
+            what = {"op": "decode", "tokens": context, "order": order}
+            run(what, 1, lambda dtype: shape.kv_bytes(context, dtype), lambda: _cpu.read_bandwidth(64 << 20))  # noqa: B023
         for tokens in options.prefill:
             flops = 2 * tokens * (tokens + 1) * shape.heads * shape.head_dim
-            cases = [make_arguments(order, tokens, tokens, shape, kv_dtype)]
-            took, peak = measure(cases, _cpu.fma_peak, min(options.repeats, 5))
-            peak *= 2 if kv_dtype != "fp32" and _cpu.attention_in_pairs() else 1
-            report({"op": "prefill", "tokens": tokens} | what, took, flops / took / 1e9, peak, "GFLOP/s")
+            run({"op": "prefill", "tokens": tokens, "order": order}, tokens, lambda _: flops, _cpu.fma_peak)  # noqa: B023
     print(json.dumps({"shape": asdict(shape), "threads": kernels.num_threads(), "isa": _cpu.isa(), "results": results}))
     if any(result["fraction"] > 1 for result in results):
         raise SystemExit("a fraction of its ceiling is above 1: one of the two was measured wrongly")

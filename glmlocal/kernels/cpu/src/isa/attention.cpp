@@ -21,7 +21,7 @@ namespace {
 constexpr int kTileColumns = kTileKeys / kLanes;
 constexpr int kRows = kGemmRows, kColumns = kGemmTiles;  // of a register tile
 constexpr int kTransposeWork = 100;  // 16 × 16 floats take about as long as so many fmas
-constexpr int kWidenWork = 3;        // and so 16 elements of the cache
+constexpr int kWidenWork = 2;        // and so 16 operands, made of elements of the cache
 constexpr float kLowest = -3.402823466e38f;              // finite: minus infinity less itself would be NaN
 
 // The next tile of keys and values, asked for while this one is worked on. Its lines are far apart, which no hardware
@@ -90,8 +90,10 @@ struct Floats {
   static constexpr int step = 1;
   static GLM_INLINE F multiply_add(F a, F b, F c) { return fma(a, b, c); }
   static GLM_INLINE void put(float* row, int at, F x) { store(row + at, x); }
-  template <class Element>
-  static GLM_INLINE F operands(const Element* p, const Element*) { return widen(p); }
+  template <int vectors, class Element>
+  static GLM_INLINE void put_operands(float* to, const Element* p, const Element*) {
+    unroll<vectors>([&](auto i) { store(to + i.v * kLanes, widen(p + i.v * kLanes)); });
+  }
 };
 
 #if GLM_HAS_PAIRS
@@ -107,6 +109,13 @@ constexpr struct Fp8Sizes {  // the bf16 of each code without its sign
   }
 } kFp8Sizes;
 
+constexpr struct Interleave {  // 0, 32, 1, 33 …: one element of the first vector, one of the second
+  alignas(64) uint16_t lanes[64] = {};
+  constexpr Interleave() {
+    for (int i = 0; i < 64; ++i) lanes[i] = uint16_t(i / 2 + i % 2 * 32);
+  }
+} kInterleave;
+
 struct Pairs {
   static constexpr int step = 2;
   static GLM_INLINE F multiply_add(F a, F b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
@@ -114,6 +123,20 @@ struct Pairs {
     _mm256_storeu_si256((__m256i*)((char*)row + 2 * at), (__m256i)_mm512_cvtneps_pbh(x));
   }
   // Pairs of one element each from both.
+  template <int vectors, class Element>
+  static GLM_INLINE void put_operands(float* to, const Element* first, const Element* second) {
+    unroll<vectors>([&](auto i) { store(to + i.v * kLanes, operands(first + i.v * kLanes, second + i.v * kLanes)); });
+  }
+  template <int vectors>
+  static GLM_INLINE void put_operands(float* to, const Bf16* first, const Bf16* second) {
+    if constexpr (vectors == 1) return store(to, operands(first, second));
+    static_assert(vectors <= 2);
+    const U a = load_words(first), b = load_words(second);
+    store(to, as_float(_mm512_permutex2var_epi16(a, load_words(kInterleave.lanes), b)));
+    store(to + kLanes, as_float(_mm512_permutex2var_epi16(a, load_words(kInterleave.lanes + 32), b)));
+  }
+
+ private:
   template <class Element>
   static GLM_INLINE F operands(const Element* first, const Element* second) {
     return as_float(select(splat(0xffff0000), as_words(widen(second)), shr<16>(as_words(widen(first)))));
@@ -230,44 +253,58 @@ GLM_INLINE const float* operand_row(const Element* from, int head_dim, float* to
 template <class Element, class Math>
 constexpr bool holds_operands = std::is_same_v<Element, float> && Math::step == 1;
 
-// Points key_columns at the keys of one head. Lanes of keys that do not exist hold anything.
+// Operands of `vectors` · 16 keys, feature by feature.
+template <class Element, class Math, int vectors>
+GLM_INLINE void put_columns(const Element* from, ptrdiff_t feature, int size, float* to, Prefetch& prefetch) {
+  constexpr int steps = Prefetch::kSteps / 2;  // head_dim is a multiple of kSteps
+  for (int begin = 0; begin < size; begin += steps) {
+    prefetch.advance(steps * vectors * kWidenWork);
+    unroll<steps>([&](auto) {
+      Math::template put_operands<vectors>(to, from, from + (Math::step - 1) * feature);
+      from += Math::step * feature;
+      to += kTileKeys;
+    });
+  }
+}
+
+// Points key_columns at the keys of one head. Lanes of keys that do not exist hold anything. Not inlined, as the next one,
+// because their loops need all registers.
 template <class Element, class Math>
-void load_keys(const AttentionTask& task, const Tile& tile, int head, Workspace& w) {
+__attribute__((noinline)) void load_keys(const AttentionTask& task, const Tile& tile, int head, Workspace& w) {
   const ptrdiff_t offset = head * task.key_strides.head, feature = task.key_strides.feature;
   const int size = w.head_dim / Math::step;
-  const bool neighbours = slots_are_neighbours(task);
-  const float* rows[kTileKeys];
-  if (!neighbours) {
-    for (int i = 0; i < kTileKeys; ++i) {
-      const Element* from = (const Element*)tile.keys[i < tile.count ? i : 0] + offset;
-      if constexpr (holds_operands<Element, Math>) {
-        rows[i] = from;
-      } else {
-        w.prefetch.advance(size / kLanes * kWidenWork);
-        rows[i] = operand_row<Element, Math>(from, w.head_dim, w.key_rows + i * w.width);
-      }
-    }
-  }
   w.key_stride = kTileKeys;
-  for (int c = 0; c < kTileColumns; ++c) {
-    float* to = w.keys + c * kLanes;
-    w.key_columns[c] = to;
-    if (c * kLanes >= tile.count) continue;
-    if (neighbours) {
+  for (int c = 0; c < kTileColumns; ++c) w.key_columns[c] = w.keys + c * kLanes;
+  if (slots_are_neighbours(task)) {
+    const int columns = task.block_size % (2 * kLanes) == 0 ? 2 : 1;
+    for (int c = 0; c < kTileColumns && c * kLanes < tile.count; c += columns) {
       const int position = tile.first + c * kLanes;
       const Element* from = (const Element*)task.keys + offset +
                             task.block_table[position / task.block_size] * task.key_strides.block + position % task.block_size;
       if constexpr (holds_operands<Element, Math>) {
-        w.key_columns[c] = from;
+        for (int i = 0; i < columns; ++i) w.key_columns[c + i] = from + i * kLanes;
+        for (int i = c + columns; i < kTileColumns; ++i) w.key_columns[i] = from;
         w.key_stride = feature;
+      } else if (columns == 2) {
+        put_columns<Element, Math, 2>(from, feature, size, w.keys + c * kLanes, w.prefetch);
       } else {
-        for (int d = 0; d < size; ++d, from += Math::step * feature) {
-          if (d % Prefetch::kSteps == 0) w.prefetch.advance(Prefetch::kSteps * kWidenWork);
-          store(to + d * kTileKeys, Math::operands(from, from + feature));
-        }
+        put_columns<Element, Math, 1>(from, feature, size, w.keys + c * kLanes, w.prefetch);
       }
-      continue;
     }
+    return;
+  }
+  const float* rows[kTileKeys];
+  for (int i = 0; i < kTileKeys; ++i) {
+    const Element* from = (const Element*)tile.keys[i < tile.count ? i : 0] + offset;
+    if constexpr (holds_operands<Element, Math>) {
+      rows[i] = from;
+    } else {
+      w.prefetch.advance(size / kLanes * kWidenWork);
+      rows[i] = operand_row<Element, Math>(from, w.head_dim, w.key_rows + i * w.width);
+    }
+  }
+  for (int c = 0; c < kTileColumns && c * kLanes < tile.count; ++c) {
+    float* to = w.keys + c * kLanes;
     int d = 0;
     for (; d + kLanes <= size; d += kLanes) {
       w.prefetch.advance(kTransposeWork);
@@ -282,7 +319,7 @@ void load_keys(const AttentionTask& task, const Tile& tile, int head, Workspace&
 // Points value_rows at the values of one head, or at copies where they are no operands or their features do not fill whole
 // vectors.
 template <class Element, class Math>
-void load_values(const AttentionTask& task, const Tile& tile, int head, Workspace& w) {
+__attribute__((noinline)) void load_values(const AttentionTask& task, const Tile& tile, int head, Workspace& w) {
   const ptrdiff_t offset = head * task.value_strides.head;
   const int whole = w.head_dim / kLanes * kLanes, rest = w.head_dim - whole;
   for (int i = 0; i < tile.count; i += Math::step) {
@@ -297,14 +334,16 @@ void load_values(const AttentionTask& task, const Tile& tile, int head, Workspac
       }
     }
     w.prefetch.advance(w.width / kLanes * kWidenWork);
-    for (int d = 0; d < whole; d += kLanes) store(to + d, Math::operands(first + d, second + d));
+    int d = 0;
+    for (; d + 2 * kLanes <= whole; d += 2 * kLanes) Math::template put_operands<2>(to + d, first + d, second + d);
+    if (d < whole) Math::template put_operands<1>(to + d, first + d, second + d);
     if (rest == 0) continue;
     Element ends[2][kLanes] = {};
-    for (int d = 0; d < rest; ++d) {
+    for (d = 0; d < rest; ++d) {
       ends[0][d] = first[whole + d];
       ends[1][d] = second[whole + d];
     }
-    store(to + whole, Math::operands(ends[0], ends[1]));
+    Math::template put_operands<1>(to + whole, ends[0], ends[1]);
   }
 }
 
