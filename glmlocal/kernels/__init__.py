@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from glmlocal.kernels import cpu
+from glmlocal.kernels.reference import MatrixRows
 
 # The signatures are the reference's in both cases, so that is what a type checker is shown.
 if TYPE_CHECKING or not cpu.available:
@@ -44,6 +45,7 @@ else:
 
 __all__ = [
     "ExpertWeights",
+    "MatrixRows",
     "Weight",
     "describe",
     "experts_ffn",

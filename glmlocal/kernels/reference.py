@@ -5,8 +5,8 @@ Activations are fp32 [tokens, features] throughout; weights keep what the checkp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -45,20 +45,43 @@ class ExpertWeights:
         return sum(weight.nbytes for group in (self.gate, self.up, self.down) for weight in group)
 
 
+@dataclass(frozen=True, slots=True)
+class MatrixRows:
+    """A matrix [out, in] whose rows are read a range at a time, so that it is never whole in memory beside the result."""
+
+    shape: tuple[int, int]
+    read: Callable[[int, int], Tensor | QuantizedMatrix]  # rows begin … end - 1, all of one dtype or scheme
+
+    @classmethod
+    def of(cls, matrix: Tensor | QuantizedMatrix) -> MatrixRows:
+        """One that is in memory already."""
+        rows, columns = matrix.shape
+        if isinstance(matrix, Tensor):
+            return cls((rows, columns), lambda begin, end: matrix[begin:end])
+        names = ("codes", "super_scale", "sub_scale", "super_min", "sub_min")
+        arrays = {name: getattr(matrix, name) for name in names if getattr(matrix, name) is not None}
+        return cls(
+            (rows, columns),
+            lambda begin, end: replace(matrix, **{name: values[begin:end] for name, values in arrays.items()}),
+        )
+
+
 _KIND = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-def pack(matrix: Tensor | QuantizedMatrix) -> Weight:
+def pack(matrix: Tensor | QuantizedMatrix | MatrixRows) -> Weight:
     """Bring one matrix [out, in] (fp32, bf16, fp16 or quantized) into the form ``linear`` takes."""
+    if isinstance(matrix, MatrixRows):
+        return pack(matrix.read(0, matrix.shape[0]))
     if isinstance(matrix, QuantizedMatrix):
         return Weight(torch.from_numpy(matrix.dequantize()), matrix.scheme.name)
     return Weight(matrix.float(), _KIND[matrix.dtype])
 
 
 def pack_experts(
-    gate: Iterable[Tensor | QuantizedMatrix],
-    up: Iterable[Tensor | QuantizedMatrix],
-    down: Iterable[Tensor | QuantizedMatrix],
+    gate: Iterable[Tensor | QuantizedMatrix | MatrixRows],
+    up: Iterable[Tensor | QuantizedMatrix | MatrixRows],
+    down: Iterable[Tensor | QuantizedMatrix | MatrixRows],
 ) -> ExpertWeights:
     """Bring the experts of one layer, in order of expert id, into the form ``experts_ffn`` takes, one at a time."""
     return ExpertWeights(*(tuple(pack(matrix) for matrix in group) for group in (gate, up, down)))

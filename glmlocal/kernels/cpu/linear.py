@@ -12,6 +12,7 @@ from torch import Tensor
 from glmlocal.formats.quant import QuantizedMatrix
 from glmlocal.kernels.cpu import _cpu
 from glmlocal.kernels.cpu.packing import PackedWeight, pack
+from glmlocal.kernels.reference import MatrixRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,9 +30,9 @@ class PackedExperts:
 
 
 def pack_experts(
-    gate: Iterable[Tensor | QuantizedMatrix],
-    up: Iterable[Tensor | QuantizedMatrix],
-    down: Iterable[Tensor | QuantizedMatrix],
+    gate: Iterable[Tensor | QuantizedMatrix | MatrixRows],
+    up: Iterable[Tensor | QuantizedMatrix | MatrixRows],
+    down: Iterable[Tensor | QuantizedMatrix | MatrixRows],
 ) -> PackedExperts:
     return bind_experts(*(tuple(pack(matrix) for matrix in group) for group in (gate, up, down)))
 

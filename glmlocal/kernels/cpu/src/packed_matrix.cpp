@@ -14,7 +14,7 @@ int code_bits(Codes codes) {
   switch (codes) {
     case Codes::f32: return 32;
     case Codes::bf16: case Codes::f16: return 16;
-    case Codes::u8: return 8;
+    case Codes::u8: case Codes::e4m3: return 8;
     case Codes::u6: return 6;
     case Codes::u5: return 5;
     case Codes::u4: return 4;

@@ -7,7 +7,7 @@
 // The operations, all elementwise unless said otherwise:
 //   zero broadcast load store add sub mul div max min     fma(a, b, c) = a·b + c, fused where the ISA can (generic: rounded twice)
 //   load_f16 load_i8 load_u8                              16 narrower numbers in memory, widened
-//   load_words splat shift_right shr<n> shl<n> bit_and select(m, a, b) = (a & m) | (b & ~m)      on U
+//   load_words splat shift_right shr<n> shl<n> sar<n> (keeps the sign) bit_and select(m, a, b) = (a & m) | (b & ~m)      on U
 //   as_float as_words to_words(round to nearest) to_float reinterpret and convert
 //   Table, make_table, lookup(table, words)               by the low 4 bits of each word
 //   byte_bias, byte_value<j>(words, bias)                 byte j of each word as fp32, minus the bias
