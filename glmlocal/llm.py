@@ -19,6 +19,7 @@ from glmlocal.engine.request import Request, RequestOutput, SamplingParams
 from glmlocal.errors import CheckpointError, RequestError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.models.config import ModelConfig
+from glmlocal.models.weights import check_quant, quantized_already
 from glmlocal.progress import byte_bar
 from glmlocal.resolve import resolve
 from glmlocal.text.model_text import load_model_text
@@ -31,7 +32,8 @@ class LLM:
 
     ``model`` is a directory, a ``.gguf`` file or ``demo``. ``context`` is in tokens, prompt and answer together
     (None: the model's limit or what memory allows); ``threads`` limits the CPU threads; ``max_batch`` is how many
-    requests run at once. Raises CheckpointError, ConfigError, DownloadError or PlanError.
+    requests run at once. ``quant`` "int8" or "int4" quantizes linear weights that are not quantized yet while they are
+    loaded; "keep" leaves them as stored. Raises CheckpointError, ConfigError, DownloadError or PlanError.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class LLM:
         context: int | None = None,
         threads: int | None = None,
         max_batch: int = 8,
+        quant: str = "keep",
         progress: bool = False,
     ) -> None:
         start_s = time.perf_counter()
+        checked_quant = check_quant(quant)
         kernels.set_num_threads(threads)
         self.model_name = str(model)
         self._checkpoint = checkpoint = open_checkpoint(resolve(model, progress=progress))
@@ -55,8 +59,15 @@ class LLM:
         self._defaults, self._eos_token_ids = text.defaults, text.eos_token_ids
         with byte_bar("loading", checkpoint.tensors.nbytes, show=progress) as on_bytes:
             self._engine = load_engine(
-                checkpoint, context=context, max_batch=max_batch, num_threads=threads, on_bytes=on_bytes
+                checkpoint,
+                context=context,
+                max_batch=max_batch,
+                quant=checked_quant,
+                num_threads=threads,
+                on_bytes=on_bytes,
             )
+        #: What of the caller's wishes did not apply, in a line for people; None when all did.
+        self.note = None if checked_quant == "keep" else quantized_already(checkpoint.tensors)
         self._lock = threading.Lock()  # guards the engine and the queues
         self._queues: dict[str, deque[RequestOutput]] = {}
         self._num_requests = 0

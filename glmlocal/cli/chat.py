@@ -46,6 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--context", type=at_least(1), metavar="N", help="tokens for prompt and answer together")
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads")
+    parser.add_argument("--quant", choices=QUANTS, default="keep", help=QUANT_HELP)
     parser.add_argument("--no-think", action="store_true", help="answer without thinking first")
     parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, reasoning, usage, timings")
@@ -56,6 +57,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before TEXT (repeatable)")
 
 
+QUANTS = ("keep", "int8", "int4")  # models.weights.QUANTS, which would import torch
+QUANT_HELP = "what linear weights that are not quantized become while loading (default: keep, as stored)"
 _SAMPLING = (
     ("--max-tokens", "max_tokens", int, "end the answer after N tokens, thinking included"),
     ("--temp", "temperature", float, "0 always takes the likeliest token"),
@@ -108,9 +111,16 @@ def run(args: argparse.Namespace) -> int:
     if not cpu.available:
         console.note(f"running slowly on the plain kernels: {cpu.describe()}")
     with LLM(
-        args.model, context=args.context, threads=args.threads, max_batch=1, progress=console.err_is_screen
+        args.model,
+        context=args.context,
+        threads=args.threads,
+        max_batch=1,
+        quant=args.quant,
+        progress=console.err_is_screen,
     ) as llm:
         llm.tokenizer  # noqa: B018 - a checkpoint without one is refused before anything is said about it
+        if llm.note is not None:
+            console.note(f"--quant {args.quant}: {llm.note}")
         raw = args.raw or llm.chat_template is None
         if raw and system is not None:
             raise ConfigError(f"{llm.model_name} is a base model: it has no chat template and takes no --system")

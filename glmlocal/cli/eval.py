@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmlocal.cli.chat import at_least
+from glmlocal.cli.chat import QUANT_HELP, QUANTS, at_least
 from glmlocal.cli.stdin import decode_text
 from glmlocal.cli.terminal import Console, bar, safe_text
 from glmlocal.errors import ConfigError
@@ -59,6 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     reference.add_argument("--against", metavar="MODEL2", help="compare with this model's predictions")
     reference.add_argument("--against-logits", type=Path, metavar="FILE", help="compare with saved predictions")
     parser.add_argument("--save-logits", type=Path, metavar="FILE", help="save MODEL's predictions")
+    parser.add_argument("--quant", choices=QUANTS, default="keep", help=f"of MODEL: {QUANT_HELP}")
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -110,11 +111,15 @@ def run(args: argparse.Namespace) -> int:
 
     from glmlocal.llm import LLM
 
-    def load(model: str) -> LLM:
-        return LLM(model, context=context, threads=args.threads, max_batch=1, progress=console.err_is_screen)
+    def load(model: str, quant: str = "keep") -> LLM:
+        return LLM(
+            model, context=context, threads=args.threads, max_batch=1, quant=quant, progress=console.err_is_screen
+        )
 
     with ExitStack() as stack:
-        llm = stack.enter_context(load(args.model))
+        llm = stack.enter_context(load(args.model, args.quant))
+        if llm.note is not None:
+            console.note(f"--quant {args.quant}: {llm.note}")
         if saved is not None:
             _check_saved(llm, saved, args.against_logits)
             task = Task(str(args.against_logits), saved.token_ids.tolist(), context, stride)

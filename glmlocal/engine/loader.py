@@ -15,7 +15,7 @@ from glmlocal.formats.index import Checkpoint
 from glmlocal.layers.kv_cache import KVCache
 from glmlocal.models import glm4_moe
 from glmlocal.models.config import ModelConfig, check_tensors
-from glmlocal.models.weights import WeightReader
+from glmlocal.models.weights import Quant, WeightReader, loaded_bytes
 from glmlocal.units import format_bytes
 
 BLOCK_SIZE = 32  # tokens of KV in one block
@@ -30,20 +30,22 @@ def load_engine(
     *,
     context: int | None = None,
     max_batch: int = 8,
+    quant: Quant = "keep",
     num_threads: int | None = None,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> Engine:
     """Check the checkpoint, read it, and return an engine that is ready to step.
 
+    ``quant`` says what linear weights become that are not quantized yet.
     ``on_bytes`` is told how many bytes have been read so far, from several threads.
     Raises CheckpointError (nothing is read before every name, shape and dtype is right), ConfigError, PlanError.
     """
     config = ModelConfig.from_hf(checkpoint.config)
     has_mtp = check_tensors(config, checkpoint.tensors)
-    context, num_blocks = kv_budget(config, context, max_batch, free_bytes(checkpoint))
+    context, num_blocks = kv_budget(config, context, max_batch, free_bytes(checkpoint, quant))
     model = glm4_moe.build(
         config,
-        WeightReader(checkpoint.tensors, on_bytes),
+        WeightReader(checkpoint.tensors, on_bytes, quant),
         max_positions=context,
         has_mtp=has_mtp,
         num_threads=num_threads or len(os.sched_getaffinity(0)),
@@ -60,9 +62,9 @@ def load_engine(
     return Engine(ModelRunner(model, kv_cache), scheduler)
 
 
-def free_bytes(checkpoint: Checkpoint) -> int:
+def free_bytes(checkpoint: Checkpoint, quant: Quant = "keep") -> int:
     """Memory that is left for KV once the weights are loaded. Raises PlanError when they alone do not fit."""
-    available, needed = memory.available_bytes(), checkpoint.tensors.nbytes
+    available, needed = memory.available_bytes(), loaded_bytes(checkpoint.tensors, quant)
     if needed > available:
         raise PlanError(
             f"{checkpoint.path.name} does not fit: its weights are {format_bytes(needed)}, but "

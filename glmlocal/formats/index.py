@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from glmlocal.errors import CheckpointError
 
 MAX_JSON_BYTES = 100_000_000  # config and index files; the limit safetensors itself puts on a header
+_FAULT_AROUND = max(mmap.PAGESIZE, 1 << 16)  # Linux maps so much at once when one page is touched
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _PICKLE_REFUSAL = "a pickle can run any code when it is loaded, so it is refused; use a release in safetensors or GGUF"
 
@@ -91,14 +92,19 @@ class TensorIndex(Mapping[str, TensorRef]):
             raise CheckpointError(f"{self.source} has no tensor {quoted(name)}")
         return np.frombuffer(self._map(ref), np.uint8, ref.nbytes, ref.offset)
 
-    def release(self, name: str) -> None:
-        """Stop counting the tensor's pages as this process's memory; reading it again is still right, just not free."""
+    def release(self, name: str, begin: int = 0, end: int | None = None) -> None:
+        """Stop counting the pages of the tensor's bytes begin … end - 1 (None: to the last) as this process's memory.
+
+        What the system mapped around them goes too, most of it for small tensors. Reading it again is still right,
+        just not free.
+        """
         ref = self._refs[name]
         mapped = self._maps.get(ref.file)
-        start = -(-ref.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (ref.offset + ref.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if mapped is not None and length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED, start, length)
+        if mapped is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        start = (ref.offset + begin) // _FAULT_AROUND * _FAULT_AROUND
+        stop = -(-(ref.offset + (ref.nbytes if end is None else end)) // _FAULT_AROUND) * _FAULT_AROUND
+        mapped.madvise(mmap.MADV_DONTNEED, start, min(stop, len(mapped)) - start)
 
     def close(self) -> None:
         """Forget the maps. Views that are still held keep theirs alive until they die."""

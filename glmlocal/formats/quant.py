@@ -1,7 +1,7 @@
 """How a weight matrix can be stored: the schemes, and one matrix taken apart into codes, scales and offsets.
 
 Torch-free. A scheme factors into bits × group size × scale codec × offset codec, so that GGUF's legacy and K types, FP8
-(and later GPTQ, AWQ, compressed-tensors' integers, MLX) all become the same few arrays and one kernel family serves them:
+(and later GPTQ, AWQ, compressed-tensors' integers, MLX) all become the same few arrays for one family of kernels:
 
     weight[o, i] = scale[o, i // group_size] * value(code[o, i]) + offset[o, i // group_size]
 

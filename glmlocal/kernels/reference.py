@@ -47,7 +47,7 @@ class ExpertWeights:
 
 @dataclass(frozen=True, slots=True)
 class MatrixRows:
-    """A matrix [out, in] whose rows are read a range at a time, so that it is never whole in memory beside the result."""
+    """A matrix [out, in] whose rows are read a range at a time: it is never whole in memory beside the result."""
 
     shape: tuple[int, int]
     read: Callable[[int, int], Tensor | QuantizedMatrix]  # rows begin … end - 1, all of one dtype or scheme

@@ -59,7 +59,15 @@ def test_every_combination_of_codecs_round_trips_and_decodes_exactly(
 ) -> None:
     supers = 1 if offset == "zero_point" else supers
     two_level = "two_level" if supers > 1 or offset == "two_level_min" else "plain"
-    scheme = QuantScheme("any", bits, group, group * supers, two_level, offset, zero_point=0 if offset == "zero_point" else (1 << bits) // 2)  # type: ignore[arg-type]
+    scheme = QuantScheme(
+        "any",
+        bits,
+        group,
+        group * supers,
+        two_level,
+        offset,
+        zero_point=0 if offset == "zero_point" else (1 << bits) // 2,
+    )  # type: ignore[arg-type]
     matrix = random_quantized(scheme, rows, columns, np.random.default_rng(seed))
     packed = packing.pack(matrix)
     assert_same(packing.unpack(packed), matrix)
@@ -77,7 +85,17 @@ def test_kernels_decode_the_weights_of_checkpoints_exactly(isa: str, kind: str) 
 
 
 _BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q8_0": 8.5, "Q2_K": 3.125, "Q3_K": 3.5625, "Q4_K": 4.625, "Q5_K": 5.625}
-_BITS |= {"fp8_channel": 8 + 32 / 1024, "fp8_block128": 8.25, "zero_point": 4 + 40 / 128, "Q6_K": 6.5625, "IQ4_NL": 4.5, "IQ4_XS": 4.3125, "bf16": 16, "f16": 16, "f32": 32}
+_BITS |= {
+    "fp8_channel": 8 + 32 / 1024,
+    "fp8_block128": 8.25,
+    "zero_point": 4 + 40 / 128,
+    "Q6_K": 6.5625,
+    "IQ4_NL": 4.5,
+    "IQ4_XS": 4.3125,
+    "bf16": 16,
+    "f16": 16,
+    "f32": 32,
+}
 
 
 @pytest.mark.parametrize(("kind", "bits"), _BITS.items())
@@ -163,7 +181,7 @@ def test_several_threads_may_pack_at_once() -> None:
 @pytest.mark.parametrize("values", [None, np.zeros((16, 3), np.uint8), np.zeros((15, 4), np.uint8)])
 def test_zero_points_of_the_wrong_shape_are_refused(values: np.ndarray | None) -> None:
     matrix = random_matrix("zero_point", 16, 512)
-    with pytest.raises(ValueError, match="sub_min wanted .* found"):
+    with pytest.raises(ValueError, match=r"sub_min wanted .* found"):
         packing.pack(dataclasses.replace(matrix, sub_min=values))
 
 

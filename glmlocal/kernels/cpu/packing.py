@@ -1,16 +1,15 @@
 """Matrices → the layout of the native kernels (drawn in src/packed_matrix.h), and back.
 
-Everything here is numpy, a few panels of rows at a time so that what it needs beside the result stays small; it holds no
-state and releases the GIL where it takes time, so a loader may pack several matrices at once. ``unpack(pack(matrix))``
-is the identity.
+Everything here is numpy, a few panels of rows at a time so that what it needs beside the result stays small; it holds
+no state and releases the GIL where it takes time, so a loader may pack several matrices at once.
+``unpack(pack(matrix))`` is the identity.
 
-Two things are stored otherwise than QuantizedMatrix has them: the scales of e4m3 times 2^120, by which its codes are too
-small as the kernels read them, and for integer zero points the scale once more, as the unit of the offset.
+Two things are stored otherwise than QuantizedMatrix has them: the scales of e4m3 times 2^120, by which its codes are
+too small as the kernels read them, and for integer zero points the scale once more, as the unit of the offset.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ _PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}  # low bi
 _LITTLE = np.dtype("<u4")
 _CHUNK_WEIGHTS = 1 << 20  # packed at once; the temporaries are a few bytes for each
 _E4M3_UNIT = np.float32(2.0**120)
-_FLOATS = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
+_FLOATS: dict[str, np.dtype[Any]] = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,8 +74,6 @@ def unpack(weight: PackedWeight) -> Tensor | QuantizedMatrix:
 def _supported(scheme: QuantScheme) -> bool:
     sizes = (scheme.group_size, scheme.super_size)
     powers_of_two = all(size >= 16 and size & (size - 1) == 0 for size in sizes)
-    if scheme.code_type == "e4m3":
-        return powers_of_two and (scheme.bits, scheme.scale_codec, scheme.offset_codec) == (8, "plain", "symmetric")
     if scheme.code_type == "e4m3":
         return powers_of_two and (scheme.bits, scheme.scale_codec, scheme.offset_codec) == (8, "plain", "symmetric")
     # The kernels look codes up in a table of 16. No format has a longer codebook; one that had would run as fp32.
@@ -139,7 +136,7 @@ def _pack_as(rows: MatrixRows, scale_type: str) -> PackedWeight | None:
 
 def _tiles(matrix: Tensor | QuantizedMatrix, form: _Form) -> dict[str, NDArray[Any]] | None:
     """What each section of the layout gets: arrays [tile, unit, …, 16 rows]. None when the scales do not fit."""
-    layout = _cpu.matrix_layout(*matrix.shape, form.format)
+    layout = _cpu.matrix_layout(matrix.shape[0], matrix.shape[1], form.format)
     if form.scheme is None:
         return {"codes": _dense_tiles(matrix, layout)}
     assert isinstance(matrix, QuantizedMatrix)
@@ -207,13 +204,13 @@ def _unpack_quantized(weight: PackedWeight, scheme: QuantScheme) -> QuantizedMat
             values = values.astype(np.float32) if values.dtype == np.float16 else values
         arrays[name] = values
     codes = _codes(lines, scheme.bits).reshape(-1, layout.blocks * _BLOCK)[:rows, :columns]
-    scale, low = arrays["super_scale"], arrays["super_min"]
+    scale = arrays["super_scale"]
     assert scale is not None
     if scheme.code_type == "e4m3":
-        scale = scale / _E4M3_UNIT
+        scale /= _E4M3_UNIT
     if scheme.offset_codec == "zero_point":
-        low = None
-    return QuantizedMatrix(scheme, codes, scale, arrays["sub_scale"], low, arrays["sub_min"])
+        arrays["super_min"] = None
+    return QuantizedMatrix(scheme, codes, scale, arrays["sub_scale"], arrays["super_min"], arrays["sub_min"])
 
 
 @dataclass(frozen=True, slots=True)
