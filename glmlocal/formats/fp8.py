@@ -75,7 +75,7 @@ class Fp8Matrix:
     def rows(self, begin: int, end: int) -> QuantizedMatrix:
         """Rows begin … end - 1. Raises CheckpointError if one of their weights is NaN."""
         columns = self.tensors[self.name].shape[1]
-        codes = np.array(self.tensors.read(self.name)[begin * columns : end * columns]).reshape(-1, columns)
+        codes = self.tensors.copy(self.name, begin * columns, end * columns).reshape(-1, columns)
         if has_nan(codes):
             row = begin + int(np.flatnonzero((codes & 0x7F == 0x7F).any(axis=1))[0])
             raise CheckpointError(
@@ -86,8 +86,7 @@ class Fp8Matrix:
 
 
 def _read_scales(tensors: TensorIndex, ref: TensorRef) -> NDArray[np.float32]:
-    stored = view_dense(ref.dtype, np.array(tensors.read(ref.name)), ref.shape)
-    tensors.release(ref.name)
+    stored = view_dense(ref.dtype, tensors.copy(ref.name), ref.shape)
     values = (stored.astype(np.uint32) << 16).view(np.float32) if ref.dtype == "BF16" else stored.astype(np.float32)
     bad = ~((values > 0) & (values < _SCALE_LIMIT))  # NaN is neither
     if bad.any():

