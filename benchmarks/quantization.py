@@ -44,7 +44,7 @@ def write_bf16(source: Path, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(open_checkpoint(source).config))
 
 
-def log_probs(llm: LLM, token_ids: list[int]) -> list[NDArray[np.float64]]:
+def log_probs(llm: LLM, token_ids: list[int]) -> list[NDArray[np.float32]]:
     """Of every scored token, a window at a time: [scored, vocab]."""
     out = []
     for window in evaluate.windows(len(token_ids), CONTEXT, STRIDE):
@@ -71,7 +71,7 @@ def main() -> int:
         targets = [
             np.asarray(token_ids[w.first_target : w.end]) for w in evaluate.windows(len(token_ids), CONTEXT, STRIDE)
         ]
-        reference: list[NDArray[np.float64]] = []
+        reference: list[NDArray[np.float32]] = []
         for quant in ("keep", "int8", "int4"):
             with LLM(model, context=CONTEXT, max_batch=1, quant=quant) as llm:
                 rows = log_probs(llm, token_ids)
@@ -83,8 +83,8 @@ def main() -> int:
             )
             results[quant] = {**asdict(perplexity), **asdict(distance)}
             print(
-                f"{quant:5} perplexity {perplexity.perplexity:.3f}, KL {distance.kl_mean:.2e} ± {distance.kl_stderr:.0e} "
-                f"nats (99 %: {distance.kl_p99:.2e}), same top token {distance.top1_agreement:.2%}",
+                f"{quant:5} perplexity {perplexity.perplexity:.3f}, KL {distance.kl_mean:.2e} ± "
+                f"{distance.kl_stderr:.0e} nats (99 %: {distance.kl_p99:.2e}), same top token {distance.top1_agreement:.2%}",
                 flush=True,
             )
     print(json.dumps(results))
