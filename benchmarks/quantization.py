@@ -84,7 +84,8 @@ def main() -> int:
             results[quant] = {**asdict(perplexity), **asdict(distance)}
             print(
                 f"{quant:5} perplexity {perplexity.perplexity:.3f}, KL {distance.kl_mean:.2e} ± "
-                f"{distance.kl_stderr:.0e} nats (99 %: {distance.kl_p99:.2e}), same top token {distance.top1_agreement:.2%}",
+                f"{distance.kl_stderr:.0e} nats (99 %: {distance.kl_p99:.2e}), "
+                f"same top token {distance.top1_agreement:.2%}",
                 flush=True,
             )
     print(json.dumps(results))
