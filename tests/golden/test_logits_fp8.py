@@ -113,10 +113,16 @@ def test_scales_per_row_may_come_without_their_dimension_or_as_one_for_all(
     assert relative_error(load(changed(flatten)).logits(TOKENS), checkpoint[1]) < TOLERANCE
 
     def one(tensors: Tensors) -> None:
-        tensors[UP + "_scale"] = tensors[UP + "_scale"].mean()[None]
+        for name in [UP, DOWN]:
+            rows = tensors[name + "_scale"]
+            tensors[name] = (tensors[name].float() * rows).to(torch.float8_e4m3fn)  # small numbers, but the same ones
+            tensors[name + "_scale"] = torch.ones((1,) if name == UP else (), dtype=torch.bfloat16)
 
-    model = load(changed(one)).runner.model
-    assert model.layers[1].mlp.experts.weights.up[3].kind == "fp8_channel"
+    rounded = load(changed(one))
+    assert rounded.runner.model.layers[1].mlp.experts.weights.up[3].kind == "fp8_channel"
+    assert relative_error(rounded.logits(TOKENS), checkpoint[1]) < 0.1
+    nothing = load(changed(lambda tensors: (one(tensors), tensors[UP + "_scale"].fill_(1e-6))))
+    assert relative_error(nothing.logits(TOKENS), rounded.logits(TOKENS)) > 3 * TOLERANCE
 
 
 def _scaled(tensors: Tensors, suffix: str) -> None:

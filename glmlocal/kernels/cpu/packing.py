@@ -61,7 +61,9 @@ def pack(matrix: Tensor | QuantizedMatrix | MatrixRows) -> PackedWeight:
     else:
         _check(matrix)
         rows = MatrixRows.of(matrix)
-    return _pack_as(rows, None) or _pack_as(rows, "f32")  # type: ignore[return-value]
+    packed = _pack_as(rows, ("f16", "f32")) or _pack_as(rows, ("f32",))
+    assert packed is not None
+    return packed
 
 
 def unpack(weight: PackedWeight) -> Tensor | QuantizedMatrix:
@@ -87,7 +89,7 @@ class _Form:
     scheme: QuantScheme | None  # None: as plain floats
 
     @classmethod
-    def of(cls, matrix: Tensor | QuantizedMatrix, scale_type: str | None) -> _Form:
+    def of(cls, matrix: Tensor | QuantizedMatrix, scale_type: str) -> _Form:
         if isinstance(matrix, Tensor):
             codes = _DENSE_CODES[matrix.dtype]
             return cls(_cpu.MatrixFormat(codes), codes, None)
@@ -96,7 +98,7 @@ class _Form:
             return cls(_cpu.MatrixFormat("f32"), scheme.name, None)
         format_ = _cpu.MatrixFormat(
             "e4m3" if scheme.code_type == "e4m3" else f"u{scheme.bits}",
-            scale_type=scale_type or ("f16" if _scales_fit_f16(matrix) else "f32"),
+            scale_type=scale_type,
             group_size=scheme.group_size,
             super_size=scheme.super_size,
             has_sub_scale=scheme.scale_codec == "two_level",
@@ -106,8 +108,8 @@ class _Form:
         return cls(format_, scheme.name, scheme)
 
 
-def _pack_as(rows: MatrixRows, scale_type: str | None) -> PackedWeight | None:
-    """``scale_type`` None is what the first rows need; the result is None when later rows need more."""
+def _pack_as(rows: MatrixRows, scale_types: tuple[str, ...]) -> PackedWeight | None:
+    """With the first of the types that holds the scales of the first rows; None when later rows need a wider one."""
     num_rows, columns = rows.shape
     step = max(1, _CHUNK_WEIGHTS // max(columns, 1) // _PANEL_ROWS) * _PANEL_ROWS
     form = None
@@ -118,10 +120,16 @@ def _pack_as(rows: MatrixRows, scale_type: str | None) -> PackedWeight | None:
         if tuple(part.shape) != (end - begin, columns):
             raise ValueError(f"pack: rows {begin} … {end} of [{num_rows}, {columns}] came as {list(part.shape)}")
         if form is None:
-            form = _Form.of(part, scale_type)
+            for scale_type in scale_types:
+                form = _Form.of(part, scale_type)
+                sections = _tiles(part, form)
+                if sections is not None:
+                    break
+            assert form is not None
             layout = _cpu.matrix_layout(num_rows, columns, form.format)
             buffer = _cpu.allocate(layout.num_bytes)
-        sections = _tiles(part, form)
+        else:
+            sections = _tiles(part, form)
         if sections is None:
             return None
         if end > begin:
@@ -138,16 +146,19 @@ def _tiles(matrix: Tensor | QuantizedMatrix, form: _Form) -> dict[str, NDArray[A
     if form.scheme is None:
         return {"codes": _dense_tiles(matrix, layout)}
     assert isinstance(matrix, QuantizedMatrix)
+    stored = _group_sections(form.format, layout)
     lines = _code_lines(_pad(matrix.codes, layout), layout, form.scheme.bits)
     sections: dict[str, NDArray[Any]] = {"codes": lines.transpose(0, 2, 3, 1)}
     for name, values in _group_arrays(matrix).items():
         if values is None:
             continue
-        section = _group_sections(form.format, layout)[name]
-        if section.dtype == np.float16 and not _fits_f16(values):
+        section = stored[name]
+        with np.errstate(over="ignore"):
+            narrow = values.astype(section.dtype, copy=False)
+        if section.dtype == np.float16 and not np.array_equal(narrow.astype(np.float32), values):
             return None
         padded = np.zeros((layout.tiles * _TILE_ROWS, section.units), section.dtype)
-        padded[: values.shape[0], : values.shape[1]] = values
+        padded[: values.shape[0], : values.shape[1]] = narrow
         sections[section.name] = padded.reshape(layout.tiles, _TILE_ROWS, section.units).transpose(0, 2, 1)
     return sections
 
@@ -260,22 +271,12 @@ def _check(matrix: Tensor | QuantizedMatrix) -> None:
             raise ValueError(
                 f"{scheme.name} matrix [{rows}, {columns}]: {name} wanted {wanted.get(name)}, found {found}"
             )
-    if matrix.codes.size and int(matrix.codes.max()) >> scheme.bits:
+    if scheme.bits < 8 and matrix.codes.size and int(matrix.codes.max()) >> scheme.bits:
         raise ValueError(f"{scheme.name} matrix: code {matrix.codes.max()} does not fit in {scheme.bits} bits")
     if scheme.code_type == "e4m3" and has_nan(matrix.codes):
         raise ValueError(f"{scheme.name} matrix: a code is NaN")
     if scheme.codebook is not None and len(scheme.codebook) != 1 << scheme.bits:
         raise ValueError(f"{scheme.name}: codebook of {len(scheme.codebook)} values for codes of {scheme.bits} bits")
-
-
-def _scales_fit_f16(matrix: QuantizedMatrix) -> bool:
-    arrays = _group_arrays(matrix)
-    return all(_fits_f16(values) for name in ("super_scale", "super_min") if (values := arrays[name]) is not None)
-
-
-def _fits_f16(values: NDArray[np.float32]) -> bool:
-    with np.errstate(over="ignore"):
-        return bool(np.array_equal(values, values.astype(np.float16).astype(np.float32)))
 
 
 def _table(scheme: QuantScheme) -> list[float]:
