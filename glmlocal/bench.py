@@ -145,14 +145,14 @@ def split(wanted: Iterable[Row], context: int, model_limit: int) -> tuple[list[R
 
 
 def load(
-    model: str, wanted: Sequence[Row], *, threads: int | None, progress: bool
+    model: str, wanted: Sequence[Row], *, progress: bool = False, **engine_options: Any
 ) -> tuple[LLM, list[Row], list[Skipped]]:
     """The model with the context that the rows need, or the largest there is; which rows fit and which do not."""
     needed = max(row.positions for row in wanted)
     try:
-        llm = LLM(model, context=needed, threads=threads, max_batch=1, progress=progress)
+        llm = LLM(model, context=needed, max_batch=1, progress=progress, **engine_options)
     except (ConfigError, PlanError):  # too long for the model or for memory; without a wish it is what fits
-        llm = LLM(model, threads=threads, max_batch=1, progress=progress)
+        llm = LLM(model, max_batch=1, progress=progress, **engine_options)
     return llm, *split(wanted, llm.context, llm.config.max_position_embeddings)
 
 

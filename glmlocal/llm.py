@@ -20,6 +20,7 @@ from glmlocal.engine.request import Request, RequestOutput, SamplingParams
 from glmlocal.errors import CheckpointError, RequestError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.models.config import ModelConfig
+from glmlocal.models.weights import check_activations, check_quant, quantized_already
 from glmlocal.progress import byte_bar
 from glmlocal.resolve import resolve
 from glmlocal.text.model_text import load_model_text
@@ -33,7 +34,9 @@ class LLM:
     ``model`` is a directory, a ``.gguf`` file or ``demo``. ``context`` is in tokens, prompt and answer together
     (None: the model's limit or what memory allows); ``kv_dtype`` is what the KV cache stores: fp32, bf16, fp8 (e4m3),
     int8 (with a scale per token and head), or auto: fp32 for fp32 checkpoints, bf16 for all others; ``threads`` limits
-    the CPU threads; ``max_batch`` is how many requests run at once.
+    the CPU threads; ``max_batch`` is how many requests run at once. ``quant`` "int8" or "int4" quantizes linear weights
+    that are not quantized yet while they are loaded; "keep" leaves them as stored. ``activations`` is what quantized
+    weights are multiplied with: "int8", rounded in groups of 32, which is several times faster, or "fp32", exact.
     Raises CheckpointError, ConfigError, DownloadError or PlanError.
     """
 
@@ -45,9 +48,12 @@ class LLM:
         kv_dtype: str = "auto",
         threads: int | None = None,
         max_batch: int = 8,
+        quant: str = "keep",
+        activations: str = "int8",
         progress: bool = False,
     ) -> None:
         start_s = time.perf_counter()
+        checked_quant = check_quant(quant)
         kernels.set_num_threads(threads)
         self.model_name = str(model)
         self._checkpoint = checkpoint = open_checkpoint(resolve(model, progress=progress))
@@ -63,9 +69,13 @@ class LLM:
                 context=context,
                 kv_dtype=kv_dtype,
                 max_batch=max_batch,
+                quant=checked_quant,
+                activations=check_activations(activations),
                 num_threads=threads,
                 on_bytes=on_bytes,
             )
+        #: What of the caller's wishes did not apply, in a line for people; None when all did.
+        self.note = None if checked_quant == "keep" else quantized_already(checkpoint.tensors)
         self._lock = threading.Lock()  # guards the engine and the queues
         self._queues: dict[str, deque[RequestOutput]] = {}
         self._num_requests = 0

@@ -69,9 +69,14 @@ class FakeLLM:
         kv_dtype: str = "auto",
         threads: int | None = None,
         max_batch: int = 8,
+        quant: str = "keep",
         progress: bool = False,
     ) -> None:
         self.model_name = str(model)
+        self.quant = quant
+        self.note = (
+            None if quant == "keep" else "2 of 3 linear weights are quantized already (Q4_0) and stay as they are"
+        )
         if self.model_name == "missing":
             raise CheckpointError("'missing' is not there; give a directory, a .gguf file or demo")
         self.context = context or 4096

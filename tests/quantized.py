@@ -1,11 +1,11 @@
-"""Random matrices of every quantization scheme that a GGUF file can hold, for kernel tests."""
+"""Random matrices of every quantization scheme that a checkpoint can hold, for kernel tests."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import FP8_BLOCK128, FP8_CHANNEL, QuantizedMatrix, QuantScheme
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -24,6 +24,9 @@ SCHEMES = {
         QuantScheme("Q6_K", 6, 16, 256, "two_level", zero_point=32),
         QuantScheme("IQ4_NL", 4, 32, 32, codebook=_IQ4),
         QuantScheme("IQ4_XS", 4, 32, 256, "two_level", codebook=_IQ4),
+        FP8_CHANNEL,
+        FP8_BLOCK128,
+        QuantScheme("zero_point", 4, 128, 128, offset_codec="zero_point"),
     )
 }
 
@@ -64,14 +67,19 @@ def random_quantized(
         return (rng.standard_normal((rows, width)) * 0.01).astype(scale_dtype).astype(np.float32)
 
     two_level, low = scheme.scale_codec == "two_level", scheme.offset_codec
+    codes = rng.integers(0, 1 << scheme.bits, (rows, columns), dtype=np.uint8)
+    if scheme.code_type == "e4m3":
+        codes[codes & 0x7F == 0x7F] = 1  # NaN; subnormals are the other end
     return QuantizedMatrix(
         scheme,
-        rng.integers(0, 1 << scheme.bits, (rows, columns), dtype=np.uint8),
+        codes,
         floats(supers),
         rng.integers(*_SUB_SCALE.get(scheme.name, (-128, 128)), (rows, groups)).astype(np.int8) if two_level else None,
         floats(groups) if low == "min" else floats(supers) if low == "two_level_min" else None,
         rng.integers(0, _SUB_MIN.get(scheme.name, 256), (rows, groups), dtype=np.uint8)
         if low == "two_level_min"
+        else rng.integers(0, 1 << scheme.bits, (rows, groups), dtype=np.uint8)
+        if low == "zero_point"
         else None,
     )
 
@@ -83,7 +91,7 @@ def widened(matrix: torch.Tensor | QuantizedMatrix) -> torch.Tensor:
     scheme, columns = matrix.scheme, matrix.shape[1]
 
     def spread(values: np.ndarray) -> np.ndarray:
-        return np.repeat(values, scheme.group_size, axis=1)[:, :columns]
+        return np.repeat(values, min(scheme.group_size, columns), axis=1)[:, :columns]
 
     per_super = scheme.super_size // scheme.group_size
     groups = -(-columns // scheme.group_size)
@@ -91,10 +99,16 @@ def widened(matrix: torch.Tensor | QuantizedMatrix) -> torch.Tensor:
     def per_group(values: np.ndarray) -> np.ndarray:
         return values if values.shape[1] == groups else np.repeat(values, per_super, axis=1)[:, :groups]
 
+    values = matrix.values()
+    if scheme.code_type == "e4m3":
+        values = torch.from_numpy(matrix.codes).view(torch.float8_e4m3fn).float().numpy()
+    if scheme.offset_codec == "zero_point":
+        assert matrix.sub_min is not None
+        values = values - spread(matrix.sub_min).astype(np.float32)
     scale = per_group(matrix.super_scale)
     if matrix.sub_scale is not None:
         scale = scale * matrix.sub_scale.astype(np.float32)
-    out = matrix.values() * spread(scale)
+    out = values * spread(scale)
     if matrix.super_min is not None:
         low = per_group(matrix.super_min)
         out += spread(low if matrix.sub_min is None else -(low * matrix.sub_min.astype(np.float32)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,73 @@ def save(model: Glm4MoeForCausalLM, directory: Path, *, mtp: bool = False, max_s
     if mtp:
         append_mtp(directory)
     return directory
+
+
+FP8_SIZES: dict[str, Any] = {  # more than one block of 128, the last one ragged
+    "hidden_size": 160,
+    "intermediate_size": 288,
+    "moe_intermediate_size": 144,
+    "num_attention_heads": 8,
+    "head_dim": 24,
+}
+
+
+def quantize_fp8(source: Path, directory: Path, *, style: str) -> Path:
+    """A copy of a checkpoint in FP8, and in ``directory``/dequantized what its weights then are, in fp32.
+
+    ``style`` "compressed-tensors" writes weight_scale [out, 1] as GLM-4.5-FP8 has them, "deepseek" writes
+    weight_scale_inv per block of 128 x 128 as GLM-5-FP8 has them. Routers, head, embeddings and norms stay.
+    """
+    shutil.copytree(source, directory / "dequantized")
+    tensors = load_file(source / "model.safetensors")
+    stored, wide = dict(tensors), dict(tensors)
+    for name, weight in tensors.items():
+        if not name.endswith("_proj.weight"):
+            continue
+        rows, columns = weight.shape
+        blocks = (rows, 1) if style == "compressed-tensors" else (-(-rows // 128), -(-columns // 128))
+        sizes = (1, columns) if style == "compressed-tensors" else (128, 128)
+        scale = torch.empty(blocks)
+        for i, j in itertools.product(*map(range, blocks)):
+            block = weight[i * sizes[0] : (i + 1) * sizes[0], j * sizes[1] : (j + 1) * sizes[1]]
+            scale[i, j] = block.float().abs().max() / 448
+        spread = scale.repeat_interleave(sizes[0], 0).repeat_interleave(sizes[1], 1)[:rows, :columns]
+        stored[name] = (weight / spread).to(torch.float8_e4m3fn)
+        stored[name + ("_scale" if style == "compressed-tensors" else "_scale_inv")] = scale
+        wide[name] = stored[name].float() * spread
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(wide, directory / "dequantized" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = _QUANTIZATION_CONFIG[style]
+    (directory / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(source / name, directory)
+    return directory
+
+
+_FP8_TYPE = {"num_bits": 8, "type": "float", "symmetric": True}
+_QUANTIZATION_CONFIG: dict[str, dict[str, Any]] = {
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**_FP8_TYPE, "strategy": "channel", "dynamic": False},
+                "input_activations": {**_FP8_TYPE, "strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "kv_cache_scheme": None,
+    },
+    "deepseek": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", "mlp.gate"],
+    },
+}
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from glmlocal.cli.chat import at_least
+from glmlocal.cli.options import add_engine_options, at_least, engine_options
 from glmlocal.cli.terminal import Console, bar, one_line
 from glmlocal.errors import PlanError
 from glmlocal.units import format_bytes
@@ -72,8 +72,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         parser.add_argument(
             f"--{name}", type=at_least(least), default=default, metavar="N", help=f"{text} (default: {default})"
         )
-    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_engine_options(parser)
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -109,9 +109,8 @@ def run(args: argparse.Namespace) -> int:
         raise PlanError("nothing to measure: --prefill and --decode are both 0")
     console = Console()
     start_s = time.time()
-    llm, fitting, skipped = bench.load(
-        args.model, wanted, threads=args.threads, progress=console.err_is_screen and not args.json
-    )
+    progress = console.err_is_screen and not args.json
+    llm, fitting, skipped = bench.load(args.model, wanted, progress=progress, **engine_options(args))
     with llm:
         for skip in skipped:
             console.note(f"{skip.row.name} is skipped: it {skip.reason}")

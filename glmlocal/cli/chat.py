@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from glmlocal.cli.options import add_engine_options, at_least, engine_options
 from glmlocal.cli.stdin import SILENCE_S, clean_argument, read_ready_stdin, read_stdin, stdin_is_screen
 from glmlocal.cli.terminal import Console
 from glmlocal.errors import ConfigError
@@ -45,11 +46,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer TEXT and exit; - reads it from stdin")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--context", type=at_least(1), metavar="N", help="tokens for prompt and answer together")
-    add_kv_dtype(parser)
-    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads")
     parser.add_argument("--no-think", action="store_true", help="answer without thinking first")
     parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, reasoning, usage, timings")
+    add_engine_options(parser)
     sampling = parser.add_argument_group("sampling", "What is not given comes from the model's own generation_config.")
     for option, field, kind, meaning in _SAMPLING:
         names = [option, f"--{field.replace('_', '-')}"] if option == "--temp" else [option]
@@ -68,31 +68,6 @@ _SAMPLING = (
     ("--frequency-penalty", "frequency_penalty", float, "above 0 discourages them for each time the answer has them"),
     ("--seed", "seed", int, "the same seed gives the same answer"),
 )
-
-
-def at_least(least: int) -> Any:
-    """An argparse type: a whole number, not below that."""
-
-    def whole_number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"wanted a whole number of at least {least}, found {text!r}")
-        return value
-
-    return whole_number
-
-
-def add_kv_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--kv-dtype",
-        choices=("auto", "fp32", "bf16", "fp8", "int8"),
-        default="auto",
-        help="what the KV cache stores; auto, as in vLLM, follows the checkpoint: fp32 where its weights are fp32, "
-        "else bf16; fp8 (e4m3) and int8 take half of bf16's memory",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -121,12 +96,13 @@ def run(args: argparse.Namespace) -> int:
     with LLM(
         args.model,
         context=args.context,
-        kv_dtype=args.kv_dtype,
-        threads=args.threads,
         max_batch=1,
         progress=console.err_is_screen,
+        **engine_options(args),
     ) as llm:
         llm.tokenizer  # noqa: B018 - a checkpoint without one is refused before anything is said about it
+        if llm.note is not None:
+            console.note(f"--quant {args.quant}: {llm.note}")
         raw = args.raw or llm.chat_template is None
         if raw and system is not None:
             raise ConfigError(f"{llm.model_name} is a base model: it has no chat template and takes no --system")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmlocal.cli.chat import add_kv_dtype, at_least
+from glmlocal.cli.options import add_engine_options, at_least, engine_options
 from glmlocal.cli.stdin import decode_text
 from glmlocal.cli.terminal import Console, bar, safe_text
 from glmlocal.errors import ConfigError
@@ -59,9 +59,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     reference.add_argument("--against", metavar="MODEL2", help="compare with this model's predictions")
     reference.add_argument("--against-logits", type=Path, metavar="FILE", help="compare with saved predictions")
     parser.add_argument("--save-logits", type=Path, metavar="FILE", help="save MODEL's predictions")
-    add_kv_dtype(parser)
-    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_engine_options(parser)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +110,14 @@ def run(args: argparse.Namespace) -> int:
 
     from glmlocal.llm import LLM
 
-    def load(model: str) -> LLM:
-        return LLM(
-            model,
-            context=context,
-            kv_dtype=args.kv_dtype,
-            threads=args.threads,
-            max_batch=1,
-            progress=console.err_is_screen,
-        )
+    def load(model: str, options: dict[str, Any]) -> LLM:
+        return LLM(model, context=context, max_batch=1, progress=console.err_is_screen, **options)
 
+    exact = {"threads": args.threads, "quant": "keep", "activations": "fp32", "kv_dtype": "fp32"}
     with ExitStack() as stack:
-        llm = stack.enter_context(load(args.model))
+        llm = stack.enter_context(load(args.model, engine_options(args)))
+        if llm.note is not None:
+            console.note(f"--quant {args.quant}: {llm.note}")
         if saved is not None:
             _check_saved(llm, saved, args.against_logits)
             task = Task(str(args.against_logits), saved.token_ids.tolist(), context, stride)
@@ -131,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
             task = Task(str(args.text or BUNDLED), llm.tokenizer.encode(text, add_special_tokens=True), context, stride)
         reference = None if saved is None else _saved_reference(saved)
         if args.against is not None and text is not None:
-            other = stack.enter_context(load(args.against))
+            other = stack.enter_context(load(args.against, exact))
             _check_same_tokens(llm, other, task.token_ids, other.tokenizer.encode(text, add_special_tokens=True))
             reference = Reference(other.model_name, lambda window: _model_log_probs(other, task.token_ids, window))
         report = _evaluate(llm, task, reference, args.save_logits, console)

@@ -12,10 +12,11 @@ from glmlocal.engine.model_runner import ModelRunner
 from glmlocal.engine.scheduler import Scheduler
 from glmlocal.errors import ConfigError, PlanError
 from glmlocal.formats.index import Checkpoint
+from glmlocal.kernels.reference import Activations
 from glmlocal.layers.kv_cache import KVCache
 from glmlocal.models import glm4_moe
 from glmlocal.models.config import KV_DTYPES, ModelConfig, check_tensors, choose_kv_dtype
-from glmlocal.models.weights import WeightReader
+from glmlocal.models.weights import Quant, WeightReader, loaded_bytes
 from glmlocal.units import format_bytes
 
 BLOCK_SIZE = 32  # tokens of KV in one block
@@ -31,21 +32,24 @@ def load_engine(
     context: int | None = None,
     kv_dtype: str = "auto",
     max_batch: int = 8,
+    quant: Quant = "keep",
+    activations: Activations = "int8",
     num_threads: int | None = None,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> Engine:
     """Check the checkpoint, read it, and return an engine that is ready to step.
 
+    ``quant`` says what linear weights become that are not quantized yet, ``activations`` what integer codes meet.
     ``on_bytes`` is told how many bytes have been read so far, from several threads.
     Raises CheckpointError (nothing is read before every name, shape and dtype is right), ConfigError, PlanError.
     """
     config = ModelConfig.from_hf(checkpoint.config)
     has_mtp = check_tensors(config, checkpoint.tensors)
     kv_dtype = choose_kv_dtype(kv_dtype, checkpoint.tensors)
-    context, num_blocks = kv_budget(config, kv_dtype, context, max_batch, free_bytes(checkpoint))
+    context, num_blocks = kv_budget(config, kv_dtype, context, max_batch, free_bytes(checkpoint, quant))
     model = glm4_moe.build(
         config,
-        WeightReader(checkpoint.tensors, on_bytes),
+        WeightReader(checkpoint.tensors, on_bytes, quant, activations),
         max_positions=context,
         has_mtp=has_mtp,
         num_threads=num_threads or len(os.sched_getaffinity(0)),
@@ -62,9 +66,9 @@ def load_engine(
     return Engine(ModelRunner(model, kv_cache), scheduler)
 
 
-def free_bytes(checkpoint: Checkpoint) -> int:
+def free_bytes(checkpoint: Checkpoint, quant: Quant = "keep") -> int:
     """Memory that is left for KV once the weights are loaded. Raises PlanError when they alone do not fit."""
-    available, needed = memory.available_bytes(), checkpoint.tensors.nbytes
+    available, needed = memory.available_bytes(), loaded_bytes(checkpoint.tensors, quant)
     if needed > available:
         raise PlanError(
             f"{checkpoint.path.name} does not fit: its weights are {format_bytes(needed)}, but "

@@ -7,10 +7,13 @@ for safetensors and GGUF alike; the routed experts are one tensor per expert in 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import mmap
 import os
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +60,9 @@ class TensorIndex(Mapping[str, TensorRef]):
         self.files = files  # every file that belongs to the checkpoint, in order
         self._refs = refs
         self._maps: dict[Path, mmap.mmap] = {}
+        self._files: dict[Path, int] = {}  # descriptors
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close_files, self._files)
         self._closed = False
 
     def __getitem__(self, name: str) -> TensorRef:
@@ -91,19 +97,50 @@ class TensorIndex(Mapping[str, TensorRef]):
             raise CheckpointError(f"{self.source} has no tensor {quoted(name)}")
         return np.frombuffer(self._map(ref), np.uint8, ref.nbytes, ref.offset)
 
-    def release(self, name: str) -> None:
-        """Stop counting the tensor's pages as this process's memory; reading it again is still right, just not free."""
+    def read_ahead(self, name: str) -> None:
+        """Ask the system to have the tensor's bytes in its cache soon: rows of it will be read one by one."""
         ref = self._refs[name]
-        mapped = self._maps.get(ref.file)
-        start = -(-ref.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (ref.offset + ref.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if mapped is not None and length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED, start, length)
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # advice only
+                os.posix_fadvise(self._open(ref), ref.offset, ref.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def copy(self, name: str, begin: int = 0, end: int | None = None) -> NDArray[np.uint8]:
+        """The tensor's bytes begin … end - 1 (None: to the last) as an array of their own, read without mapping them.
+
+        For what is used once: mapped pages would count as memory of this process. Safe to use from several threads.
+        """
+        ref = self._refs[name]
+        out = np.empty((ref.nbytes if end is None else end) - begin, np.uint8)
+        position, rest = ref.offset + begin, out.data
+        file = self._open(ref)
+        while rest:
+            try:
+                num_bytes = os.preadv(file, [rest], position)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {ref.file}: {error}") from error
+            if num_bytes == 0:
+                raise CheckpointError(f"{ref.file} has become shorter since it was opened; download it again")
+            position, rest = position + num_bytes, rest[num_bytes:]
+        return out
 
     def close(self) -> None:
-        """Forget the maps. Views that are still held keep theirs alive until they die."""
+        """Forget the files and their maps. Views that are still held keep theirs alive until they die."""
         self._closed = True
         self._maps.clear()
+        with self._lock:
+            _close_files(self._files)
+
+    def _open(self, ref: TensorRef) -> int:
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"the tensor index of {self.source} is closed")
+            file = self._files.get(ref.file)
+            if file is None:
+                try:
+                    file = self._files[ref.file] = os.open(ref.file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"cannot read {ref.file}: {error}") from error
+            return file
 
     def _map(self, ref: TensorRef) -> mmap.mmap:
         if self._closed:
@@ -119,6 +156,11 @@ class TensorIndex(Mapping[str, TensorRef]):
         if ref.offset + ref.nbytes > len(mapped):
             raise CheckpointError(f"{ref.file} has become shorter since it was opened; download it again")
         return mapped
+
+
+def _close_files(files: dict[Path, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 @dataclass(frozen=True, slots=True)

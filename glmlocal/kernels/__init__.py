@@ -3,10 +3,11 @@
 Shapes, dtypes and meaning are those of ``reference.py``. Weights packed by ``pack`` run on the native CPU kernels where
 those are built (``cpu/``), and in plain torch where they are not; both give the same numbers within
 
-    linear, swiglu_ffn, experts_ffn     4 · 2^-24 · sqrt(in_features) · |x| · |w|, the rounding of fp32 sums
+    linear, swiglu_ffn, experts_ffn     4 · 2^-24 · sqrt(in_features) · |x| · |w|, the rounding of fp32 sums, where x is
+                                        what int8 activations make of it (``reference.int8_rounded``)
     rms_norm, rope_store_               1e-6 of the largest value
-    paged_attention                     1e-5 relative; where the CPU has AVX512_BF16 and the cache is not fp32, queries and
-                                        probabilities are rounded to bf16 first, which is 2^-9 to 2^-8 of themselves
+    paged_attention                     1e-5 relative; where the CPU has AVX512_BF16 and the cache is not fp32, queries
+                                        and probabilities are rounded to bf16 first, 2^-9 to 2^-8 of themselves
     router_topk                         the same experts unless two scores tie to 1e-6
 
 and the native ones give the same bits for a row whatever batch it is part of and however many threads run.
@@ -20,6 +21,7 @@ import torch
 
 from glmlocal.kernels import cpu
 from glmlocal.kernels.blocks import AttentionBlock, BlockOutput, LayerCache, Router, StepIndex
+from glmlocal.kernels.reference import MatrixRows
 
 # The signatures are the reference's in both cases, so that is what a type checker is shown.
 if TYPE_CHECKING or not cpu.available:
@@ -77,6 +79,7 @@ __all__ = [
     "BoundStep",
     "ExpertWeights",
     "LayerCache",
+    "MatrixRows",
     "Router",
     "StepIndex",
     "Weight",

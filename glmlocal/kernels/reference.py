@@ -7,8 +7,8 @@ Before they meet a weight that was packed for int8 activations they are rounded 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,20 +54,43 @@ class ExpertWeights:
         return sum(weight.nbytes for group in (self.gate, self.up, self.down) for weight in group)
 
 
+@dataclass(frozen=True, slots=True)
+class MatrixRows:
+    """A matrix [out, in] whose rows are read a range at a time: it is never whole in memory beside the result."""
+
+    shape: tuple[int, int]
+    read: Callable[[int, int], Tensor | QuantizedMatrix]  # rows begin … end - 1, all of one dtype or scheme
+
+    @classmethod
+    def of(cls, matrix: Tensor | QuantizedMatrix) -> MatrixRows:
+        """One that is in memory already."""
+        rows, columns = matrix.shape
+        if isinstance(matrix, Tensor):
+            return cls((rows, columns), lambda begin, end: matrix[begin:end])
+        names = ("codes", "super_scale", "sub_scale", "super_min", "sub_min")
+        arrays = {name: getattr(matrix, name) for name in names if getattr(matrix, name) is not None}
+        return cls(
+            (rows, columns),
+            lambda begin, end: replace(matrix, **{name: values[begin:end] for name, values in arrays.items()}),
+        )
+
+
 _KIND = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def takes_int8(scheme: QuantScheme) -> bool:
     """Whether the scheme's codes mean integers of at most 8 bits, which products with int8 activations need."""
-    return scheme.codebook is None or scheme.bits == 4
+    return scheme.code_type == "integer" and (scheme.codebook is None or scheme.bits == 4)
 
 
-def pack(matrix: Tensor | QuantizedMatrix, activations: Activations = "int8") -> Weight:
+def pack(matrix: Tensor | QuantizedMatrix | MatrixRows, activations: Activations = "int8") -> Weight:
     """Bring one matrix [out, in] (fp32, bf16, fp16 or quantized) into the form ``linear`` takes.
 
-    ``activations`` "int8" makes products with quantized matrices round their input to 8 bits, which is several times
-    faster where the CPU has integer dot products; "fp32" keeps it. Matrices that are not quantized always keep it.
+    ``activations`` "int8" makes products with matrices of integer codes round their input to 8 bits, which is several
+    times faster where the CPU has integer dot products; "fp32" keeps it. Other matrices always keep it.
     """
+    if isinstance(matrix, MatrixRows):
+        return pack(matrix.read(0, matrix.shape[0]), activations)
     if isinstance(matrix, QuantizedMatrix):
         int8 = activations == "int8" and takes_int8(matrix.scheme)
         return Weight(torch.from_numpy(matrix.dequantize()), matrix.scheme.name, int8)
@@ -75,9 +98,9 @@ def pack(matrix: Tensor | QuantizedMatrix, activations: Activations = "int8") ->
 
 
 def pack_experts(
-    gate: Iterable[Tensor | QuantizedMatrix],
-    up: Iterable[Tensor | QuantizedMatrix],
-    down: Iterable[Tensor | QuantizedMatrix],
+    gate: Iterable[Tensor | QuantizedMatrix | MatrixRows],
+    up: Iterable[Tensor | QuantizedMatrix | MatrixRows],
+    down: Iterable[Tensor | QuantizedMatrix | MatrixRows],
     activations: Activations = "int8",
 ) -> ExpertWeights:
     """Bring the experts of one layer, in order of expert id, into the form ``experts_ffn`` takes, one at a time."""

@@ -184,7 +184,9 @@ def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 def _quant_method(config: Mapping[str, Any]) -> str | None:
     quantization = config.get("quantization_config")
     if isinstance(quantization, Mapping) and isinstance(quantization.get("quant_method"), str):
-        return str(quantization["quant_method"])
+        # One method of many formats: the format says more.
+        names = (quantization["quant_method"], quantization.get("format"))
+        return " ".join(name for name in names if isinstance(name, str))
     return "mlx" if isinstance(config.get("quantization"), Mapping) else None
 
 

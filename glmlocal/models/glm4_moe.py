@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from glmlocal import kernels
-from glmlocal.formats.quant import QuantizedMatrix
 from glmlocal.layers.context import ForwardContext
 from glmlocal.layers.embedding import Embedding
 from glmlocal.layers.experts import Experts, ResidentExperts
@@ -91,10 +90,11 @@ def build(
         return _decoder_layer(config, reader, i, cos_sin)
 
     def mtp(i: int) -> MTPLayer:
-        return _mtp_layer(config, reader, config.num_hidden_layers + i, cos_sin)
+        return _mtp_layer(config, reader.at_least_8_bits(), config.num_hidden_layers + i, cos_sin)
 
     def lm_head() -> Linear:
-        return Linear(reader.weight("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"))
+        name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        return Linear(reader.at_least_8_bits().weight(name))
 
     with ThreadPoolExecutor(num_threads) as pool:
         head_future = pool.submit(lm_head)
@@ -182,10 +182,10 @@ def _router(config: ModelConfig, reader: WeightReader, prefix: str) -> kernels.R
 
 
 def _experts(config: ModelConfig, reader: WeightReader, prefix: str) -> ResidentExperts:
-    def matrices(name: str) -> Iterator[Tensor | QuantizedMatrix]:  # one at a time: a layer of Air unpacked is 2 GB
-        return (reader.matrix(f"{prefix}.experts.{e}.{name}_proj.weight") for e in range(config.n_routed_experts))
+    def matrices(name: str) -> Iterator[kernels.MatrixRows]:
+        return (reader.rows(f"{prefix}.experts.{e}.{name}_proj.weight") for e in range(config.n_routed_experts))
 
-    return ResidentExperts(kernels.pack_experts(matrices("gate"), matrices("up"), matrices("down")))
+    return ResidentExperts(kernels.pack_experts(matrices("gate"), matrices("up"), matrices("down"), reader.activations))
 
 
 def _mtp_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: Tensor) -> MTPLayer:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from glmlocal.errors import CheckpointError
+from glmlocal.formats.fp8 import FP8_DTYPE, scales_of
 from glmlocal.formats.ggml_blocks import DENSE_DTYPES, QUANTIZED_DTYPES
 from glmlocal.formats.index import TensorIndex, quoted
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from glmlocal.models.config import ModelConfig
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
-_SUPPORTED = f"BF16, F16 and F32 are in safetensors, those and {', '.join(sorted(QUANTIZED_DTYPES))} in GGUF"
+_SUPPORTED = (
+    f"BF16, F16, F32 and {FP8_DTYPE} with scales per row or 128 x 128 block are in safetensors, "
+    f"BF16, F16, F32 and {', '.join(sorted(QUANTIZED_DTYPES))} in GGUF"
+)
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -139,7 +143,7 @@ def _missing(
 
 
 def _check_dtypes(config: ModelConfig, tensors: TensorIndex, expected: Mapping[str, tuple[int, ...]]) -> None:
-    quantized = QUANTIZED_DTYPES if tensors.kind == "gguf" else frozenset()
+    quantized = QUANTIZED_DTYPES if tensors.kind == "gguf" else frozenset({FP8_DTYPE})
     wrong = [name for name in expected if tensors[name].dtype not in DENSE_DTYPES | quantized]
     if wrong:
         method = "" if config.quant_method is None else f" (quantized with {quoted(config.quant_method)})"
@@ -147,16 +151,25 @@ def _check_dtypes(config: ModelConfig, tensors: TensorIndex, expected: Mapping[s
             f"tensor {wrong[0]} is {tensors[wrong[0]].dtype}{method}{_and_more(wrong)}, which is not supported: "
             f"{_SUPPORTED}"
         )
-    plain = [name for name in expected if tensors[name].dtype in quantized and _must_be_plain(name, expected[name])]
+    plain = [
+        name
+        for name in expected
+        if tensors[name].dtype in quantized and _must_be_plain(name, expected[name], tensors[name].dtype)
+    ]
     if plain:
+        what = "norms, biases and routers" if tensors.kind == "gguf" else "norms, biases, routers and embeddings"
         raise CheckpointError(
-            f"tensor {plain[0]} is {tensors[plain[0]].dtype}{_and_more(plain)}; norms, biases and routers must be "
+            f"tensor {plain[0]} is {tensors[plain[0]].dtype}{_and_more(plain)}; {what} must be "
             f"{', '.join(sorted(DENSE_DTYPES))}"
         )
 
 
 def _check_shapes(tensors: TensorIndex, expected: Mapping[str, tuple[int, ...]]) -> None:
     wrong = [name for name, shape in expected.items() if tensors[name].shape != shape]
+    if not wrong:
+        for name in expected:
+            if tensors[name].dtype == FP8_DTYPE:
+                scales_of(tensors, name)
     if wrong:
         raise CheckpointError(
             f"tensor {wrong[0]} has shape {list(tensors[wrong[0]].shape)}, wanted {list(expected[wrong[0]])}"
@@ -189,7 +202,9 @@ def _refuse_strangers(config: ModelConfig, tensors: TensorIndex, expected: Mappi
         )
 
 
-def _must_be_plain(name: str, shape: tuple[int, ...]) -> bool:
+def _must_be_plain(name: str, shape: tuple[int, ...], dtype: str) -> bool:
+    if dtype == FP8_DTYPE and name.endswith("embed_tokens.weight"):  # its rows would need their scales one by one
+        return True
     return len(shape) == 1 or name.endswith(".mlp.gate.weight")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -11,48 +13,126 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glmlocal import kernels
-from glmlocal.formats.ggml_blocks import unpack
-from glmlocal.formats.index import TensorIndex
-from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.errors import CheckpointError, ConfigError
+from glmlocal.formats.fp8 import FP8_DTYPE, Fp8Matrix
+from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, unpack
+from glmlocal.formats.index import TensorIndex, TensorRef
+from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
+from glmlocal.formats.quantize import INT4, INT8, quantize
+from glmlocal.kernels.reference import Activations
 from glmlocal.layers.embedding import TORCH_DTYPE, Embedding
 from glmlocal.layers.linear import Linear
 from glmlocal.layers.norm import RMSNorm
 
+Quant = Literal["keep", "int8", "int4"]
+QUANTS: tuple[Quant, ...] = get_args(Quant)
+ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
+_SCHEMES = {"int8": INT8, "int4": INT4}
+
+
+def check_quant(quant: str) -> Quant:
+    """Raises ConfigError for what is not one of QUANTS."""
+    for known in QUANTS:
+        if quant == known:
+            return known
+    raise ConfigError(f"quant is {quant!r}, wanted one of {', '.join(QUANTS)}")
+
+
+def check_activations(activations: str) -> Activations:
+    """Raises ConfigError for what is not one of Activations."""
+    for known in ACTIVATIONS:
+        if activations == known:
+            return known
+    raise ConfigError(f"activations is {activations!r}, wanted one of {', '.join(ACTIVATIONS)}")
+
+
+def loaded_bytes(tensors: TensorIndex, quant: Quant) -> int:
+    """Bytes that the tensors take once they are loaded, padding not counted."""
+    scheme = _SCHEMES.get(quant)
+    if scheme is None:
+        return tensors.nbytes
+    mtp = tuple(name.removesuffix("eh_proj.weight") for name in tensors if name.endswith(".eh_proj.weight"))
+    total = 0
+    for name, ref in tensors.items():
+        if not _is_linear(name) or ref.dtype in QUANTIZED_DTYPES:
+            total += ref.nbytes
+            continue
+        own = INT8 if name == "lm_head.weight" or name.startswith(mtp) else scheme
+        total += ref.num_elements * (own.bits * own.group_size + 16) // (8 * own.group_size)
+    return total
+
+
+def quantized_already(tensors: TensorIndex) -> str | None:
+    """What quantizing leaves as it is, in a line for people; None if that is nothing."""
+    linear = [ref for name, ref in tensors.items() if _is_linear(name)]
+    already = sorted({ref.dtype for ref in linear if ref.dtype in QUANTIZED_DTYPES})
+    if not already:
+        return None
+    count = sum(ref.dtype in QUANTIZED_DTYPES for ref in linear)
+    return (
+        f"{count:,} of {len(linear):,} linear weights are quantized already ({', '.join(already)}) and stay as they are"
+    )
+
+
+def _is_linear(name: str) -> bool:
+    return name.endswith(("_proj.weight", "lm_head.weight", "shared_head.head.weight"))
+
+
+class _BytesRead:
+    def __init__(self, on_bytes: Callable[[int], None]) -> None:
+        self._on_bytes, self._num_bytes, self._lock = on_bytes, 0, threading.Lock()
+
+    def add(self, num_bytes: int) -> None:
+        with self._lock:
+            self._num_bytes += num_bytes
+            self._on_bytes(self._num_bytes)
+
 
 class WeightReader:
-    """Reads tensors by HF name and reports progress. Safe to use from several threads."""
+    """Reads tensors by HF name, and quantizes the linear ones if asked to. Safe to use from several threads.
 
-    def __init__(self, tensors: TensorIndex, on_bytes: Callable[[int], None]) -> None:
-        self._tensors, self._on_bytes = tensors, on_bytes
-        self._num_bytes, self._lock = 0, threading.Lock()
+    ``on_bytes`` is told how many bytes have been read so far.
+    """
+
+    def __init__(
+        self,
+        tensors: TensorIndex,
+        on_bytes: Callable[[int], None],
+        quant: Quant = "keep",
+        activations: Activations = "int8",
+    ) -> None:
+        self._tensors, self._bytes_read, self._quant = tensors, _BytesRead(on_bytes), quant
+        self.activations = activations
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
-    def matrix(self, name: str) -> Tensor | QuantizedMatrix:
-        """One matrix [out, in] as stored: fp32, bf16, fp16 or quantized."""
-        ref = self._tensors[name]
-        matrix = self._copy(ref.dtype, self._tensors.read(name), ref.shape)
-        self._tensors.release(name)
-        with self._lock:
-            self._num_bytes += ref.nbytes
-            self._on_bytes(self._num_bytes)
-        return matrix
+    def at_least_8_bits(self) -> WeightReader:
+        """The same, for weights that 4 bits would hurt: the head and the MTP layers."""
+        reader = copy.copy(self)
+        reader._quant = "int8" if self._quant == "int4" else self._quant
+        return reader
 
-    @staticmethod
-    def _copy(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> Tensor | QuantizedMatrix:
-        if dtype not in TORCH_DTYPE:
-            return unpack(dtype, raw, shape)
-        return torch.from_numpy(np.array(raw)).view(TORCH_DTYPE[dtype]).view(shape)
+    def rows(self, name: str) -> kernels.MatrixRows:
+        """A linear weight [out, in]: as stored (fp32, bf16, fp16, fp8 or a GGUF type), or quantized."""
+        ref = self._tensors[name]
+        num_rows, columns = ref.shape
+        read = self._rows_as_stored(ref)
+        scheme = _SCHEMES.get(self._quant)
+        if scheme is None or ref.dtype in QUANTIZED_DTYPES:
+            return kernels.MatrixRows((num_rows, columns), read)
+        return kernels.MatrixRows((num_rows, columns), lambda begin, end: _quantized(name, read(begin, end), scheme))
 
     def dense(self, name: str) -> Tensor:
         """A norm weight, bias or router, fp32; quantized routers (some GGUF files) are widened."""
-        tensor = self.matrix(name)
+        ref = self._tensors[name]
+        tensor = _matrix(ref.dtype, self._tensors.copy(name), ref.shape)
+        self._bytes_read.add(ref.nbytes)
         return torch.from_numpy(tensor.dequantize()) if isinstance(tensor, QuantizedMatrix) else tensor.float()
 
     def weight(self, name: str) -> kernels.Weight:
-        """A matrix in the form that ``kernels.linear`` takes."""
-        return kernels.pack(self.matrix(name))
+        """A linear weight in the form that ``kernels.linear`` takes."""
+        return kernels.pack(self.rows(name), self.activations)
 
     def linear(self, prefix: str, *, bias: bool = False) -> Linear:
         return Linear(self.weight(f"{prefix}.weight"), self.dense(f"{prefix}.bias") if bias else None)
@@ -62,5 +142,44 @@ class WeightReader:
 
     def embedding(self, name: str) -> Embedding:
         ref = self._tensors[name]
+        self._tensors.read_ahead(name)
         rows = self._tensors.read(name).reshape(ref.shape[0], -1)
         return Embedding(rows, ref.dtype, ref.shape[1])
+
+    def _rows_as_stored(self, ref: TensorRef) -> Callable[[int, int], Tensor | QuantizedMatrix]:
+        columns, row_bytes = ref.shape[1], ref.nbytes // ref.shape[0]
+        fp8 = Fp8Matrix.open(self._tensors, ref.name) if ref.dtype == FP8_DTYPE else None
+
+        def read(begin: int, end: int) -> Tensor | QuantizedMatrix:
+            if fp8 is not None:
+                part: Tensor | QuantizedMatrix = fp8.rows(begin, end)
+            else:
+                raw = self._tensors.copy(ref.name, begin * row_bytes, end * row_bytes)
+                part = _matrix(ref.dtype, raw, (end - begin, columns))
+            self._bytes_read.add((end - begin) * row_bytes)
+            return part
+
+        return read
+
+
+def _matrix(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> Tensor | QuantizedMatrix:
+    """What a tensor's bytes mean."""
+    if dtype not in TORCH_DTYPE:
+        return unpack(dtype, raw, shape)
+    return torch.from_numpy(raw).view(TORCH_DTYPE[dtype]).view(shape)
+
+
+def _quantized(name: str, part: Tensor | QuantizedMatrix, scheme: QuantScheme) -> QuantizedMatrix:
+    try:
+        return quantize(_wide(part), scheme)
+    except ValueError as error:
+        raise CheckpointError(f"tensor {name} cannot be quantized to {scheme.name}: {error}") from error
+
+
+def _wide(part: Tensor | QuantizedMatrix) -> NDArray[np.float32]:
+    # In numpy: torch's aligned blocks left 40 MB behind in the heap.
+    if isinstance(part, QuantizedMatrix):
+        return part.dequantize()
+    if part.dtype == torch.bfloat16:
+        return (part.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return part.numpy().astype(np.float32)

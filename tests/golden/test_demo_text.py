@@ -12,7 +12,6 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 from glmlocal import LLM
 from glmlocal.demo.cache import cached_demo
 from glmlocal.formats.index import open_checkpoint
-from glmlocal.formats.quant import QuantizedMatrix
 from glmlocal.models.weights import WeightReader
 from glmlocal.paths import demo_dir
 
@@ -60,12 +59,7 @@ def reference(llm: LLM) -> Glm4MoeForCausalLM:
     fields = {name: getattr(ours, name) for name in COPIED_FIELDS}
     config = Glm4MoeConfig(**fields, rope_parameters=rope, pad_token_id=None)
     model = Glm4MoeForCausalLM(config).eval()
-    reader = WeightReader(checkpoint.tensors, lambda num_bytes: None)
-
-    def weight(name: str) -> torch.Tensor:
-        matrix = reader.matrix(name)
-        return torch.from_numpy(matrix.dequantize()) if isinstance(matrix, QuantizedMatrix) else matrix.float()
-
+    weight = WeightReader(checkpoint.tensors, lambda num_bytes: None).dense
     state = {}
     for name in model.state_dict():
         prefix, _, last = name.rpartition(".")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from glmlocal import kernels
+from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
 from glmlocal.kernels import cpu, reference
-from quantized import DENSE, SCHEMES, random_matrix, widened
+from quantized import DENSE, SCHEMES, random_matrix, random_quantized, widened
 
 if not cpu.available:
     pytest.skip("no native kernels here", allow_module_level=True)
@@ -20,15 +22,27 @@ ROWS = 33
 SMALL = [(1, 256), (15, 32), (16, 64), (17, 512), (64, 32), (100, 256), (192, 576)]
 DENSE_ONLY = [(1, 1), (5, 7), (16, 31), (33, 97), (257, 13)]
 REAL = [("Q4_0", 1408, 4096), ("Q6_K", 192, 4096), ("Q5_0", 4096, 1408), ("bf16", 128, 4096), ("Q8_0", 576, 576)]
+REAL += [
+    ("fp8_channel", 128, 10944),
+    ("fp8_block128", 192, 10944),
+    ("zero_point", 64, 10944),
+    ("fp8_block128", 4096, 1408),
+]
 
 
 def check(kind: str, out_features: int, in_features: int, activations: reference.Activations) -> None:
     """All rows at once against float64, then every small batch against those rows, bit for bit."""
     matrix = random_matrix(kind, out_features, in_features)
+    assert kernels.pack(matrix).kind == kind
+    check_matrix(matrix, activations)
+
+
+def check_matrix(matrix: torch.Tensor | QuantizedMatrix, activations: reference.Activations) -> None:
+    out_features, in_features = matrix.shape
     weight = kernels.pack(matrix, activations)
-    assert weight.int8_activations == (activations == "int8" and kind in SCHEMES)
+    is_integer = isinstance(matrix, QuantizedMatrix) and matrix.scheme.code_type == "integer"
+    assert weight.int8_activations == (activations == "int8" and is_integer)
     assert weight.shape == (out_features, in_features)
-    assert weight.kind == kind
     wide = widened(matrix).double()
     generator = torch.Generator().manual_seed(out_features * 10007 + in_features)
     x = torch.randn(ROWS, in_features, generator=generator)
@@ -56,6 +70,19 @@ def test_linear_is_right_in_any_batch(
     isa: str, kind: str, activations: reference.Activations, out_features: int, in_features: int
 ) -> None:
     check(kind, out_features, in_features, activations)
+
+
+@pytest.mark.parametrize("offset", ["symmetric", "zero_point", "min", "two_level_min"])
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("activations", ["int8", "fp32"])
+def test_linear_is_right_for_every_scheme_and_a_ragged_last_group(
+    isa: str, bits: int, group: int, offset: str, activations: reference.Activations
+) -> None:
+    levels = ("two_level", offset) if offset == "two_level_min" else ("plain", offset)
+    supers = 2 * group if offset == "two_level_min" else group
+    scheme = QuantScheme("any", bits, group, supers, *levels, zero_point=1 if offset == "symmetric" else 0)  # type: ignore[arg-type]
+    check_matrix(random_quantized(scheme, 37, 2 * group + 44, np.random.default_rng([bits, group])), activations)
 
 
 @pytest.mark.parametrize("kind", DENSE)
@@ -120,7 +147,7 @@ def test_infinite_and_nan_activations_stay_in_their_row(isa: str, activations: r
     assert not bool(y[[2, 4]].isfinite().any())
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "bf16"])
+@pytest.mark.parametrize("kind", ["Q4_K", "bf16", "fp8_channel", "fp8_block128", "zero_point"])
 def test_agrees_with_the_reference(kind: str) -> None:
     matrix = random_matrix(kind, 192, 512)
     x = torch.randn(7, 512)

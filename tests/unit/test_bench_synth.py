@@ -13,6 +13,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM
 
@@ -25,6 +26,7 @@ from synthetic.text import build_vocabulary
 
 from glmlocal.errors import ConfigError
 from glmlocal.kernels import reference
+from glmlocal.llm import LLM
 
 FORMATS = ("gguf-q4_0", "gguf-q8_0", "safetensors-bf16", "safetensors-fp8")
 TABLE_CODECS = [storage.BF16(), storage.Q4_0(), storage.Q8_0()]
@@ -220,6 +222,32 @@ def tiny_bigram(acceptance: float, seed: int = 0) -> Bigram:
     vocabulary = build_vocabulary(1024)
     words = range(vocabulary.first_word, vocabulary.first_special)
     return build_bigram(words, 1024, acceptance, np.random.default_rng([seed, 1]))
+
+
+def test_fp8_runs_as_fp8_and_gives_the_logits_of_its_weights(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path, "safetensors-fp8", mtp_acceptance=0.5)
+    tokens = torch.randint(0, 1000, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    with LLM(path, context=64) as llm:
+        got = llm.logits(tokens)
+        model = llm._engine.runner.model
+    assert model.layers[1].mlp.experts.weights.up[3].kind == "fp8_channel"
+    assert model.mtp[0].layer.self_attn.q_proj.weight.kind == "fp8_channel"
+    assert {model.lm_head.weight.kind, model.mtp[0].eh_proj.weight.kind} == {"bf16"}
+
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("weight_scale")]:
+        scale = tensors.pop(name)
+        weight = name.removesuffix("_scale")
+        tensors[weight] = tensors[weight].float() * scale
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    save_file({name: tensor.float() for name, tensor in tensors.items()}, wide / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (wide / "config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        want = hf_model(wide)(torch.tensor([tokens])).logits[0]
+    assert float((got - want).abs().max()) < 1e-4 * float(want.max() - want.min())
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.8, 1.0])

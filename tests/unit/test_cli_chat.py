@@ -58,6 +58,27 @@ def test_stdout_is_the_answer_and_one_newline_and_nothing_else(run: Run) -> None
     )
 
 
+def test_quant_reaches_the_model_and_what_it_leaves_is_said(run: Run) -> None:
+    code, out, err = run("talker", "-p", "q", "--quant", "int4", replies=(Reply("a"),))
+    assert (code, out, FakeLLM.instances[-1].quant) == (0, "a\n", "int4")
+    assert "--quant int4: 2 of 3 linear weights are quantized already" in err
+    assert "--quant" not in run("talker", "-p", "q", replies=(Reply("a"),))[2]
+    assert FakeLLM.instances[-1].quant == "keep"
+
+
+def test_an_unknown_quant_is_one_line(run: Run) -> None:
+    code, out, err = run("talker", "-p", "q", "--quant", "int3")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "int3" in err
+    assert "int8" in err
+
+
+def test_the_choices_of_quant_are_those_of_the_loader() -> None:
+    from glmlocal.models.weights import QUANTS
+
+    assert chat.QUANTS == QUANTS
+
+
 def test_an_answer_that_ends_in_a_newline_gets_another(run: Run) -> None:
     assert run("talker", "-p", "q", replies=(Reply("a\n"),))[1] == "a\n\n"
 

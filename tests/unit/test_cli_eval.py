@@ -63,6 +63,12 @@ def test_perplexity_equals_scoring_token_by_token(run: Run, context: int, stride
     assert FakeLLM.instances[0].context == context
 
 
+def test_quant_is_of_the_model_and_not_of_the_reference(run: Run) -> None:
+    code, _, err = run("a", "--against", "b", "--context", "32", "--quant", "int8")
+    assert (code, [llm.quant for llm in FakeLLM.instances]) == (0, ["int8", "keep"])
+    assert "--quant int8: 2 of 3" in err
+
+
 def test_windows_matter_to_the_fake_model(run: Run) -> None:
     assert measure(run, "a", "--context", "16")["nll"] != measure(run, "a", "--context", "60")["nll"]
 

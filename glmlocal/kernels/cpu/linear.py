@@ -12,7 +12,7 @@ from torch import Tensor
 from glmlocal.formats.quant import QuantizedMatrix
 from glmlocal.kernels.cpu import _cpu
 from glmlocal.kernels.cpu.packing import PackedWeight, pack
-from glmlocal.kernels.reference import Activations
+from glmlocal.kernels.reference import Activations, MatrixRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,9 +30,9 @@ class PackedExperts:
 
 
 def pack_experts(
-    gate: Iterable[Tensor | QuantizedMatrix],
-    up: Iterable[Tensor | QuantizedMatrix],
-    down: Iterable[Tensor | QuantizedMatrix],
+    gate: Iterable[Tensor | QuantizedMatrix | MatrixRows],
+    up: Iterable[Tensor | QuantizedMatrix | MatrixRows],
+    down: Iterable[Tensor | QuantizedMatrix | MatrixRows],
     activations: Activations = "int8",
 ) -> PackedExperts:
     return bind_experts(*(tuple(pack(matrix, activations) for matrix in group) for group in (gate, up, down)))

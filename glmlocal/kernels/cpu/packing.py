@@ -1,7 +1,11 @@
 """Matrices → the layout of the native kernels (drawn in src/packed_matrix.h), and back.
 
-Everything here is numpy on whole arrays, holds no state and releases the GIL where it takes time, so a loader may pack
-several matrices at once. ``unpack(pack(matrix))`` is the identity.
+Everything here is numpy, a few panels of rows at a time so that what it needs beside the result stays small; it holds
+no state and releases the GIL where it takes time, so a loader may pack several matrices at once.
+``unpack(pack(matrix))`` is the identity.
+
+Two things are stored otherwise than QuantizedMatrix has them: the scales of e4m3 times 2^120, by which its codes are
+too small as the kernels read them, and for integer zero points the scale once more, as the unit of the offset.
 """
 
 from __future__ import annotations
@@ -14,16 +18,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import QuantizedMatrix, QuantScheme, has_nan
 from glmlocal.kernels.cpu import _cpu
-from glmlocal.kernels.reference import Activations, takes_int8
+from glmlocal.kernels.reference import Activations, MatrixRows, takes_int8
 
 _TILE_ROWS: int = _cpu.TILE_ROWS
 _PANEL_TILES: int = _cpu.PANEL_TILES
+_PANEL_ROWS = _TILE_ROWS * _PANEL_TILES
 _BLOCK: int = _cpu.BLOCK_COLUMNS
 _DENSE_CODES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}  # low bits first
 _LITTLE = np.dtype("<u4")
+_CHUNK_WEIGHTS = 1 << 18  # packed at once; the temporaries are a few bytes for each
+_E4M3_UNIT = np.float32(2.0**120)
+_FLOATS: dict[str, np.dtype[Any]] = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,13 +55,16 @@ class PackedWeight:
         return out
 
 
-def pack(matrix: Tensor | QuantizedMatrix, activations: Activations = "int8") -> PackedWeight:
+def pack(matrix: Tensor | QuantizedMatrix | MatrixRows, activations: Activations = "int8") -> PackedWeight:
     """Copy one matrix [out, in] (fp32, bf16, fp16 or quantized) into kernel layout; ValueError if it is malformed."""
-    if isinstance(matrix, QuantizedMatrix):
-        if _supported(matrix.scheme):
-            return _pack_quantized(matrix, activations == "int8" and takes_int8(matrix.scheme))
-        return _pack_dense(torch.from_numpy(matrix.dequantize()), matrix.scheme.name)
-    return _pack_dense(matrix, None)
+    if isinstance(matrix, MatrixRows):
+        rows = matrix
+    else:
+        _check(matrix)
+        rows = MatrixRows.of(matrix)
+    packed = _pack_as(rows, ("f16", "f32"), activations) or _pack_as(rows, ("f32",), activations)
+    assert packed is not None
+    return packed
 
 
 def unpack(weight: PackedWeight) -> Tensor | QuantizedMatrix:
@@ -64,26 +75,115 @@ def unpack(weight: PackedWeight) -> Tensor | QuantizedMatrix:
 def _supported(scheme: QuantScheme) -> bool:
     sizes = (scheme.group_size, scheme.super_size)
     powers_of_two = all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+    if scheme.code_type == "e4m3":
+        return powers_of_two and (scheme.bits, scheme.scale_codec, scheme.offset_codec) == (8, "plain", "symmetric")
     # The kernels look codes up in a table of 16. No format has a longer codebook; one that had would run as fp32.
     return scheme.bits in _PLANES and powers_of_two and (scheme.codebook is None or scheme.bits <= 4)
 
 
-def _pack_dense(matrix: Tensor, kind: str | None) -> PackedWeight:
-    if matrix.dtype not in _DENSE_CODES or matrix.dim() != 2 or not matrix.is_cpu:
-        raise ValueError(
-            f"pack: wanted a two-dimensional fp32, bf16 or fp16 tensor on the CPU, found {matrix.dtype} "
-            f"{list(matrix.shape)} on {matrix.device}"
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a matrix is going to be stored."""
+
+    format: _cpu.MatrixFormat
+    kind: str
+    scheme: QuantScheme | None  # None: as plain floats
+
+    @classmethod
+    def of(cls, matrix: Tensor | QuantizedMatrix, scale_type: str) -> _Form:
+        if isinstance(matrix, Tensor):
+            codes = _DENSE_CODES[matrix.dtype]
+            return cls(_cpu.MatrixFormat(codes), codes, None)
+        scheme = matrix.scheme
+        if not _supported(scheme):
+            return cls(_cpu.MatrixFormat("f32"), scheme.name, None)
+        format_ = _cpu.MatrixFormat(
+            "e4m3" if scheme.code_type == "e4m3" else f"u{scheme.bits}",
+            scale_type=scale_type,
+            group_size=scheme.group_size,
+            super_size=scheme.super_size,
+            has_sub_scale=scheme.scale_codec == "two_level",
+            has_min=scheme.offset_codec != "symmetric",
+            has_sub_min=scheme.offset_codec in ("two_level_min", "zero_point"),
         )
-    codes = _DENSE_CODES[matrix.dtype]
-    format_ = _cpu.MatrixFormat(codes)
-    layout = _cpu.matrix_layout(matrix.shape[0], matrix.shape[1], format_)
-    buffer = _cpu.allocate(layout.num_bytes)
-    bits = matrix.contiguous().view(torch.int32 if codes == "f32" else torch.int16).numpy()
+        return cls(format_, scheme.name, scheme)
+
+
+def _pack_as(rows: MatrixRows, scale_types: tuple[str, ...], activations: Activations) -> PackedWeight | None:
+    """With the first of the types that holds the scales of the first rows; None when later rows need a wider one."""
+    num_rows, columns = rows.shape
+    step = max(1, _CHUNK_WEIGHTS // max(columns, 1) // _PANEL_ROWS) * _PANEL_ROWS
+    form = None
+    for begin in range(0, max(num_rows, 1), step):
+        end = min(begin + step, num_rows)
+        part = rows.read(begin, end)
+        _check(part)
+        if tuple(part.shape) != (end - begin, columns):
+            raise ValueError(f"pack: rows {begin} … {end} of [{num_rows}, {columns}] came as {list(part.shape)}")
+        if form is None:
+            for scale_type in scale_types:
+                form = _Form.of(part, scale_type)
+                sections = _tiles(part, form)
+                if sections is not None:
+                    break
+            assert form is not None
+            layout = _cpu.matrix_layout(num_rows, columns, form.format)
+            buffer = _cpu.allocate(layout.num_bytes)
+        else:
+            sections = _tiles(part, form)
+        if sections is None:
+            return None
+        if end > begin:
+            for name, tiles in sections.items():
+                offset = getattr(layout, f"{name}_offset") + begin // _TILE_ROWS * tiles[0].nbytes
+                _store(_section(buffer, offset, tiles.dtype), tiles)
+    assert form is not None
+    return _bind(form, layout, buffer, activations)
+
+
+def _tiles(matrix: Tensor | QuantizedMatrix, form: _Form) -> dict[str, NDArray[Any]] | None:
+    """What each section of the layout gets: arrays [tile, unit, …, 16 rows]. None when the scales do not fit."""
+    layout = _cpu.matrix_layout(matrix.shape[0], matrix.shape[1], form.format)
+    if form.scheme is None:
+        return {"codes": _dense_tiles(matrix, layout)}
+    assert isinstance(matrix, QuantizedMatrix)
+    stored = _group_sections(form.format, layout)
+    lines = _code_lines(_pad(matrix.codes, layout), layout, form.scheme.bits)
+    sections: dict[str, NDArray[Any]] = {"codes": lines.transpose(0, 2, 3, 1)}
+    for name, values in _group_arrays(matrix).items():
+        if values is None:
+            continue
+        section = stored[name]
+        with np.errstate(over="ignore"):
+            narrow = values.astype(section.dtype, copy=False)
+        if section.dtype == np.float16 and not np.array_equal(narrow.astype(np.float32), values):
+            return None
+        padded = np.zeros((layout.tiles * _TILE_ROWS, section.units), section.dtype)
+        padded[: values.shape[0], : values.shape[1]] = narrow
+        sections[section.name] = padded.reshape(layout.tiles, _TILE_ROWS, section.units).transpose(0, 2, 1)
+    return sections
+
+
+def _dense_tiles(matrix: Tensor | QuantizedMatrix, layout: _cpu.MatrixLayout) -> NDArray[Any]:
+    if isinstance(matrix, QuantizedMatrix):
+        matrix = torch.from_numpy(np.ascontiguousarray(matrix.dequantize()))
+    bits = matrix.contiguous().view(torch.int32 if matrix.dtype == torch.float32 else torch.int16).numpy()
     tiles = _pad(bits, layout).reshape(layout.tiles, _TILE_ROWS, layout.blocks, _BLOCK)
-    lines = tiles.view(_LITTLE) if codes == "bf16" else tiles  # bf16 keeps two neighbouring columns in a word
-    # [tile, row, block, line] → lines of 16 rows
-    _store(_section(buffer, layout.codes_offset, lines.dtype), lines.transpose(0, 2, 3, 1))
-    return _bind(format_, layout, buffer, kind or codes, None, 0, [])
+    lines = tiles.view(_LITTLE) if matrix.dtype == torch.bfloat16 else tiles  # bf16 keeps two columns in a word
+    return lines.transpose(0, 2, 3, 1)  # [tile, row, block, line] → lines of 16 rows
+
+
+def _group_arrays(matrix: QuantizedMatrix) -> dict[str, NDArray[Any] | None]:
+    """The arrays beside the codes, as they are stored."""
+    scale, low = matrix.super_scale, matrix.super_min
+    if matrix.scheme.code_type == "e4m3":
+        with np.errstate(over="ignore"):
+            scale = scale * _E4M3_UNIT
+        if not np.isfinite(scale).all():
+            raise ValueError(f"{matrix.scheme.name} matrix: scales must be finite and below 256")
+    if matrix.scheme.offset_codec == "zero_point":
+        low = scale
+    return {"super_scale": scale, "sub_scale": matrix.sub_scale, "super_min": low, "sub_min": matrix.sub_min}
 
 
 def _unpack_dense(weight: PackedWeight) -> Tensor:
@@ -97,36 +197,6 @@ def _unpack_dense(weight: PackedWeight) -> Tensor:
     matrix = bits.reshape(layout.tiles * _TILE_ROWS, layout.blocks * _BLOCK)[:rows, :columns]
     names = {name: torch_dtype for torch_dtype, name in _DENSE_CODES.items()}
     return torch.from_numpy(np.ascontiguousarray(matrix)).view(names[codes])
-
-
-def _pack_quantized(matrix: QuantizedMatrix, int8_activations: bool) -> PackedWeight:
-    scheme, (rows, columns) = matrix.scheme, matrix.shape
-    _check(matrix)
-    floats = [matrix.super_scale] + ([] if matrix.super_min is None else [matrix.super_min])
-    scale_type = "f16" if all(_fits_f16(values) for values in floats) else "f32"
-    format_ = _cpu.MatrixFormat(
-        f"u{scheme.bits}",
-        scale_type=scale_type,
-        group_size=scheme.group_size,
-        super_size=scheme.super_size,
-        has_sub_scale=matrix.sub_scale is not None,
-        has_min=matrix.super_min is not None,
-        has_sub_min=matrix.sub_min is not None,
-    )
-    layout = _cpu.matrix_layout(rows, columns, format_)
-    buffer = _cpu.allocate(layout.num_bytes)
-    lines = _code_lines(_pad(matrix.codes, layout), layout, scheme.bits)
-    _store(_section(buffer, layout.codes_offset, lines.dtype), lines.transpose(0, 2, 3, 1))
-
-    for name, section in _group_sections(format_, layout).items():
-        values = getattr(matrix, name)
-        if values is not None:
-            padded = np.zeros((layout.tiles * _TILE_ROWS, section.units), section.dtype)
-            padded[:rows, : values.shape[1]] = values
-            tiles = padded.reshape(layout.tiles, _TILE_ROWS, section.units).transpose(0, 2, 1)
-            _store(_section(buffer, section.offset, section.dtype), tiles)
-    zero_point = 0 if scheme.codebook is not None else scheme.zero_point
-    return _bind(format_, layout, buffer, scheme.name, scheme, zero_point, _table(scheme), int8_activations)
 
 
 def _unpack_quantized(weight: PackedWeight, scheme: QuantScheme) -> QuantizedMatrix:
@@ -146,11 +216,16 @@ def _unpack_quantized(weight: PackedWeight, scheme: QuantScheme) -> QuantizedMat
     codes = _codes(lines, scheme.bits).reshape(-1, layout.blocks * _BLOCK)[:rows, :columns]
     scale = arrays["super_scale"]
     assert scale is not None
+    if scheme.code_type == "e4m3":
+        scale /= _E4M3_UNIT
+    if scheme.offset_codec == "zero_point":
+        arrays["super_min"] = None
     return QuantizedMatrix(scheme, codes, scale, arrays["sub_scale"], arrays["super_min"], arrays["sub_min"])
 
 
 @dataclass(frozen=True, slots=True)
 class _GroupSection:
+    name: str  # in MatrixLayout, without "_offset"
     offset: int  # in the buffer; -1 when the format has none
     dtype: np.dtype[Any]
     units: int  # stored per row, padding included
@@ -159,17 +234,26 @@ class _GroupSection:
 
 def _group_sections(format_: _cpu.MatrixFormat, layout: _cpu.MatrixLayout) -> dict[str, _GroupSection]:
     """Where the arrays of a QuantizedMatrix other than its codes are stored."""
-    floats = np.dtype(np.float16 if format_.scale_type == "f16" else np.float32)
+    floats = _FLOATS[format_.scale_type]
     supers, groups = (layout.supers, format_.super_size), (layout.groups, format_.group_size)
+    mins = supers if format_.has_sub_min else groups
     return {
-        "super_scale": _GroupSection(layout.scale_offset, floats, *supers),
-        "sub_scale": _GroupSection(layout.sub_scale_offset, np.dtype(np.int8), *groups),
-        "super_min": _GroupSection(layout.min_offset, floats, *(supers if format_.has_sub_min else groups)),
-        "sub_min": _GroupSection(layout.sub_min_offset, np.dtype(np.uint8), *groups),
+        "super_scale": _GroupSection("scale", layout.scale_offset, floats, *supers),
+        "sub_scale": _GroupSection("sub_scale", layout.sub_scale_offset, np.dtype(np.int8), *groups),
+        "super_min": _GroupSection("min", layout.min_offset, floats, *mins),
+        "sub_min": _GroupSection("sub_min", layout.sub_min_offset, np.dtype(np.uint8), *groups),
     }
 
 
-def _check(matrix: QuantizedMatrix) -> None:
+def _check(matrix: Tensor | QuantizedMatrix) -> None:
+    """ValueError if the parts of a matrix do not belong together."""
+    if isinstance(matrix, Tensor):
+        if matrix.dtype not in _DENSE_CODES or matrix.dim() != 2 or not matrix.is_cpu:
+            raise ValueError(
+                f"pack: wanted a two-dimensional fp32, bf16 or fp16 tensor on the CPU, found {matrix.dtype} "
+                f"{list(matrix.shape)} on {matrix.device}"
+            )
+        return
     scheme, (rows, columns) = matrix.scheme, matrix.shape
     groups, supers = -(-columns // scheme.group_size), -(-columns // scheme.super_size)
     wanted = {"super_scale": (rows, supers)}
@@ -179,6 +263,8 @@ def _check(matrix: QuantizedMatrix) -> None:
         wanted |= {"super_min": (rows, supers), "sub_min": (rows, groups)}
     elif scheme.offset_codec == "min":
         wanted["super_min"] = (rows, groups)
+    elif scheme.offset_codec == "zero_point":
+        wanted["sub_min"] = (rows, groups)
     for name in ("super_scale", "sub_scale", "super_min", "sub_min"):
         values = getattr(matrix, name)
         found = None if values is None else values.shape
@@ -186,15 +272,12 @@ def _check(matrix: QuantizedMatrix) -> None:
             raise ValueError(
                 f"{scheme.name} matrix [{rows}, {columns}]: {name} wanted {wanted.get(name)}, found {found}"
             )
-    if matrix.codes.size and int(matrix.codes.max()) >> scheme.bits:
+    if scheme.bits < 8 and matrix.codes.size and int(matrix.codes.max()) >> scheme.bits:
         raise ValueError(f"{scheme.name} matrix: code {matrix.codes.max()} does not fit in {scheme.bits} bits")
+    if scheme.code_type == "e4m3" and has_nan(matrix.codes):
+        raise ValueError(f"{scheme.name} matrix: a code is NaN")
     if scheme.codebook is not None and len(scheme.codebook) != 1 << scheme.bits:
         raise ValueError(f"{scheme.name}: codebook of {len(scheme.codebook)} values for codes of {scheme.bits} bits")
-
-
-def _fits_f16(values: NDArray[np.float32]) -> bool:
-    with np.errstate(over="ignore"):
-        return bool(np.array_equal(values, values.astype(np.float16).astype(np.float32)))
 
 
 def _table(scheme: QuantScheme) -> list[float]:
@@ -277,16 +360,10 @@ def _load(section: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     return out
 
 
-def _bind(
-    format_: _cpu.MatrixFormat,
-    layout: _cpu.MatrixLayout,
-    buffer: NDArray[np.uint8],
-    kind: str,
-    scheme: QuantScheme | None,
-    zero_point: int,
-    values: list[float],
-    int8_activations: bool = False,
-) -> PackedWeight:
-    native = _cpu.Matrix(layout, format_, buffer, zero_point, values, int8_activations)
+def _bind(form: _Form, layout: _cpu.MatrixLayout, buffer: NDArray[np.uint8], activations: Activations) -> PackedWeight:
+    scheme = form.scheme
+    zero_point = 0 if scheme is None or scheme.codebook is not None else scheme.zero_point
+    int8 = activations == "int8" and scheme is not None and takes_int8(scheme)
+    native = _cpu.Matrix(layout, form.format, buffer, zero_point, [] if scheme is None else _table(scheme), int8)
     shape = (layout.out_features, layout.in_features)
-    return PackedWeight(native, shape, kind, layout.num_bytes, scheme, format_, layout, buffer, int8_activations)
+    return PackedWeight(native, shape, form.kind, layout.num_bytes, scheme, form.format, layout, buffer, int8)

@@ -15,7 +15,7 @@ int code_bits(Codes codes) {
   switch (codes) {
     case Codes::f32: return 32;
     case Codes::bf16: case Codes::f16: return 16;
-    case Codes::u8: return 8;
+    case Codes::u8: case Codes::e4m3: return 8;
     case Codes::u6: return 6;
     case Codes::u5: return 5;
     case Codes::u4: return 4;
@@ -87,7 +87,7 @@ PackedMatrix make_packed_matrix(const MatrixLayout& layout, const MatrixFormat& 
 
 bool use_int8_activations(PackedMatrix& matrix) {
   const Codes codes = matrix.format.codes;
-  if (matrix.format.group_size == 0) return false;
+  if (matrix.format.group_size == 0 || codes == Codes::e4m3) return false;
   const int bits = code_bits(codes);
   const float first = bits <= 4 ? matrix.values[0] : -matrix.zero_point;
   bool linear = first == std::nearbyint(first) && std::abs(first) <= 256;

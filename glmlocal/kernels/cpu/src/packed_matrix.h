@@ -10,7 +10,7 @@
 //   f32      32 lines, line k = the 16 weights of column k
 //   bf16     16 lines, word = columns 2·line (low half) and 2·line + 1 (high half)
 //   f16      16 lines, line = 16 weights of column 2·line, then 16 of column 2·line + 1
-//   8 bits    8 lines, byte j of a word = column 4·line + j
+//   8 bits    8 lines, byte j of a word = column 4·line + j; e4m3 (fp8) lies the same way
 //   4 bits    4 lines, byte j = column 8·line + j in the low nibble, 8·line + 4 + j in the high one
 //   2 bits    2 lines, byte j, bits 2i and 2i + 1 = column 16·line + 4i + j
 //   1 bit     1 line,  byte j, bit i = column 4i + j
@@ -36,13 +36,13 @@ inline constexpr int kPanelTiles = 4;
 inline constexpr int kPanelRows = kTileRows * kPanelTiles;
 inline constexpr int kBlockColumns = 32;
 
-enum class Codes : uint8_t { f32, bf16, f16, u8, u6, u5, u4, u3, u2 };
+enum class Codes : uint8_t { f32, bf16, f16, u8, u6, u5, u4, u3, u2, e4m3 };
 enum class FloatType : uint8_t { f16, f32 };
 
 struct MatrixFormat {
   Codes codes;
   FloatType scale_type = FloatType::f16;
-  int group_size = 0;  // columns per scale, a power of two ≥ 16; 0 for f32, bf16 and f16
+  int group_size = 0;  // columns per scale, a power of two ≥ 16, above in_features for one per row; 0 for f32, bf16 and f16
   int super_size = 0;  // columns per super scale; equal to group_size when there are no sub-scales
   bool has_sub_scale = false;
   bool has_min = false;
@@ -95,7 +95,8 @@ struct PackedMatrix {
 // `values` as below. Sets the matrix up for it; false leaves it unchanged.
 bool use_int8_activations(PackedMatrix& matrix);
 
-// `values` has 2^bits entries for codes of at most 4 bits and is ignored for others, which mean code - zero_point.
+// `values` has 2^bits entries for codes of at most 4 bits and is ignored for others: integers mean code - zero_point, and
+// e4m3 means its value · 2^-120 (codecs.h), so its scales come multiplied by 2^120.
 PackedMatrix make_packed_matrix(const MatrixLayout& layout, const MatrixFormat& format, const std::byte* data,
                                 float zero_point, const float* values);
 

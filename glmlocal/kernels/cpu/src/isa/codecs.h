@@ -144,6 +144,22 @@ struct U8Codec : ByteCodec {
   template <int k> GLM_INLINE F value(const Half& half) const { return byte_value<k % 4>(load_words(half.p + k / 4 * 64), bias); }
 };
 
+// fp8: sign, 4 bits of exponent (bias 7), 3 of mantissa. The same bits at the places of fp32's sign, exponent and mantissa
+// are the number times 2^-120, subnormals included; the scales, which hold 2^120 times too much, put that right exactly.
+struct E4m3Codec {
+  static constexpr bool scaled = true;
+  static constexpr int lines = 8;
+  GLM_INLINE explicit E4m3Codec(const PackedMatrix&) {}
+  struct Half {
+    const std::byte* p;
+    GLM_INLINE void open(const std::byte* lines, int half) { p = lines + half * 256; }
+  };
+  template <int k> GLM_INLINE F value(const Half& half) const {
+    const U top = shl<24 - k % 4 * 8>(load_words(half.p + k / 4 * 64));
+    return as_float(bit_and(sar<4>(top), splat(0x87f00000)));
+  }
+};
+
 // Scales and offsets of the groups of one panel.
 class GroupScales {
  public:

@@ -216,6 +216,7 @@ GLM_INLINE void with_codec(Codes codes, Visit&& visit) {
     case Codes::u4: return visit.template operator()<U4Codec>();
     case Codes::u3: return visit.template operator()<U3Codec>();
     case Codes::u2: return visit.template operator()<U2Codec>();
+    case Codes::e4m3: return visit.template operator()<E4m3Codec>();
   }
 }
 

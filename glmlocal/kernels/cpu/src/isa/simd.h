@@ -8,7 +8,7 @@
 //   zero broadcast load store add sub mul div max min     fma(a, b, c) = a·b + c, fused where the ISA can (generic: rounded twice)
 //   load_f16 load_i8 load_u8                              16 narrower numbers in memory, widened
 //   load_bytes load_halves                                16 uint8 or uint16 in memory, as words with zeros above
-//   load_words splat shift_right shr<n> shl<n> bit_and select(m, a, b) = (a & m) | (b & ~m)      on U
+//   load_words splat shift_right shr<n> shl<n> sar<n> (keeps the sign) bit_and select(m, a, b) = (a & m) | (b & ~m)      on U
 //   as_float as_words, to_words(round to nearest) to_float  reinterpret and convert; words are then signed, as in
 //   max_words add_words, sum_words max_of_words (over the lanes), store_words, store_low_bytes (16 bytes)
 //   dot<eight_bits>(sums, codes, x)                       sums + Σ over the 4 bytes of each word of codes (0 … 255) · x (int8);

@@ -61,6 +61,7 @@ GLM_INLINE U shift_right(U x, int n) {
 }
 template <int n> GLM_INLINE U shr(U x) { return {_mm256_srli_epi32(x.lo, n), _mm256_srli_epi32(x.hi, n)}; }
 template <int n> GLM_INLINE U shl(U x) { return {_mm256_slli_epi32(x.lo, n), _mm256_slli_epi32(x.hi, n)}; }
+template <int n> GLM_INLINE U sar(U x) { return {_mm256_srai_epi32(x.lo, n), _mm256_srai_epi32(x.hi, n)}; }
 GLM_INLINE U bit_and(U a, U b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
 GLM_INLINE U select(U m, U a, U b) {
   return {_mm256_or_si256(_mm256_and_si256(m.lo, a.lo), _mm256_andnot_si256(m.lo, b.lo)),

@@ -35,6 +35,7 @@ GLM_INLINE U splat(uint32_t x) { return _mm512_set1_epi32(int(x)); }
 GLM_INLINE U shift_right(U x, int n) { return _mm512_srl_epi32(x, _mm_cvtsi32_si128(n)); }
 template <int n> GLM_INLINE U shr(U x) { if constexpr (n == 0) return x; else return _mm512_srli_epi32(x, n); }
 template <int n> GLM_INLINE U shl(U x) { if constexpr (n == 0) return x; else return _mm512_slli_epi32(x, n); }
+template <int n> GLM_INLINE U sar(U x) { return _mm512_srai_epi32(x, n); }
 GLM_INLINE U bit_and(U a, U b) { return _mm512_and_si512(a, b); }
 GLM_INLINE U select(U m, U a, U b) { return _mm512_ternarylogic_epi32(m, a, b, 0xCA); }
 GLM_INLINE F as_float(U x) { return _mm512_castsi512_ps(x); }

@@ -50,6 +50,7 @@ GLM_INLINE U splat(uint32_t x) { const QuadU q{x, x, x, x}; return {{q, q, q, q}
 GLM_INLINE U shift_right(U x, int n) { return map<U>([&](int i) { return x.v[i] >> n; }); }
 template <int n> GLM_INLINE U shr(U x) { return map<U>([&](int i) { return x.v[i] >> n; }); }
 template <int n> GLM_INLINE U shl(U x) { return map<U>([&](int i) { return x.v[i] << n; }); }
+template <int n> GLM_INLINE U sar(U x) { return map<U>([&](int i) { return (QuadU)((QuadI)x.v[i] >> n); }); }
 GLM_INLINE U bit_and(U a, U b) { return map<U>([&](int i) { return a.v[i] & b.v[i]; }); }
 GLM_INLINE U select(U m, U a, U b) { return map<U>([&](int i) { return blend(m.v[i], a.v[i], b.v[i]); }); }
 GLM_INLINE F as_float(U x) { return map<F>([&](int i) { return (Quad)x.v[i]; }); }
