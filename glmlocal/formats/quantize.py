@@ -72,5 +72,12 @@ def _quantize_groups(
         best_error[better] = left[better]
         best_scale[better] = scale[better]
         np.copyto(best_codes, codes, where=better[:, None])
+    # The nearest codes for the scale as rounded, unless the largest changed: then quantizing again would differ.
+    inverse = np.divide(np.float32(1), best_scale, out=np.zeros_like(best_scale), where=best_scale != 0)
+    np.multiply(weights, inverse[:, None], out=codes)
+    np.rint(codes, out=codes)
+    np.clip(codes, low, high, out=codes)
+    same_largest = np.abs(codes).max(axis=1) == np.abs(best_codes).max(axis=1)
+    np.copyto(best_codes, codes, where=same_largest[:, None])
     best_codes -= low
     return best_codes.astype(np.uint8), best_scale
