@@ -1,6 +1,9 @@
-"""Matrix products on packed weights: few rows over read bandwidth, many rows over the fp32 fma peak of the same run.
+"""Matrix products on packed weights: few rows over read bandwidth, many rows over the arithmetic peak of the same run.
 
     python benchmarks/kernels/linear.py [--kinds Q4_0,Q8_0,bf16] [--rows 1,2,4,8,512] [--shape 1408x4096] [--experts]
+                                        [--activations int8|fp32]
+
+The peak is that of int8 dot products where activations are int8, of fp32 fma where they are not.
 
 First every kind is checked against the reference; a mistake ends the run. Then kinds and ceilings are measured in
 turns and medians compared; weights are rotated so that few rows read memory, not the last-level cache. ``--experts``
@@ -17,6 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
+from typing import get_args
 
 import numpy as np
 import torch
@@ -63,13 +67,14 @@ def random_matrix(kind: str, rows: int, columns: int, seed: int) -> torch.Tensor
     )
 
 
-def check(kind: str, rows: list[int], columns: int) -> None:
+def check(kind: str, rows: list[int], columns: int, activations: reference.Activations) -> None:
     """Exit with an error unless the native product is the reference's within fp32 rounding."""
     matrix = random_matrix(kind, 192, columns, 0)
-    plain, packed = reference.pack(matrix), kernels.pack(matrix)
+    plain, packed = reference.pack(matrix), kernels.pack(matrix, activations)
     for num_rows in rows:
         x = torch.randn(num_rows, columns)
-        error = (kernels.linear(x, packed).double() - x.double() @ plain.values.double().T).abs()
+        seen = reference.int8_rounded(x) if packed.int8_activations else x
+        error = (kernels.linear(x, packed).double() - seen.double() @ plain.values.double().T).abs()
         bound = 2.0**-24 * 8 * columns**0.5 * (x.double().abs() @ plain.values.double().abs().T)
         if not bool((error <= bound).all()):
             sys.exit(f"{kind}, {num_rows} rows: off by {float((error / bound).max()):.1f} × the tolerance")
@@ -81,9 +86,12 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(calls: list[Callable[[], object]], few_rows: bool, repeats: int) -> tuple[list[float], float]:
+def in_turns(
+    calls: list[Callable[[], object]], few_rows: bool, int8: bool, repeats: int
+) -> tuple[list[float], float]:
     """Seconds of the calls, one after another, and the median of the ceiling measured between them."""
-    ceiling = (lambda: _cpu.read_bandwidth(BEYOND_CACHE_BYTES)) if few_rows else _cpu.fma_peak
+    peak = _cpu.int8_peak if int8 else _cpu.fma_peak
+    ceiling = (lambda: _cpu.read_bandwidth(BEYOND_CACHE_BYTES)) if few_rows else peak
     times, ceilings = [], []
     for _ in range(repeats):
         ceilings.append(ceiling())
@@ -107,11 +115,13 @@ def judge(
     return {"kind": name, "rows": rows, "us": took * 1e6, f"fraction_of_{of}": rate / ceiling}
 
 
-def bench_linear(kind: str, shape: tuple[int, int], rows: list[int], repeats: int) -> list[dict[str, object]]:
+def bench_linear(
+    kind: str, shape: tuple[int, int], rows: list[int], repeats: int, activations: reference.Activations
+) -> list[dict[str, object]]:
     start = time.perf_counter()
-    weights = [kernels.pack(matrix := random_matrix(kind, *shape, 0))]
+    weights = [kernels.pack(matrix := random_matrix(kind, *shape, 0), activations)]
     pack_ms = (time.perf_counter() - start) * 1e3
-    weights += [kernels.pack(matrix) for _ in range(BEYOND_CACHE_BYTES // weights[0].nbytes)]
+    weights += [kernels.pack(matrix, activations) for _ in range(BEYOND_CACHE_BYTES // weights[0].nbytes)]
     print(f"{kind}: {weights[0].nbytes * 8 / np.prod(shape):.2f} bits per weight, made and packed in {pack_ms:.0f} ms")
     results = []
     for num_rows in rows:
@@ -119,15 +129,17 @@ def bench_linear(kind: str, shape: tuple[int, int], rows: list[int], repeats: in
         x = torch.randn(num_rows, shape[1])
         calls = [partial(kernels.linear, x, weight) for weight in weights[: len(weights) if few_rows else 2]]
         flops = 2.0 * num_rows * shape[0] * shape[1]
-        times, ceiling = in_turns(calls, few_rows, repeats)
+        times, ceiling = in_turns(calls, few_rows, weights[0].int8_activations, repeats)
         results.append(judge(kind, num_rows, few_rows, weights[0].nbytes, flops, times, ceiling))
     return results
 
 
-def bench_experts(kind: str, hidden: int, intermediate: int, rows: list[int], repeats: int) -> list[dict[str, object]]:
+def bench_experts(
+    kind: str, hidden: int, intermediate: int, rows: list[int], repeats: int, activations: reference.Activations
+) -> list[dict[str, object]]:
     shapes = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
     groups = [[random_matrix(kind, *shape, i)] * EXPERTS for i, shape in enumerate(shapes)]
-    experts = kernels.pack_experts(*groups)
+    experts = kernels.pack_experts(*groups, activations)
     results = []
     for num_tokens in rows:
         few_rows = num_tokens == 1
@@ -142,7 +154,7 @@ def bench_experts(kind: str, hidden: int, intermediate: int, rows: list[int], re
             calls.append(partial(kernels.experts_ffn, x, ids, chances, experts))
         num_bytes = experts.nbytes * TOP_K // EXPERTS
         flops = 2.0 * num_tokens * TOP_K * 3 * hidden * intermediate
-        times, ceiling = in_turns(calls, few_rows, repeats)
+        times, ceiling = in_turns(calls, few_rows, experts.gate[0].int8_activations, repeats)
         results.append(judge(f"experts {kind}", num_tokens, few_rows, num_bytes, flops, times, ceiling))
     return results
 
@@ -153,6 +165,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,2,4,8,64,512")
     parser.add_argument("--shape", default="1408x4096", help="out_features x in_features")
     parser.add_argument("--experts", action="store_true")
+    parser.add_argument("--activations", choices=get_args(reference.Activations), default="int8")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
@@ -161,13 +174,13 @@ def main() -> None:
     kernels.set_num_threads(options.threads)
 
     for kind in kinds:
-        check(kind, rows, shape[1])
+        check(kind, rows, shape[1], options.activations)
     print(f"{kernels.describe()}; [{shape[0]}, {shape[1]}], all kinds right")
     results = []
     for kind in kinds:
-        results += bench_linear(kind, shape, rows, options.repeats)
+        results += bench_linear(kind, shape, rows, options.repeats, options.activations)
         if options.experts:
-            results += bench_experts(kind, shape[1], shape[0], rows, options.repeats)
+            results += bench_experts(kind, shape[1], shape[0], rows, options.repeats, options.activations)
     print(json.dumps({"shape": shape, "threads": kernels.num_threads(), "isa": _cpu.isa(), "results": results}))
 
 
