@@ -5,8 +5,8 @@ those are built (``cpu/``), and in plain torch where they are not; both give the
 
     linear, swiglu_ffn, experts_ffn     4 · 2^-24 · sqrt(in_features) · |x| · |w|, the rounding of fp32 sums
     rms_norm, rope_store_               1e-6 of the largest value
-    paged_attention                     1e-5 relative; where the CPU has AVX512_BF16 and the cache is not fp32, queries and
-                                        probabilities are rounded to bf16 first, which is 2^-9 to 2^-8 of themselves
+    paged_attention                     1e-5 relative; where the CPU has AVX512_BF16 and the cache is not fp32,
+                                        queries and probabilities are rounded to bf16 first: 2^-8 of themselves
     router_topk                         the same experts unless two scores tie to 1e-6
 
 and the native ones give the same bits for a row whatever batch it is part of and however many threads run.
