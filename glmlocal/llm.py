@@ -20,7 +20,7 @@ from glmlocal.engine.request import Request, RequestOutput, SamplingParams
 from glmlocal.errors import CheckpointError, RequestError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.models.config import ModelConfig
-from glmlocal.models.weights import check_activations, check_quant, quantized_already
+from glmlocal.models.weights import check_quant, quantized_already
 from glmlocal.progress import byte_bar
 from glmlocal.resolve import resolve
 from glmlocal.text.model_text import load_model_text
@@ -33,10 +33,11 @@ class LLM:
 
     ``model`` is a directory, a ``.gguf`` file or ``demo``. ``context`` is in tokens, prompt and answer together
     (None: the model's limit or what memory allows); ``kv_dtype`` is what the KV cache stores: fp32, bf16, fp8 (e4m3),
-    int8 (with a scale per token and head), or auto: fp32 for fp32 checkpoints, bf16 for all others; ``threads`` limits
-    the CPU threads; ``max_batch`` is how many requests run at once. ``quant`` "int8" or "int4" quantizes linear weights
-    that are not quantized yet while they are loaded; "keep" leaves them as stored. ``activations`` is what quantized
-    weights are multiplied with: "int8", rounded in groups of 32, which is several times faster, or "fp32", exact.
+    int8 (with a scale per token and head), or auto: fp32 for small and for fp32 checkpoints, else bf16; ``threads``
+    limits the CPU threads; ``max_batch`` is how many requests run at once. ``quant`` "int8" or "int4" quantizes linear
+    weights that are not quantized yet while they are loaded; "keep" leaves them as stored. ``activations`` is what
+    quantized weights are multiplied with: "int8", rounded in groups of 32, which is several times faster, "fp32",
+    exact, or auto: fp32 for small checkpoints, else int8 (``models/precision.py``).
     Raises CheckpointError, ConfigError, DownloadError or PlanError.
     """
 
@@ -49,7 +50,7 @@ class LLM:
         threads: int | None = None,
         max_batch: int = 8,
         quant: str = "keep",
-        activations: str = "int8",
+        activations: str = "auto",
         progress: bool = False,
     ) -> None:
         start_s = time.perf_counter()
@@ -70,7 +71,7 @@ class LLM:
                 kv_dtype=kv_dtype,
                 max_batch=max_batch,
                 quant=checked_quant,
-                activations=check_activations(activations),
+                activations=activations,
                 num_threads=threads,
                 on_bytes=on_bytes,
             )

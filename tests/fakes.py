@@ -70,6 +70,7 @@ class FakeLLM:
         threads: int | None = None,
         max_batch: int = 8,
         quant: str = "keep",
+        activations: str = "auto",
         progress: bool = False,
     ) -> None:
         self.model_name = str(model)

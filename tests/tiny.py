@@ -191,3 +191,8 @@ def append_mtp(directory: Path) -> None:
     save_file(tensors, weights_file, metadata={"format": "pt"})
     config["num_nextn_predict_layers"] = 1
     config_file.write_text(json.dumps(config))
+
+
+def attention_weights(layer: Any) -> Any:
+    """The ``kernels.AttentionBlock`` of a layer, whichever kernels it is bound to."""
+    return getattr(layer.attention, "weights", layer.attention)

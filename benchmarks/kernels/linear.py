@@ -86,9 +86,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(
-    calls: list[Callable[[], object]], few_rows: bool, int8: bool, repeats: int
-) -> tuple[list[float], float]:
+def in_turns(calls: list[Callable[[], object]], few_rows: bool, int8: bool, repeats: int) -> tuple[list[float], float]:
     """Seconds of the calls, one after another, and the median of the ceiling measured between them."""
     peak = _cpu.int8_peak if int8 else _cpu.fma_peak
     ceiling = (lambda: _cpu.read_bandwidth(BEYOND_CACHE_BYTES)) if few_rows else peak

@@ -86,11 +86,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     from glmlocal.models.config import (
         ModelConfig,
         check_tensors,
-        choose_kv_dtype,
         expected_mtp_tensors,
         mtp_problem,
         optional_mtp_tensors,
     )
+    from glmlocal.models.precision import choose_kv_dtype
 
     config = ModelConfig.from_hf(checkpoint.config)
     tensors = checkpoint.tensors

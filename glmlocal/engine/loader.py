@@ -12,10 +12,10 @@ from glmlocal.engine.model_runner import ModelRunner
 from glmlocal.engine.scheduler import Scheduler
 from glmlocal.errors import ConfigError, PlanError
 from glmlocal.formats.index import Checkpoint
-from glmlocal.kernels.reference import Activations
 from glmlocal.layers.kv_cache import KVCache
 from glmlocal.models import glm4_moe
-from glmlocal.models.config import KV_DTYPES, ModelConfig, check_tensors, choose_kv_dtype
+from glmlocal.models.config import KV_DTYPES, ModelConfig, check_tensors
+from glmlocal.models.precision import choose_activations, choose_kv_dtype
 from glmlocal.models.weights import Quant, WeightReader, loaded_bytes
 from glmlocal.units import format_bytes
 
@@ -33,7 +33,7 @@ def load_engine(
     kv_dtype: str = "auto",
     max_batch: int = 8,
     quant: Quant = "keep",
-    activations: Activations = "int8",
+    activations: str = "auto",
     num_threads: int | None = None,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
 ) -> Engine:
@@ -49,7 +49,7 @@ def load_engine(
     context, num_blocks = kv_budget(config, kv_dtype, context, max_batch, free_bytes(checkpoint, quant))
     model = glm4_moe.build(
         config,
-        WeightReader(checkpoint.tensors, on_bytes, quant, activations),
+        WeightReader(checkpoint.tensors, on_bytes, quant, choose_activations(activations, checkpoint.tensors)),
         max_positions=context,
         has_mtp=has_mtp,
         num_threads=num_threads or len(os.sched_getaffinity(0)),

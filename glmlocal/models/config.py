@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from glmlocal.errors import CheckpointError, ConfigError
-from glmlocal.formats.index import TensorRef, quoted
+from glmlocal.errors import CheckpointError
+from glmlocal.formats.index import quoted
 from glmlocal.models.tensors import (
     ARCHITECTURE,
     check_tensors,
@@ -25,7 +25,6 @@ __all__ = [  # a config and the tensors that follow from it are asked for togeth
     "KV_DTYPES",
     "ModelConfig",
     "check_tensors",
-    "choose_kv_dtype",
     "expected_mtp_tensors",
     "expected_tensors",
     "mtp_problem",
@@ -135,19 +134,6 @@ class ModelConfig:
         )
         _check_relations(result)
         return result
-
-
-def choose_kv_dtype(wanted: str, tensors: Mapping[str, TensorRef]) -> str:
-    """``auto`` → fp32 where the checkpoint's weights are (told by those that make keys), else bf16; others: themselves.
-
-    The name and the idea are vLLM's. Raises ConfigError for a dtype that there is not.
-    """
-    if wanted == "auto":
-        ref = tensors.get("model.layers.0.self_attn.k_proj.weight")
-        return "fp32" if ref is not None and ref.dtype == "F32" else "bf16"
-    if wanted not in KV_DTYPES:
-        raise ConfigError(f"--kv-dtype is {quoted(wanted)}, wanted auto, {', '.join(KV_DTYPES)}")
-    return wanted
 
 
 def _check_architecture(config: Mapping[str, Any]) -> None:

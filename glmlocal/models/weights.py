@@ -19,14 +19,13 @@ from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, unpack
 from glmlocal.formats.index import TensorIndex, TensorRef
 from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
 from glmlocal.formats.quantize import INT4, INT8, quantize
-from glmlocal.kernels.reference import Activations
 from glmlocal.layers.embedding import TORCH_DTYPE, Embedding
 from glmlocal.layers.linear import Linear
 from glmlocal.layers.norm import RMSNorm
+from glmlocal.models.precision import Activations
 
 Quant = Literal["keep", "int8", "int4"]
 QUANTS: tuple[Quant, ...] = get_args(Quant)
-ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 _SCHEMES = {"int8": INT8, "int4": INT4}
 
 
@@ -36,14 +35,6 @@ def check_quant(quant: str) -> Quant:
         if quant == known:
             return known
     raise ConfigError(f"quant is {quant!r}, wanted one of {', '.join(QUANTS)}")
-
-
-def check_activations(activations: str) -> Activations:
-    """Raises ConfigError for what is not one of Activations."""
-    for known in ACTIVATIONS:
-        if activations == known:
-            return known
-    raise ConfigError(f"activations is {activations!r}, wanted one of {', '.join(ACTIVATIONS)}")
 
 
 def loaded_bytes(tensors: TensorIndex, quant: Quant) -> int:

@@ -20,6 +20,7 @@ from glmlocal.engine.loader import load_engine
 from glmlocal.errors import ConfigError, PlanError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.kernels import cpu
+from glmlocal.models import precision
 from glmlocal.models.config import KV_DTYPES
 from glmlocal.paths import demo_dir
 from test_logits_glm4_moe import TOKENS, load, relative_error
@@ -79,7 +80,10 @@ def kv_dtype_of(path: Path, **options: str) -> torch.dtype:
     return load_engine(open_checkpoint(path), context=64, **options).runner.kv_cache.keys[0].dtype  # type: ignore[arg-type]
 
 
-def test_auto_follows_the_checkpoint(dense: Path, tmp_path: Path) -> None:
+def test_auto_follows_the_checkpoint(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = tiny.save(tiny.build_model().to(torch.bfloat16), tmp_path / "small")
+    assert kv_dtype_of(half) is torch.float32  # small: as exact as it goes
+    monkeypatch.setattr(precision, "EXACT_BELOW_BYTES", 1000)
     assert kv_dtype_of(dense) is torch.float32
     assert kv_dtype_of(dense, kv_dtype="int8") is torch.int8
     for dtype in (torch.bfloat16, torch.float16):

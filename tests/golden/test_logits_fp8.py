@@ -80,9 +80,10 @@ def test_logits_equal_transformers_on_the_dequantized_weights(checkpoint: tuple[
 
 def test_fp8_weights_take_a_byte_each_and_the_rest_stays(checkpoint: tuple[Path, torch.Tensor], style: str) -> None:
     model = load(checkpoint[0]).runner.model
-    q_proj, router = model.layers[1].self_attn.q_proj.weight, model.layers[1].mlp.router.weight
+    attn = tiny.attention_weights(model.layers[1])
+    q_proj, router = attn.q_proj, attn.router.weight
     assert q_proj.kind == ("fp8_channel" if style == "compressed-tensors" else "fp8_block128")
-    assert model.layers[1].mlp.experts.weights.down[2].kind == q_proj.kind
+    assert model.layers[1].experts.weights.down[2].kind == q_proj.kind
     assert (model.lm_head.weight.kind, router.kind) == ("f32", "f32")
     if cpu.available:
         assert q_proj.nbytes <= 1.05 * q_proj.shape[0] * q_proj.shape[1]
@@ -119,7 +120,7 @@ def test_scales_per_row_may_come_without_their_dimension_or_as_one_for_all(
             tensors[name + "_scale"] = torch.ones((1,) if name == UP else (), dtype=torch.bfloat16)
 
     rounded = load(changed(one))
-    assert rounded.runner.model.layers[1].mlp.experts.weights.up[3].kind == "fp8_channel"
+    assert rounded.runner.model.layers[1].experts.weights.up[3].kind == "fp8_channel"
     assert relative_error(rounded.logits(TOKENS), checkpoint[1]) < 0.1
     nothing = load(changed(lambda tensors: (one(tensors), tensors[UP + "_scale"].fill_(1e-6))))
     assert relative_error(nothing.logits(TOKENS), rounded.logits(TOKENS)) > 3 * TOLERANCE
@@ -267,4 +268,4 @@ def test_an_mtp_layer_in_fp8_is_loaded(style: str, tmp_path: Path) -> None:
     directory.mkdir()
     with LLM(tiny.quantize_fp8(source, directory, style=style), context=64) as llm:
         (mtp,) = llm._engine.runner.model.mtp
-    assert mtp.layer.mlp.experts.weights.up[0].kind.startswith("fp8")
+    assert mtp.layer.experts.weights.up[0].kind.startswith("fp8")

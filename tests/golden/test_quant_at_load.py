@@ -55,14 +55,14 @@ def test_only_linear_weights_change_and_head_and_mtp_keep_8_bits(tmp_path: Path)
     model = load_engine(open_checkpoint(directory), quant="int4").runner.model
     dense, moe = model.layers[0], model.layers[1]
     for layer, kind in ((dense, "int4"), (moe, "int4"), (model.mtp[0].layer, "int8")):
-        attn = layer.self_attn
-        assert {p.weight.kind for p in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)} == {kind}
-    assert {p.kind for p in (dense.mlp.gate_proj, dense.mlp.up_proj, dense.mlp.down_proj)} == {"int4"}
+        attn = tiny.attention_weights(layer)
+        assert {p.kind for p in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)} == {kind}
+    assert {p.kind for p in dense.mlp} == {"int4"}
     for layer, kind in ((moe, "int4"), (model.mtp[0].layer, "int8")):
-        experts, shared = layer.mlp.experts.weights, layer.mlp.shared_experts
+        experts = layer.experts.weights
         assert {p.kind for p in (*experts.gate, *experts.up, *experts.down)} == {kind}
-        assert {p.kind for p in (shared.gate_proj, shared.up_proj, shared.down_proj)} == {kind}
-        assert layer.mlp.router.weight.kind == "f32"
+        assert {p.kind for p in layer.shared_experts} == {kind}
+        assert tiny.attention_weights(layer).router.weight.kind == "f32"
     assert {model.lm_head.weight.kind, model.mtp[0].eh_proj.weight.kind, model.mtp[0].head.weight.kind} == {"int8"}
     assert model.embed_tokens.dtype == "F32"
 
@@ -92,7 +92,7 @@ def test_plain_weights_of_a_gguf_file_are_quantized(tmp_path: Path) -> None:
     tiny_gguf.convert(directory, tmp_path / "tiny.gguf", "F16")
     with LLM(tmp_path / "tiny.gguf", context=128, quant="int4") as llm:
         assert llm.note is None
-        assert llm._engine.runner.model.layers[1].self_attn.q_proj.weight.kind == "int4"
+        assert llm._engine.runner.model.layers[1].experts.weights.up[0].kind == "int4"
 
 
 def test_weights_that_cannot_be_quantized_are_named(tmp_path: Path) -> None:
@@ -119,11 +119,10 @@ def test_the_bytes_foreseen_are_those_taken(quant: Quant, tmp_path: Path) -> Non
     model = load_engine(checkpoint, quant=quant).runner.model
     taken = 0
     for layer in (*model.layers, model.mtp[0].layer):
-        attn, mlp = layer.self_attn, layer.mlp
-        taken += sum(p.weight.nbytes for p in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
-        ffn = mlp if hasattr(mlp, "gate_proj") else mlp.shared_experts
-        taken += sum(p.nbytes for p in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
-        taken += 0 if ffn is mlp else mlp.experts.weights.nbytes
+        attn = tiny.attention_weights(layer)
+        taken += sum(p.nbytes for p in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
+        taken += sum(p.nbytes for p in layer.mlp or layer.shared_experts)
+        taken += 0 if layer.experts is None else layer.experts.weights.nbytes
     taken += model.lm_head.weight.nbytes + model.mtp[0].eh_proj.weight.nbytes + model.mtp[0].head.weight.nbytes
     rest = sum(
         ref.nbytes

@@ -17,7 +17,6 @@ from glmlocal import LLM, bench, kernels, peaks
 from glmlocal.bench import Row, Spread
 from glmlocal.cli import main as cli
 from glmlocal.cost import HEAD, ModelCost, Part
-from glmlocal.kernels import cpu
 from glmlocal.peaks import Peaks
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -161,14 +160,15 @@ def test_the_cost_is_that_of_the_loaded_model(directory: Path) -> None:
     assert (cost.num_layers, cost.num_attention_heads, cost.head_dim) == (3, 4, 16)
 
 
-def test_integer_codes_are_known_where_the_kernels_keep_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", ["int8", "fp32"])
+def test_matrices_that_are_multiplied_as_integers_are_known(activations: str, tmp_path: Path) -> None:
     path = tiny_gguf(TINY, tiny_tensors(TINY), lambda name: "Q4_0" if "exps" in name else "F32").write(
         tmp_path / "m.gguf"
     )
-    with LLM(path, context=64) as llm:
+    with LLM(path, context=64, activations=activations) as llm:
         cost = bench.cost_of(llm)
     kinds = {part.name: (part.kind, part.is_integer) for part in cost.parts}
-    assert kinds["routed experts"] == ("Q4_0", cpu.available)
+    assert kinds["routed experts"] == ("Q4_0", activations == "int8")
     assert kinds["attention"] == ("f32", False)
     # The file's MTP layer has as many again, which no step reads.
     assert sum(part.weights for part in cost.parts if part.name == "routed experts") == 2 * 4 * 3 * 64 * 32

@@ -230,8 +230,8 @@ def test_fp8_runs_as_fp8_and_gives_the_logits_of_its_weights(tmp_path: Path) -> 
     with LLM(path, context=64) as llm:
         got = llm.logits(tokens)
         model = llm._engine.runner.model
-    assert model.layers[1].mlp.experts.weights.up[3].kind == "fp8_channel"
-    assert model.mtp[0].layer.self_attn.q_proj.weight.kind == "fp8_channel"
+    assert model.layers[1].experts.weights.up[3].kind == "fp8_channel"
+    assert model.mtp[0].layer.experts.weights.up[0].kind == "fp8_channel"
     assert {model.lm_head.weight.kind, model.mtp[0].eh_proj.weight.kind} == {"bf16"}
 
     tensors = load_file(path / "model.safetensors")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fakes import FakeLLM, Reply, install, stdin_holding
-from glmlocal.cli import chat, stdin
+from glmlocal.cli import chat, options, stdin
 from glmlocal.cli.main import main
 from glmlocal.errors import ConfigError, RequestError
 
@@ -76,7 +76,7 @@ def test_an_unknown_quant_is_one_line(run: Run) -> None:
 def test_the_choices_of_quant_are_those_of_the_loader() -> None:
     from glmlocal.models.weights import QUANTS
 
-    assert chat.QUANTS == QUANTS
+    assert options.QUANTS == QUANTS
 
 
 def test_an_answer_that_ends_in_a_newline_gets_another(run: Run) -> None:
