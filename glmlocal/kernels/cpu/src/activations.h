@@ -25,11 +25,11 @@ Activations prepare_activations(const float* x, int64_t num_rows, int64_t in, bo
 // panel_product (isa.h) on the rows row_of(0) … row_of(num_rows - 1) of x, num_rows ≤ kMaxChunkRows.
 template <class RowOf>
 void panel_product(const PackedMatrix& w, int panel, const Activations& x, int num_rows, RowOf&& row_of, float* out,
-                   ptrdiff_t out_stride) {
+                   ptrdiff_t out_stride, const std::byte* next) {
   if (w.int8_activations) {
     const Int8Block* rows[kMaxChunkRows];
     for (int i = 0; i < num_rows; ++i) rows[i] = x.blocks + row_of(i) * x.block_stride;
-    kernels().panel_product_int8(w, panel, rows, num_rows, out, out_stride);
+    kernels().panel_product_int8(w, panel, rows, num_rows, out, out_stride, next);
   } else {
     const float* rows[kMaxChunkRows];
     for (int i = 0; i < num_rows; ++i) rows[i] = x.floats + row_of(i) * x.float_stride;

@@ -111,6 +111,18 @@ class Hidden {
   Int8Block* blocks_ = nullptr;
 };
 
+// What is read after the down panel of expert e: the same panel of the next expert that has pairs, or the first one's next.
+const std::byte* next_down(const ExpertMatrices& experts, const Routing& routing, int e, int panel) {
+  const auto has_pairs = [&](int expert) { return routing.first[expert + 1] > routing.first[expert]; };
+  for (int other = e + 1; other < experts.num_experts; ++other) {
+    if (has_pairs(other)) return experts.down[other]->panel_codes(panel);
+  }
+  if (panel + 1 == experts.down[e]->panels()) return nullptr;
+  int first = 0;
+  while (!has_pairs(first)) ++first;
+  return experts.down[first]->panel_codes(panel + 1);
+}
+
 }  // namespace
 
 int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_tokens, const int32_t* ids,
@@ -148,8 +160,10 @@ int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_t
     const int width = gate.tiles_in(task.panel) * kTileRows;
     float* gate_tile = scratch(Scratch::tile, size_t(task.num_pairs) * kPanelRows);
     float* up_tile = scratch(Scratch::tile2, size_t(task.num_pairs) * kPanelRows);
-    panel_product(gate, task.panel, input, task.num_pairs, token_of, gate_tile, kPanelRows);
-    panel_product(up, task.panel, input, task.num_pairs, token_of, up_tile, kPanelRows);
+    const HiddenTask* following = size_t(index) + 1 < tasks.size() ? &tasks[size_t(index) + 1] : nullptr;
+    panel_product(gate, task.panel, input, task.num_pairs, token_of, gate_tile, kPanelRows, up.panel_codes(task.panel));
+    panel_product(up, task.panel, input, task.num_pairs, token_of, up_tile, kPanelRows,
+                  following == nullptr ? nullptr : experts.gate[following->expert]->panel_codes(following->panel));
     for (int i = 0; i < task.num_pairs; ++i) {
       float* row = gate_tile + i * kPanelRows;
       kernel.silu_mul(row, up_tile + i * kPanelRows, width);
@@ -165,7 +179,8 @@ int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_t
     for (int e = 0; e < experts.num_experts; ++e) {
       for (int64_t at = routing.first[e]; at < routing.first[e + 1]; at += kMaxChunkRows) {
         const int count = int(std::min<int64_t>(kMaxChunkRows, routing.first[e + 1] - at));
-        panel_product(*experts.down[e], panel, hidden.rows(), count, [&](int i) { return at + i; }, tile, width);
+        const std::byte* next = next_down(experts, routing, e, panel);
+        panel_product(*experts.down[e], panel, hidden.rows(), count, [&](int i) { return at + i; }, tile, width, next);
         for (int i = 0; i < count; ++i) {
           const Pair pair = routing.pairs[size_t(at + i)];
           kernel.add_scaled(sums + pair.token * out_stride + column, tile + i * width, pair.weight, width);

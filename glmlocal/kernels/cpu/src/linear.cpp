@@ -49,11 +49,12 @@ void run_task(const Product& product, const Cut& cut, int task, const Activation
     const int64_t column = int64_t(panel) * kPanelRows;
     const int width = w.rows_in(panel), tile_width = w.tiles_in(panel) * kTileRows;
     float* to = product.out + first_row * out_features + column;
+    const std::byte* next = panel + 1 < w.panels() ? w.panel_codes(panel + 1) : nullptr;
     if (width == tile_width) {
-      panel_product(w, panel, input, rows_here, row_of, to, out_features);
+      panel_product(w, panel, input, rows_here, row_of, to, out_features, next);
     } else {
       float* tile = scratch(Scratch::tile, size_t(rows_here) * tile_width);
-      panel_product(w, panel, input, rows_here, row_of, tile, tile_width);
+      panel_product(w, panel, input, rows_here, row_of, tile, tile_width, next);
       for (int m = 0; m < rows_here; ++m) std::memcpy(to + m * out_features, tile + m * tile_width, width * sizeof(float));
     }
     if (product.bias == nullptr) continue;

@@ -85,6 +85,10 @@ struct PackedMatrix {
     const int64_t left = layout.tiles - int64_t(panel) * kPanelTiles;
     return left < kPanelTiles ? int(left) : kPanelTiles;
   }
+  // Where the codes of a panel begin.
+  const std::byte* panel_codes(int panel) const {
+    return data + layout.codes_offset + int64_t(panel) * kPanelTiles * layout.blocks * lines_per_block(format.codes) * 64;
+  }
   int rows_in(int panel) const {
     const int64_t left = layout.out_features - int64_t(panel) * kPanelRows;
     return left < kPanelRows ? int(left) : kPanelRows;

@@ -24,10 +24,6 @@ constexpr int kQuads = kBlockColumns / 4;
 constexpr int kChunkBlocks = 16;  // 64 rows × 512 columns of bytes = 32 KiB, in L1 with the rows they meet
 constexpr ptrdiff_t kPrefetchBytes = 8192;  // about the latency of memory at full speed; half or twice costs a fifth
 
-GLM_INLINE const std::byte* panel_lines(const PackedMatrix& w, int panel, int lines) {
-  return w.data + w.layout.codes_offset + int64_t(panel) * kPanelTiles * w.layout.blocks * (lines * 64);
-}
-
 GLM_INLINE uint32_t word_of(const Int8Block& block, int quad) {
   uint32_t word;
   __builtin_memcpy(&word, block.codes + quad * 4, 4);
@@ -41,23 +37,27 @@ GLM_INLINE int32_t sum_of(const Int8Block& block, int half) {
 }
 
 template <class Codec, bool halves, int num_rows, int tiles>
-GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const Int8Block* const* rows, float* out, ptrdiff_t out_stride) {
+GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const Int8Block* const* rows, float* out, ptrdiff_t out_stride,
+                                   const std::byte* next) {
   constexpr int block_bytes = Codec::lines * 64;
   constexpr int units = halves ? 2 : 1, quads = kQuads / units;
   const int panel_tiles = w.tiles_in(panel);
   const Codec codec(w);
   const GroupScales groups(w, panel, panel_tiles);
-  const std::byte* lines = panel_lines(w, panel, Codec::lines) + first_tile * block_bytes;
+  const std::byte* lines = w.panel_codes(panel) + first_tile * block_bytes;
   const ptrdiff_t next_block = panel_tiles * block_bytes;
   constexpr ptrdiff_t own_bytes = tiles * block_bytes;
-  const ptrdiff_t prefetch = (kPrefetchBytes + own_bytes - 1) / own_bytes * next_block;  // the same tiles, blocks ahead
+  constexpr int blocks_ahead = int((kPrefetchBytes + own_bytes - 1) / own_bytes);
   const int zero_point = w.int8_zero_point;
   const bool offsets = w.format.has_min;
   const int blocks = int(w.layout.blocks);
+  if (next == nullptr) next = lines;
+  const std::byte* ahead = blocks > blocks_ahead ? lines + blocks_ahead * next_block : next;  // the same tiles, some blocks ahead
   F acc[num_rows * tiles];
   unroll<num_rows * tiles>([&](auto i) { acc[i.v] = zero(); });
-  for (int b = 0; b < blocks; ++b, lines += next_block) {
-    for (int line = 0; line < tiles * Codec::lines; ++line) __builtin_prefetch(lines + line * 64 + prefetch, 0, 0);
+  for (int b = 0; b < blocks; ++b, lines += next_block, ahead += next_block) {
+    if (b + blocks_ahead == blocks) ahead = next;
+    for (int line = 0; line < tiles * Codec::lines; ++line) __builtin_prefetch(ahead + line * 64, 0, 0);
     unroll<units>([&](auto unit) {
       U sums[num_rows * tiles];
       unroll<num_rows>([&](auto m) {
@@ -99,14 +99,17 @@ GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_t
 }
 
 template <class Codec, bool halves, int num_rows>
-void multiply_few_rows(const PackedMatrix& w, int panel, const Int8Block* const* rows, float* out, ptrdiff_t out_stride) {
+void multiply_few_rows(const PackedMatrix& w, int panel, const Int8Block* const* rows, float* out, ptrdiff_t out_stride,
+                       const std::byte* next) {
   constexpr int together = kDotGemvChains / num_rows >= 4 ? 4 : kDotGemvChains / num_rows >= 2 ? 2 : 1;
   const int tiles = w.tiles_in(panel);
+  const std::byte* codes = w.panel_codes(panel);
   int tile = 0;
+  const auto after = [&](int end) { return end < tiles ? codes + end * (Codec::lines * 64) : next; };
   for (; tile + together <= tiles; tile += together) {
-    multiply_few_rows<Codec, halves, num_rows, together>(w, panel, tile, rows, out, out_stride);
+    multiply_few_rows<Codec, halves, num_rows, together>(w, panel, tile, rows, out, out_stride, after(tile + together));
   }
-  for (; tile < tiles; ++tile) multiply_few_rows<Codec, halves, num_rows, 1>(w, panel, tile, rows, out, out_stride);
+  for (; tile < tiles; ++tile) multiply_few_rows<Codec, halves, num_rows, 1>(w, panel, tile, rows, out, out_stride, after(tile + 1));
 }
 
 // A piece of a panel, taken apart: bytes [block][quad][tile][64], scales and offsets [block or half block][tile][16].
@@ -130,7 +133,7 @@ GLM_FLATTEN void take_apart(const PackedMatrix& w, int panel, int first_block, i
   const int tiles = w.tiles_in(panel);
   const Codec codec(w);
   const GroupScales groups(w, panel, tiles);
-  const std::byte* lines = panel_lines(w, panel, Codec::lines) + int64_t(first_block) * tiles * block_bytes;
+  const std::byte* lines = w.panel_codes(panel) + int64_t(first_block) * tiles * block_bytes;
   std::byte* to = piece.codes;
   float *scales = piece.scales, *all_offsets = piece.offsets;
   for (int b = 0; b < blocks; ++b, to += kQuads * tiles * 64) {
@@ -225,7 +228,8 @@ TileFunction tile_function(int num_rows, bool one_tile) {
 }
 
 template <class Codec, bool halves>
-void multiply_many_rows(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
+void multiply_many_rows(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
+              const std::byte* next) {
   const int tiles = w.tiles_in(panel), blocks = int(w.layout.blocks);
   const Piece piece = piece_scratch(w.format.has_min);
   const int row_tiles = (num_rows + kDotRows - 1) / kDotRows;  // of nearly equal height
@@ -233,11 +237,13 @@ void multiply_many_rows(const PackedMatrix& w, int panel, const Int8Block* const
   do {  // once even without columns, to write the zeros
     const int count = blocks - first < kChunkBlocks ? blocks - first : kChunkBlocks;
     take_apart<Codec, halves>(w, panel, first, count, piece);
-    // The lines of the next piece, or of the next panel's first one, spread over the work on this one.
+    // The lines of the next piece, or of what comes after this panel, spread over the work on this one.
     const int tile_calls = (tiles + kDotTiles - 1) / kDotTiles, steps = row_tiles * tile_calls * count;
-    const std::byte* next = panel_lines(w, panel, Codec::lines) + int64_t(first + count) * tiles * Codec::lines * 64;
-    Ahead ahead{next, (kChunkBlocks * tiles * Codec::lines + steps - 1) / steps};
-    int left = kChunkBlocks * tiles * Codec::lines;
+    const int next_count = first + count < blocks ? blocks - first - count : kChunkBlocks;
+    int left = (next_count < kChunkBlocks ? next_count : kChunkBlocks) * tiles * Codec::lines;
+    Ahead ahead{first + count < blocks ? w.panel_codes(panel) + int64_t(first + count) * tiles * Codec::lines * 64 : next,
+                (left + steps - 1) / steps};
+    if (ahead.from == nullptr) ahead.lines = left = 0;
     for (int i = 0; i < row_tiles; ++i) {
       const int m = num_rows * i / row_tiles, row_count = num_rows * (i + 1) / row_tiles - m;
       for (int tile = 0; tile < tiles;) {
@@ -256,20 +262,22 @@ void multiply_many_rows(const PackedMatrix& w, int panel, const Int8Block* const
 }
 
 template <class Codec, bool halves>
-void multiply(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
+void multiply(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
+              const std::byte* next) {
   switch (num_rows) {
-    case 1: return multiply_few_rows<Codec, halves, 1>(w, panel, rows, out, out_stride);
-    case 2: return multiply_few_rows<Codec, halves, 2>(w, panel, rows, out, out_stride);
-    case 3: return multiply_few_rows<Codec, halves, 3>(w, panel, rows, out, out_stride);
-    case 4: return multiply_few_rows<Codec, halves, 4>(w, panel, rows, out, out_stride);
-    default: return multiply_many_rows<Codec, halves>(w, panel, rows, num_rows, out, out_stride);
+    case 1: return multiply_few_rows<Codec, halves, 1>(w, panel, rows, out, out_stride, next);
+    case 2: return multiply_few_rows<Codec, halves, 2>(w, panel, rows, out, out_stride, next);
+    case 3: return multiply_few_rows<Codec, halves, 3>(w, panel, rows, out, out_stride, next);
+    case 4: return multiply_few_rows<Codec, halves, 4>(w, panel, rows, out, out_stride, next);
+    default: return multiply_many_rows<Codec, halves>(w, panel, rows, num_rows, out, out_stride, next);
   }
 }
 
 template <class Codec>
-void multiply(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
-  if (w.format.group_size < kBlockColumns) multiply<Codec, true>(w, panel, rows, num_rows, out, out_stride);
-  else multiply<Codec, false>(w, panel, rows, num_rows, out, out_stride);
+void multiply(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
+              const std::byte* next) {
+  if (w.format.group_size < kBlockColumns) multiply<Codec, true>(w, panel, rows, num_rows, out, out_stride, next);
+  else multiply<Codec, false>(w, panel, rows, num_rows, out, out_stride, next);
 }
 
 }  // namespace
@@ -296,16 +304,17 @@ void quantize_row(const float* x, int blocks, Int8Block* out) {
   }
 }
 
-void panel_product_int8(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
+void panel_product_int8(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
+              const std::byte* next) {
   switch (w.format.codes) {
-    case Codes::u8: return multiply<Quads8>(w, panel, rows, num_rows, out, out_stride);
-    case Codes::u6: return multiply<Quads6>(w, panel, rows, num_rows, out, out_stride);
-    case Codes::u5: return multiply<Quads5>(w, panel, rows, num_rows, out, out_stride);
+    case Codes::u8: return multiply<Quads8>(w, panel, rows, num_rows, out, out_stride, next);
+    case Codes::u6: return multiply<Quads6>(w, panel, rows, num_rows, out, out_stride, next);
+    case Codes::u5: return multiply<Quads5>(w, panel, rows, num_rows, out, out_stride, next);
     case Codes::u4:
-      if (w.has_codebook) return multiply<QuadsOfTable>(w, panel, rows, num_rows, out, out_stride);
-      return multiply<Quads4>(w, panel, rows, num_rows, out, out_stride);
-    case Codes::u3: return multiply<Quads3>(w, panel, rows, num_rows, out, out_stride);
-    case Codes::u2: return multiply<Quads2>(w, panel, rows, num_rows, out, out_stride);
+      if (w.has_codebook) return multiply<QuadsOfTable>(w, panel, rows, num_rows, out, out_stride, next);
+      return multiply<Quads4>(w, panel, rows, num_rows, out, out_stride, next);
+    case Codes::u3: return multiply<Quads3>(w, panel, rows, num_rows, out, out_stride, next);
+    case Codes::u2: return multiply<Quads2>(w, panel, rows, num_rows, out, out_stride, next);
     default: return;  // the others are never bound to int8 activations
   }
 }

@@ -9,7 +9,8 @@ namespace glmlocal::GLM_ISA {
 void panel_product(const PackedMatrix& w, int panel, const float* const* rows, int num_rows, float* out, ptrdiff_t out_stride);
 void panel_weights(const PackedMatrix& w, int panel, float* out);
 void quantize_row(const float* x, int blocks, Int8Block* out);
-void panel_product_int8(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride);
+void panel_product_int8(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
+                        const std::byte* next);
 void silu_mul(float* gate, const float* up, int n);
 void add_scaled(float* out, const float* x, float scale, int n);
 void rms_norm_row(const float* x, const float* weight, float eps, int n, float* out);
