@@ -65,7 +65,7 @@ def measure(num_threads: int | None = None) -> Peaks:
             threads,
             native.read_bandwidth(num_bytes),
             _best(native.fma_peak),
-            _best(native.int8_peak) if hasattr(native, "int8_peak") else None,
+            _best(native.int8_peak),
             num_bytes,
         )
     finally:
