@@ -1,9 +1,9 @@
-"""What more threads give, and what a core that another program keeps busy takes: prefill of one expert layer and decode.
+"""What more threads give, and what a core that another program keeps busy takes: one layer of experts.
 
     python benchmarks/kernels/threads.py [--threads 2] [--repeats 7]
 
-The work is the routed experts of GLM-4.5-Air's shape in Q4_0, for 512 tokens and for one. Each is measured by turns with
-one thread, with all of them, and with all of them while a process spins on one of their cores; medians are compared.
+The work is the routed experts of GLM-4.5-Air's shape in Q4_0, for 512 tokens and for one. Each is measured by turns
+with one thread, with all of them, and with all of them while a process spins on one of their cores; medians count.
 Ends with one JSON line.
 """
 

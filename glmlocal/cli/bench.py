@@ -92,12 +92,16 @@ class Run:
     skipped: list[Skipped]
     before: Peaks
     after: Peaks | None = None
+    between: list[Peaks] = field(default_factory=list)  # after every round of all rows but the last
     rates: dict[Row, list[float]] = field(default_factory=dict)
     interrupted: bool = False
 
     @property
     def peaks(self) -> Peaks:
-        return self.before if self.after is None else self.before.best_of(self.after)
+        best = self.before
+        for other in (*self.between, *([] if self.after is None else [self.after])):
+            best = best.best_of(other)
+        return best
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(llm: LLM, wanted: list[Row], skipped: list[Skipped], repeat: int, console: Console) -> Run:
-    """Ceilings, warm-up, rows, ceilings again; Ctrl-C ends it early."""
+    """Ceilings, warm-up, rows with the ceilings between the rounds and at the end; Ctrl-C ends it early."""
     from glmlocal import bench, kernels, peaks
 
     threads = kernels.num_threads()
@@ -149,6 +153,8 @@ def _measure(llm: LLM, wanted: list[Row], skipped: list[Skipped], repeat: int, c
         for number, (row, rate) in enumerate(bench.timed(subject, wanted, repeat, prompt), 1):
             result.rates.setdefault(row, []).append(rate)
             console.status(_progress(result, number, total))
+            if number % len(wanted) == 0 and number < total:
+                result.between.append(peaks.measure(threads))
         result.after = peaks.measure(threads)
     except KeyboardInterrupt:
         result.interrupted = True

@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--stride", type=at_least(1), metavar="N", help="tokens between windows (default: half of N)")
     reference = parser.add_mutually_exclusive_group()
-    reference.add_argument("--against", metavar="MODEL2", help="compare with this model's predictions")
+    reference.add_argument("--against", metavar="MODEL2", help="compare with this model as it is stored, run exactly")
     reference.add_argument("--against-logits", type=Path, metavar="FILE", help="compare with saved predictions")
     parser.add_argument("--save-logits", type=Path, metavar="FILE", help="save MODEL's predictions")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -15,6 +15,7 @@ import tiny
 from crafted import TINY, tiny_gguf, tiny_tensors
 from glmlocal import LLM, bench, kernels, peaks
 from glmlocal.bench import Row, Spread
+from glmlocal.cli import bench as bench_command
 from glmlocal.cli import main as cli
 from glmlocal.cost import HEAD, ModelCost, Part
 from glmlocal.peaks import Peaks
@@ -30,7 +31,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured_peaks(monkeypatch: pytest.MonkeyPatch, *results: Peaks) -> None:
-    following = iter(results)
+    following = iter([results[0], *results])  # before, between the two rounds, after
     monkeypatch.setattr(peaks, "measure", lambda threads: next(following))
 
 
@@ -129,6 +130,8 @@ def test_the_larger_peak_counts_and_a_difference_shows() -> None:
     assert bench.is_busy(before, after)
     assert not bench.is_busy(before, Peaks(2, 43.0, 400.0, None, 7))
     assert not bench.is_busy(before, None)
+    run = bench_command.Run([], [], before, after, [Peaks(2, 55.0, 500.0, 1450.0, 9)])
+    assert run.peaks == Peaks(2, 60.0, 500.0, 1500.0, 9)
     assert Peaks(2, 1.0, 1.0, None, 7).best_of(after).int8_gop_per_s == 1400.0
 
 
