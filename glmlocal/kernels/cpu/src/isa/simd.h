@@ -24,7 +24,11 @@
 #include <utility>
 
 #define GLM_INLINE inline __attribute__((always_inline))
+#if defined(__SANITIZE_ADDRESS__)
+#define GLM_FLATTEN  // instrumented, flat functions take GCC many minutes each
+#else
 #define GLM_FLATTEN __attribute__((flatten))  // everything called here is inlined, bodies of unroll() above all
+#endif
 
 namespace glmlocal::GLM_ISA {
 
