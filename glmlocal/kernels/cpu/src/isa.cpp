@@ -11,13 +11,15 @@ namespace glmlocal {
 namespace generic { extern const KernelTable table; }
 #if defined(__x86_64__)
 namespace avx2 { extern const KernelTable table; }
+#if defined(GLM_HAS_AVX_VNNI)
 namespace avx_vnni { extern const KernelTable table; }
+#endif
 namespace avx512 { extern const KernelTable table; }
 #endif
 
 namespace {
 
-#if defined(__x86_64__)
+#if defined(GLM_HAS_AVX_VNNI)
 bool has_avx_vnni() {  // GCC 12's __builtin_cpu_supports does not know it
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
@@ -31,7 +33,9 @@ std::vector<const KernelTable*> supported_tables() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     tables.push_back(&avx2::table);
+#if defined(GLM_HAS_AVX_VNNI)
     if (has_avx_vnni()) tables.push_back(&avx_vnni::table);
+#endif
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
       tables.push_back(&avx512::table);
