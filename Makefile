@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROMPT ?= What is the capital of France?
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt bench clean
+.PHONY: help demo test check fmt bench sanitize clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -49,6 +49,21 @@ fmt: $(VENV)/.installed-dev ## format and fix what can be fixed
 
 bench: $(VENV)/.installed-test ## the demo against transformers, and llama.cpp where installed
 	$(BIN)/python benchmarks/peers.py
+
+SRC := glmlocal/kernels/cpu/src
+SANITIZE := -std=c++20 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -I$(SRC) \
+  -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=undefined --param asan-instrumentation-with-call-threshold=0
+ISA_FLAGS := -DGLM_ISA=avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512
+
+build/sanitize/%.o: $(SRC)/%.cpp $(NATIVE)
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) $(ISA_FLAGS) -c $< -o $@
+
+build/sanitize/run: tests/kernels/sanitize.cpp $(addprefix build/sanitize/,isa/int8.o isa/matmul.o memory.o packed_matrix.o)
+	$(CXX) $(SANITIZE) $(ISA_FLAGS) $^ -o $@
+
+sanitize: build/sanitize/run ## the product kernels under ASan and UBSan, two minutes; needs a CPU with AVX-512 VNNI
+	$<
 
 clean: ## remove the virtual environment and build products
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
