@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 QUANTS = ("keep", "int8", "int4")  # models.weights.QUANTS, which would import torch
-_KV_DTYPES = ("auto", "fp32", "bf16", "fp8", "int8")
-_ACTIVATIONS = ("auto", "int8", "fp32")
+KV_DTYPES = ("auto", "fp32", "bf16", "fp8", "int8")
+ACTIVATIONS = ("auto", "int8", "fp32")
 
 
 def at_least(least: int) -> Any:
@@ -37,14 +37,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--activations",
-        choices=_ACTIVATIONS,
+        choices=ACTIVATIONS,
         default="auto",
         help="what quantized weights are multiplied with: int8 rounds each 32 activations to 8 bits, as llama.cpp "
         "does, and is several times faster; fp32 is exact; auto is fp32 for models below 1 GiB, else int8",
     )
     group.add_argument(
         "--kv-dtype",
-        choices=_KV_DTYPES,
+        choices=KV_DTYPES,
         default="auto",
         help="what the KV cache stores; auto, as in vLLM, follows the checkpoint: fp32 where its weights are fp32 or "
         "below 1 GiB, else bf16; fp8 (e4m3) and int8 take half of bf16's memory",

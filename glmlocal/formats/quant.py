@@ -44,6 +44,9 @@ def has_nan(codes: NDArray[np.uint8]) -> bool:
     return bool(codes.size) and int((codes & np.uint8(0x7F)).max()) == 0x7F
 
 
+Activations = Literal["int8", "fp32"]  # what weights of integer codes are multiplied with
+
+
 @dataclass(frozen=True, slots=True)
 class QuantScheme:
     """How codes become weights; everything but the arrays."""

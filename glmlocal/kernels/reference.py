@@ -9,17 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme
 from glmlocal.kernels import blocks
 from glmlocal.kernels.blocks import AttentionBlock, BlockOutput, LayerCache, StepIndex
 
-Activations = Literal["int8", "fp32"]
 _INT8_GROUP = 32  # columns that share an activation scale
 
 

@@ -1,4 +1,4 @@
-"""Linear: a packed weight and its bias."""
+"""Linear: a packed weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ class Linear:
     """x fp32 [tokens, in] → fp32 [tokens, out]."""
 
     weight: kernels.Weight
-    bias: Tensor | None = None  # fp32 [out]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
+        return kernels.linear(x, self.weight)

@@ -8,13 +8,13 @@ most (routers that are nearly undecided turn over), and is what people check an 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 from glmlocal.errors import ConfigError
 from glmlocal.formats.index import TensorRef, quoted
+from glmlocal.formats.quant import Activations
 from glmlocal.models.config import KV_DTYPES
 
-Activations = Literal["int8", "fp32"]
 EXACT_BELOW_BYTES = 1 << 30
 
 

@@ -17,12 +17,11 @@ from glmlocal.errors import CheckpointError, ConfigError
 from glmlocal.formats.fp8 import FP8_DTYPE, Fp8Matrix
 from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, unpack
 from glmlocal.formats.index import TensorIndex, TensorRef
-from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme
 from glmlocal.formats.quantize import INT4, INT8, quantize
 from glmlocal.layers.embedding import TORCH_DTYPE, Embedding
 from glmlocal.layers.linear import Linear
 from glmlocal.layers.norm import RMSNorm
-from glmlocal.models.precision import Activations
 
 Quant = Literal["keep", "int8", "int4"]
 QUANTS: tuple[Quant, ...] = get_args(Quant)
@@ -125,8 +124,8 @@ class WeightReader:
         """A linear weight in the form that ``kernels.linear`` takes."""
         return kernels.pack(self.rows(name), self.activations)
 
-    def linear(self, prefix: str, *, bias: bool = False) -> Linear:
-        return Linear(self.weight(f"{prefix}.weight"), self.dense(f"{prefix}.bias") if bias else None)
+    def linear(self, prefix: str) -> Linear:
+        return Linear(self.weight(f"{prefix}.weight"))
 
     def norm(self, prefix: str, eps: float) -> RMSNorm:
         return RMSNorm(self.dense(f"{prefix}.weight"), eps)

@@ -1,7 +1,7 @@
 """int8 activations through the whole engine: how far logits go from exact ones, and which of the two auto is.
 
 Tolerances are of the logit range, on a tiny model without routers, whose choices a rounding can turn over; 64 features
-average fewer errors than thousands do. Measured: 6e-3 to 1.2e-2 for every type.
+average fewer errors than thousands do. Measured: 8.1e-3 (Q5_1) to 1.07e-2 (Q8_0).
 """
 
 from __future__ import annotations

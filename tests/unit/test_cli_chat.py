@@ -73,10 +73,16 @@ def test_an_unknown_quant_is_one_line(run: Run) -> None:
     assert "int8" in err
 
 
-def test_the_choices_of_quant_are_those_of_the_loader() -> None:
+def test_the_choices_of_options_are_those_of_the_loader() -> None:
+    from typing import get_args
+
+    from glmlocal.formats.quant import Activations
+    from glmlocal.models.config import KV_DTYPES
     from glmlocal.models.weights import QUANTS
 
     assert options.QUANTS == QUANTS
+    assert ("auto", *get_args(Activations)) == options.ACTIVATIONS
+    assert ("auto", *KV_DTYPES) == options.KV_DTYPES
 
 
 def test_an_answer_that_ends_in_a_newline_gets_another(run: Run) -> None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.quant import Activations, QuantizedMatrix
 from glmlocal.kernels.cpu import _cpu
 from glmlocal.kernels.cpu.packing import PackedWeight, pack
-from glmlocal.kernels.reference import Activations, MatrixRows
+from glmlocal.kernels.reference import MatrixRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)

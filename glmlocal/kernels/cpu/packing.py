@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glmlocal.formats.quant import QuantizedMatrix, QuantScheme, has_nan
+from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme, has_nan
 from glmlocal.kernels.cpu import _cpu
-from glmlocal.kernels.reference import Activations, MatrixRows, takes_int8
+from glmlocal.kernels.reference import MatrixRows, takes_int8
 
 _TILE_ROWS: int = _cpu.TILE_ROWS
 _PANEL_TILES: int = _cpu.PANEL_TILES

@@ -216,6 +216,19 @@ float* scales_pointer(CacheType type, Address address, const char* what) {
   return type == CacheType::i8 ? pointer<float>(address, what) : nullptr;
 }
 
+KeyValueCache make_cache(const std::string& type_name, Address keys, const Strides& key_strides, Address key_scales, Address values,
+                         const Strides& value_strides, Address value_scales, const Strides& shape) {
+  const CacheType type = named(kCacheTypes, type_name);
+  const bool has_blocks = shape[0] > 0;  // empty tensors have no memory
+  return {.type = type,
+          .keys = has_blocks ? cache_pointer<const std::byte>(type, keys, "keys") : nullptr,
+          .values = has_blocks ? cache_pointer<const std::byte>(type, values, "values") : nullptr,
+          .key_strides = cache_strides(key_strides), .value_strides = cache_strides(value_strides),
+          .key_scales = has_blocks ? scales_pointer(type, key_scales, "key_scales") : nullptr,
+          .value_scales = has_blocks ? scales_pointer(type, value_scales, "value_scales") : nullptr,
+          .num_blocks = shape[0], .block_size = shape[1], .kv_heads = shape[2], .head_dim = shape[3]};
+}
+
 nb::builtin_exception bad_token(int64_t token, int64_t position, int64_t slot, int64_t max_positions, int64_t num_slots) {
   return nb::index_error(("token " + std::to_string(token) + " has position " + std::to_string(position) + " and slot " +
                           std::to_string(slot) + ", wanted below " + std::to_string(max_positions) + " and " +
@@ -271,17 +284,9 @@ void run_paged_attention(Address q, int64_t tokens, int64_t heads, const std::st
                          const Strides& k_strides, Address k_scales, Address v_cache, const Strides& v_strides, Address v_scales,
                          const Strides& cache_shape, Address block_tables, int64_t max_blocks, Address query_start_loc,
                          Address seq_lens, int64_t requests, float scale, Address out) {
-  const CacheType type = named(kCacheTypes, cache_type);
-  const auto [num_blocks, block_size, kv_heads, head_dim] = cache_shape;
-  const bool has_blocks = num_blocks > 0, has_tokens = tokens > 0;  // empty tensors have no memory
-  const KeyValueCache cache{.type = type,
-                            .keys = has_blocks ? cache_pointer<const std::byte>(type, k_cache, "k_cache") : nullptr,
-                            .values = has_blocks ? cache_pointer<const std::byte>(type, v_cache, "v_cache") : nullptr,
-                            .key_strides = cache_strides(k_strides), .value_strides = cache_strides(v_strides),
-                            .key_scales = has_blocks ? scales_pointer(type, k_scales, "k_scales") : nullptr,
-                            .value_scales = has_blocks ? scales_pointer(type, v_scales, "v_scales") : nullptr,
-                            .num_blocks = num_blocks, .block_size = block_size, .kv_heads = kv_heads, .head_dim = head_dim};
-  const AttentionBatch batch{.q = has_tokens ? pointer<const float>(q, "q") : nullptr, .q_stride = heads * head_dim,
+  const KeyValueCache cache = make_cache(cache_type, k_cache, k_strides, k_scales, v_cache, v_strides, v_scales, cache_shape);
+  const bool has_tokens = tokens > 0;
+  const AttentionBatch batch{.q = has_tokens ? pointer<const float>(q, "q") : nullptr, .q_stride = heads * cache.head_dim,
                              .out = has_tokens ? pointer<float>(out, "out") : nullptr, .tokens = tokens, .heads = heads,
                              .block_tables = requests * max_blocks > 0 ? pointer<const int32_t>(block_tables, "block_tables") : nullptr,
                              .max_blocks = max_blocks,
@@ -298,18 +303,9 @@ void run_paged_attention(Address q, int64_t tokens, int64_t heads, const std::st
 struct LayerCache {
   KeyValueCache cache;
 
-  LayerCache(const std::string& type_name, Address keys, const Strides& key_strides, Address key_scales, Address values,
-             const Strides& value_strides, Address value_scales, const Strides& shape) {
-    const CacheType type = named(kCacheTypes, type_name);
-    const bool has_blocks = shape[0] > 0;  // empty tensors have no memory
-    cache = {.type = type,
-             .keys = has_blocks ? cache_pointer<const std::byte>(type, keys, "keys") : nullptr,
-             .values = has_blocks ? cache_pointer<const std::byte>(type, values, "values") : nullptr,
-             .key_strides = cache_strides(key_strides), .value_strides = cache_strides(value_strides),
-             .key_scales = has_blocks ? scales_pointer(type, key_scales, "key_scales") : nullptr,
-             .value_scales = has_blocks ? scales_pointer(type, value_scales, "value_scales") : nullptr,
-             .num_blocks = shape[0], .block_size = shape[1], .kv_heads = shape[2], .head_dim = shape[3]};
-  }
+  LayerCache(const std::string& type, Address keys, const Strides& key_strides, Address key_scales, Address values,
+             const Strides& value_strides, Address value_scales, const Strides& shape)
+      : cache(make_cache(type, keys, key_strides, key_scales, values, value_strides, value_scales, shape)) {}
 };
 
 StepIndex make_step(int64_t tokens, Address positions, Address slots, Address block_tables, int64_t max_blocks,
