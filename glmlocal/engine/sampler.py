@@ -32,7 +32,7 @@ class Sampler:
         params = scheduled.request.params
         adjusted = apply_penalties(logits, scheduled.request, scheduled.output_token_ids)
         if params.temperature == 0:
-            token_id = int(adjusted.argmax())
+            token_id = int(adjusted.numpy().argmax())  # numpy's is several times as fast as torch's
         else:
             token_id = self._draw(truncated_probs(adjusted, params), scheduled.request)
         return SampledToken(

@@ -163,6 +163,7 @@ struct E4m3Codec {
 // Scales and offsets of the groups of one panel.
 class GroupScales {
  public:
+  static constexpr bool may_have_offsets = true;
   GLM_INLINE GroupScales(const PackedMatrix& w, int panel, int tiles) : format_(w.format), tiles_(tiles) {
     const MatrixLayout& layout = w.layout;
     const int64_t first_row = int64_t(panel) * kPanelRows;
@@ -203,6 +204,25 @@ class GroupScales {
   const std::byte *scale_, *min_;
   const int8_t* sub_scale_;
   const uint8_t* sub_min_;
+};
+
+// The same for formats of one fp16 number per group and no offset: nothing is decided while columns go by.
+class PlainScales {
+ public:
+  static constexpr bool may_have_offsets = false;
+  static bool fit(const MatrixFormat& format) {
+    return format.scale_type == FloatType::f16 && !format.has_sub_scale && !format.has_min;
+  }
+  GLM_INLINE PlainScales(const PackedMatrix& w, int panel, int tiles)
+      : shift_(w.super_shift), line_(tiles * kTileRows),
+        scale_((const uint16_t*)(w.data + w.layout.scale_offset) + int64_t(panel) * kPanelRows * w.layout.supers) {}
+  GLM_INLINE F load_scale(int column, int tile) const { return load_f16(scale_ + (column >> shift_) * line_ + tile * kTileRows); }
+  GLM_INLINE F load_offset(int, int) const { return zero(); }
+
+ private:
+  int shift_;
+  ptrdiff_t line_;
+  const uint16_t* scale_;
 };
 
 }  // namespace glmlocal::GLM_ISA
