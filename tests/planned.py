@@ -1,4 +1,4 @@
-"""Footprints, GPUs and machines for the planner's tests, written down by hand from the models' configs and datasheets."""
+"""Footprints, GPUs and machines for the planner's tests, written down by hand from configs and datasheets."""
 
 from __future__ import annotations
 

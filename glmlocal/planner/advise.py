@@ -11,14 +11,14 @@ from dataclasses import replace
 from glmlocal.models.footprint import Footprint
 from glmlocal.planner.ledger import Layout
 from glmlocal.planner.machine import Machine
-from glmlocal.planner.plan import Advice, Plan, Shortfall, Wants
+from glmlocal.planner.plan import Advice, Placement, Plan, Shortfall, Wants
 from glmlocal.units import GIB, format_bytes
 
 TIERS_RUN: frozenset[str] = frozenset({"ram"})  # kinds of devices that this version's runtime executes plans on
 DRAFTS_RUN = False  # this version's runtime loads the MTP layer but does not speculate
 MOST_GPUS = 64
 
-Solve = Callable[[Footprint, Machine, Wants], Plan]
+Solve = Callable[[Footprint, Machine, Wants], Layout]
 
 
 def shortfall(footprint: Footprint, layout: Layout) -> Shortfall:
@@ -30,9 +30,10 @@ def shortfall(footprint: Footprint, layout: Layout) -> Shortfall:
     total = sum(short[device] for device in alike)
     used, capacity = sum(d.used_bytes for d in alike), sum(d.capacity_bytes for d in alike)
     where = worst.name if len(alike) == 1 else f"{len(alike)} {worst.kind.upper()}s"
+    gpus_full = ", with what the GPUs hold taken off" if worst.kind != "gpu" and layout.devices[0].kind == "gpu" else ""
     text = (
-        f"{footprint.name} needs {format_bytes(used)} on {where}, which hold{'s' if len(alike) == 1 else ''} "
-        f"{format_bytes(capacity)}: {format_bytes(total)} are missing"
+        f"{footprint.name} needs {format_bytes(used)} of {where}{gpus_full}, but {format_bytes(capacity)} can be used: "
+        f"{format_bytes(total)} are missing"
     )
     return Shortfall(where, total, text)
 
@@ -87,9 +88,9 @@ def _offload(plan: Plan, footprint: Footprint, solve: Solve) -> Iterator[Advice]
     endless = _with_ram(machine, sum(device.used_bytes for device in plan.devices) * 2)
     asked = (plan.wants.cpu_offload_bytes or 0) // GIB
     spilled = solve(footprint, replace(endless, nvme=None), replace(wants, ram_bytes=None, cpu_offload_bytes=None))
-    if spilled.placement is None:
+    if not spilled.fits:
         return
-    gib = max(1, -(-_most_spilled(spilled, footprint) // GIB), asked)
+    gib = max(1, -(-_most_spilled(spilled.placement, footprint) // GIB), asked)
     wants = replace(wants, ram_bytes=None, cpu_offload_bytes=gib * GIB)
     there = solve(footprint, endless, wants)
     if not there.fits:
@@ -107,10 +108,8 @@ def _offload(plan: Plan, footprint: Footprint, solve: Solve) -> Iterator[Advice]
         yield Advice(f"{text}, {has} can be used here", f"{option} --ram {ram_gib}GiB")
 
 
-def _most_spilled(plan: Plan, footprint: Footprint) -> int:
+def _most_spilled(place: Placement, footprint: Footprint) -> int:
     """Bytes of experts that the GPU which misses most of its layers' experts does not hold."""
-    place = plan.placement
-    assert place is not None
     chain = [*footprint.layers, *([footprint.mtp] if footprint.mtp is not None else [])]
     spilled: dict[int, int] = {}
     for layer, device, experts in zip(chain, place.layer_device, place.ram_experts, strict=False):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from glmlocal.models.footprint import Footprint, Layer, Part
 from glmlocal.planner import layers
@@ -25,9 +26,9 @@ STAGING_BYTES = GIB  # one of two buffers through which a layer's missing expert
 PACK_ALIGNMENT = 4096  # of an expert's record on NVMe (design.md §3)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Demand:
-    """What is to be placed. ``num_drafts`` > 0 loads the MTP layer."""
+    """What is to be placed. ``num_drafts`` > 0 loads the MTP layer. Without slots: what is derived is kept."""
 
     footprint: Footprint
     machine: Machine
@@ -35,20 +36,20 @@ class Demand:
     kv_dtype: str
     num_drafts: int
 
-    @property
+    @cached_property
     def chain(self) -> tuple[Layer, ...]:
         """The decoder layers, and the MTP layer behind them where it is loaded."""
         mtp = self.footprint.mtp
         return (*self.footprint.layers, *([mtp] if mtp is not None and self.num_drafts else []))
 
-    @property
+    @cached_property
     def kv_bytes(self) -> tuple[int, ...]:
         """Of one token, in each layer of the chain."""
         layers = self.footprint.kv_bytes[self.kv_dtype]
         has_mtp = self.footprint.mtp is not None and self.num_drafts > 0
         return (*layers, *([self.footprint.mtp_kv_bytes[self.kv_dtype]] if has_mtp else []))
 
-    @property
+    @cached_property
     def gpus(self) -> list[tuple[int, Gpu]]:
         """Those that can hold something, with their numbers; the fastest first, equal ones in their order."""
         usable = [(i, gpu) for i, gpu in enumerate(self.machine.gpus) if self.gpu_free_bytes(gpu) > 0]
@@ -70,18 +71,26 @@ class Demand:
         margin = max(GIB // 2, self.vram_bytes(gpu) // 25)
         return (
             Line("CUDA context", CUDA_CONTEXT_BYTES, "modelled", "driver, kernels and the libraries' workspace"),
-            self.activations(),
+            self.activations,
             Line("margin", margin, "modelled", "4 % of the memory, at least 512 MiB: fragmentation, other programs"),
         )
 
+    @cached_property
+    def staging_bytes(self) -> int:
+        """Of one of the two buffers: a layer's experts, in pieces where they are many."""
+        largest = max((layer.expert.nbytes * layer.num_experts for layer in self.chain if layer.expert), default=0)
+        return min(STAGING_BYTES, largest)
+
+    @cached_property
     def ram_overhead(self) -> tuple[Line, ...]:
-        margin = max(64 * MIB, self.footprint.weights_bytes // 200 if not self.gpus else 0)
+        margin = max(64 * MIB, 0 if self.gpus else sum(layer.nbytes for layer in self.chain) // 200)
         return (
             Line("runtime", RUNTIME_BYTES, "measured", "Python, torch, glmlocal and its kernels, without a model"),
-            self.activations(),
+            self.activations,
             Line("margin", margin, "modelled", "64 MiB, or 0.5 % of weights that are read into RAM"),
         )
 
+    @cached_property
     def activations(self) -> Line:
         tokens, hidden = MAX_NUM_BATCHED_TOKENS, self.footprint.hidden_size
         rows = self.wants.batch * (self.num_drafts + 1)
@@ -142,7 +151,7 @@ def holds(demand: Demand, kv_tokens: int, kv_fraction: float = 1.0) -> bool:
         budgets = [demand.gpu_free_bytes(gpu) + _relief(demand, offload) for _, gpu in gpus]
         return layers.pack(sizes.full, budgets) is not None
     kv = sum(demand.kv_bytes) * kv_tokens
-    overhead = sum(line.nbytes for line in demand.ram_overhead()) + _embedding_bytes(demand)
+    overhead = sum(line.nbytes for line in demand.ram_overhead) + _embedding_bytes(demand)
     free = demand.ram_bytes - overhead - (sum(sizes.full) - kv)
     return kv <= free * kv_fraction
 
@@ -154,13 +163,13 @@ def lay_out(demand: Demand, kv_tokens: int) -> Layout:
     left = [count - given for count, given in zip(sizes.num_experts, gpu_experts, strict=True)]
     on_cpu = [i for i, owner in enumerate(owners) if owner == CPU]
     ram_lines = [
-        *demand.ram_overhead(),
+        *demand.ram_overhead,
         *_weight_lines(demand, on_cpu, [0] * len(left), head=owners[-1] == CPU),
         Line("embeddings", _embedding_bytes(demand), "exact", "rows are read from the mapped file, one per token"),
         *_kv_lines(demand, on_cpu, kv_tokens),
     ]
     if any(left[i] for i in range(len(left)) if owners[i] != CPU):
-        ram_lines.append(Line("staging", 2 * _staging_bytes(demand), "modelled", "pinned, two buffers"))
+        ram_lines.append(Line("staging", 2 * demand.staging_bytes, "modelled", "pinned, two buffers"))
     free = demand.ram_bytes - sum(line.nbytes for line in ram_lines)
     homes, slots, nvme = left, [0] * len(left), [0] * len(left)
     nvme_device: list[Device] = []
@@ -208,7 +217,7 @@ def _on_gpus(demand: Demand, sizes: _Bytes) -> tuple[list[int], list[int], bool]
         experts = sum(sizes.expert[i] * sizes.num_experts[i] for i in mine)
         room = budget - sum(sizes.resident[i] for i in mine)
         if offload or experts > room:
-            room = min(room - 2 * _staging_bytes(demand), experts - offload)
+            room = min(room - 2 * demand.staging_bytes, experts - offload)
         counts = layers.fill([sizes.expert[i] for i in mine], [sizes.num_experts[i] for i in mine], max(0, room))
         for i, count in zip(mine, counts, strict=True):
             given[i] = count
@@ -217,7 +226,7 @@ def _on_gpus(demand: Demand, sizes: _Bytes) -> tuple[list[int], list[int], bool]
 
 
 def _split_for_offload(sizes: _Bytes, free: list[int]) -> list[int]:
-    """Even by all weights where what is not experts then fits, else by that, else what fits, and the rest on the CPU."""
+    """Even by all weights where what is not experts then fits, else by that, else what fits; the rest on the CPU."""
     for loads in (sizes.full, sizes.resident):
         owners = layers.level(loads, free)
         if not layers.over(sizes.resident, owners, free):
@@ -229,13 +238,7 @@ def _split_for_offload(sizes: _Bytes, free: list[int]) -> list[int]:
 
 def _relief(demand: Demand, offload_bytes: int) -> int:
     """What a GPU has more room for when so many bytes of its experts live in RAM."""
-    return offload_bytes - 2 * _staging_bytes(demand) if offload_bytes else 0
-
-
-def _staging_bytes(demand: Demand) -> int:
-    """Of one of the two buffers: a layer's experts, in pieces where they are many."""
-    largest = max((layer.expert.nbytes * layer.num_experts for layer in demand.chain if layer.expert), default=0)
-    return min(STAGING_BYTES, largest)
+    return offload_bytes - 2 * demand.staging_bytes if offload_bytes else 0
 
 
 def _gpu_devices(demand: Demand, placement: Placement, kv_tokens: int) -> list[Device]:
@@ -247,7 +250,7 @@ def _gpu_devices(demand: Demand, placement: Placement, kv_tokens: int) -> list[D
         lines += _kv_lines(demand, mine, kv_tokens)
         if any(placement.ram_experts[i] + placement.nvme_experts[i] for i in mine):
             note = "two buffers through which experts that are not here are streamed while prefilling"
-            lines.append(Line("staging", 2 * _staging_bytes(demand), "modelled", note))
+            lines.append(Line("staging", 2 * demand.staging_bytes, "modelled", note))
         kept = tuple(line for line in lines if line.nbytes)
         devices.append(Device(f"gpu:{number} {gpu.name}", "gpu", demand.vram_bytes(gpu), kept))
     return devices

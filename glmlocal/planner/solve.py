@@ -45,10 +45,7 @@ def plan(
     if found.fits:
         return replace(found, advice=advise.for_running(found))
 
-    def solve(footprint: Footprint, machine: Machine, wants: Wants) -> Plan:
-        return _solve(footprint, machine, wants, efficiency)
-
-    return replace(found, advice=advise.for_fitting(found, footprint, alternatives, solve))
+    return replace(found, advice=advise.for_fitting(found, footprint, alternatives, _placed))
 
 
 def choose(footprints: Sequence[Footprint], machine: Machine, wants: Wants) -> Plan:
@@ -108,6 +105,10 @@ def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Eff
         shortfall=None if fits else advise.shortfall(footprint, layout),
         advice=(),
     )
+
+
+def _placed(footprint: Footprint, machine: Machine, wants: Wants) -> Layout:
+    return _resolve(footprint, machine, wants)[-1]
 
 
 def _resolve(footprint: Footprint, machine: Machine, wants: Wants) -> tuple[Demand, int, int, Layout]:
@@ -181,6 +182,8 @@ def _largest(limit: int, accepts: Callable[[int], bool]) -> int:
     """The largest accepted number: ``limit``, or a multiple of BLOCK_SIZE below it; 0 where none is accepted."""
     if limit > 0 and accepts(limit):
         return limit
+    if not accepts(min(limit, BLOCK_SIZE)):
+        return 0
     low, high = 0, max(0, limit - 1) // BLOCK_SIZE
     while low < high:
         middle = (low + high + 1) // 2
