@@ -65,8 +65,7 @@ class Footprint:
     @property
     def total_params(self) -> int:
         """Of the whole checkpoint, MTP included."""
-        mtp = [] if self.mtp is None else list(_parts(self.mtp))
-        return sum(part.params for part in (*self.top, *(p for layer in self.layers for p in _parts(layer)), *mtp))
+        return sum(part.params * count for part, count in self._parts())
 
     @property
     def active_params(self) -> int:
@@ -78,17 +77,16 @@ class Footprint:
     @property
     def weights_bytes(self) -> int:
         """Of all tensors in the release's files."""
-        layers = (*self.layers, *([self.mtp] if self.mtp else []))
-        parts = (*self.top, *(p for layer in layers for p in _parts(layer)))
-        return sum(part.checkpoint_bytes for part in parts)
+        return sum(part.checkpoint_bytes * count for part, count in self._parts())
 
     def kv_bytes_per_token(self, kv_dtype: str) -> int:
         """All layers, MTP not."""
         return sum(self.kv_bytes[kv_dtype])
 
-
-def _parts(layer: Layer) -> Iterator[Part]:
-    yield from layer.parts
-    if layer.expert is not None:
-        for _ in range(layer.num_experts):
-            yield layer.expert
+    def _parts(self) -> Iterator[tuple[Part, int]]:
+        """Every part with how many there are of it."""
+        yield from ((part, 1) for part in self.top)
+        for layer in (*self.layers, *([self.mtp] if self.mtp else [])):
+            yield from ((part, 1) for part in layer.parts)
+            if layer.expert is not None:
+                yield layer.expert, layer.num_experts
