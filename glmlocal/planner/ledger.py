@@ -157,7 +157,7 @@ def holds(demand: Demand, kv_tokens: int, kv_fraction: float = 1.0) -> bool:
 
 
 def pace(demand: Demand, kv_tokens: int) -> float:
-    """How long the decoder layers and the head wait for their GPUs' memory, to compare layouts; 0 where all are alike."""
+    """How long the decoder layers and the head wait for their GPUs' memory, to compare; 0 where all are alike."""
     rates = {number: gpu.read_gb_per_s for number, gpu in demand.gpus}
     if len(set(rates.values())) < 2:
         return 0.0
