@@ -96,13 +96,15 @@ def in_repository(repository: str) -> tuple[Release, ...]:
 
 
 def near_misses(name: str) -> tuple[str, ...]:
-    """Up to three names that ``find`` knows and that look like this one, the nearest first."""
+    """Up to three names that ``find`` knows: those that go on where this one ends, then those that look like it."""
     import difflib  # here: it takes as long to import as everything else
 
-    spelling = {key: key if isinstance(thing, Family) else thing.name for key, thing in _load().by_name.items()}
-    spelling |= {family.name.lower(): family.name for family in families()}
-    close = difflib.get_close_matches(name.strip().lower(), list(spelling), n=9, cutoff=0.6)
-    return tuple(dict.fromkeys(spelling[key] for key in close))[:3]
+    typed, by_name = name.strip().lower(), _load().by_name
+    if not typed:
+        return ()
+    longer = sorted((known for known in by_name if known.startswith(typed)), key=len)
+    close = difflib.get_close_matches(typed, list(by_name), n=9, cutoff=0.6)
+    return tuple(dict.fromkeys(by_name[known].name for known in (*longer, *close)))[:3]
 
 
 @dataclass(frozen=True, slots=True)

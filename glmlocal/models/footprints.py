@@ -168,11 +168,15 @@ def _release_form(release: Release, config: _Config, i: int, name: str, shape: t
         assert release.quant is not None
         role = {"lm_head": "output", "v_proj": "attn_v", "o_proj": "attn_output", "down_proj": "ffn_down"}.get(leaf, "")
         return FORMS[_form_name(_gguf_type(release.quant, role, shape[1], i, config))]
-    keys = [leaf, "indexer"] if ".indexer." in name else [leaf]
-    if i >= config.num_hidden_layers:
-        keys += [f"mtp.{component}", "mtp"]
-    found = next(key for key in (*keys, component, "linear") if key in release.recipe)
-    return FORMS[release.recipe[found]]
+    return FORMS[_by_recipe(release.recipe, component, leaf, ".indexer." in name, i >= config.num_hidden_layers)]
+
+
+def _by_recipe(recipe: Mapping[str, str], component: str, leaf: str, in_indexer: bool, in_mtp: bool) -> str:
+    """The entry that says most: of one matrix, of the indexers, of MTP, of a component, of all that is linear."""
+    keys = [leaf] if leaf in ("eh_proj", "weights_proj") else []
+    keys += ["indexer"] if in_indexer else []
+    keys += [f"mtp.{component}", "mtp"] if in_mtp else []
+    return next(recipe[key] for key in (*keys, component, "linear") if key in recipe)
 
 
 def _gguf_type(quant: str, role: str, columns: int, i: int, config: _Config) -> str:

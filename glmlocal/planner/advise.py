@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from glmlocal.models.footprint import Footprint
+from glmlocal.planner.hardware import reserve_bytes
 from glmlocal.planner.ledger import Layout
 from glmlocal.planner.machine import Machine
 from glmlocal.planner.plan import Advice, Placement, Plan, Shortfall, Wants
@@ -81,7 +82,10 @@ def for_fitting(
 
 
 def _offload(plan: Plan, footprint: Footprint, solve: Solve) -> Iterator[Advice]:
-    """Experts of each GPU to RAM: as many GiB as are missing on the one that misses most."""
+    """Experts of each GPU to RAM: as many GiB as are missing on the one that misses most.
+
+    Also where RAM would have to be larger, unless most of the model would live there: RAM is then what is missing.
+    """
     if not plan.machine.gpus:
         return
     wants, machine = replace(plan.wants, offload=True), plan.machine
@@ -102,10 +106,10 @@ def _offload(plan: Plan, footprint: Footprint, solve: Solve) -> Iterator[Advice]
     if solve(footprint, machine, given).fits:
         yield Advice(text, option)
         return
-    ram_gib = -(-needed // GIB)
-    if solve(footprint, _with_ram(machine, ram_gib * GIB), wants).fits:
+    gib, on_gpus = _ram_gib(needed), sum(device.used_bytes for device in there.devices if device.kind == "gpu")
+    if on_gpus > needed and solve(footprint, _with_ram(machine, gib * GIB), wants).fits:
         has = format_bytes(min(machine.ram.available_bytes, plan.wants.ram_bytes or machine.ram.available_bytes))
-        yield Advice(f"{text}, {has} can be used here", f"{option} --ram {ram_gib}GiB")
+        yield Advice(f"{text}, {has} can be used here", f"{option} --ram {gib}GiB")
 
 
 def _most_spilled(place: Placement, footprint: Footprint) -> int:
@@ -163,9 +167,9 @@ def _ram(plan: Plan, footprint: Footprint, solve: Solve) -> Iterator[Advice]:
     if not any(device.kind == "ram" and device.used_bytes > device.capacity_bytes for device in plan.devices):
         return
     needed = sum(device.used_bytes for device in plan.devices if device.kind == "ram")
-    gib = -(-needed // GIB)
+    gib = _ram_gib(needed)
     if solve(footprint, _with_ram(plan.machine, gib * GIB), replace(plan.wants, ram_bytes=None)).fits:
-        yield Advice(f"{gib} GiB of RAM for the model would do", f"--ram {gib}GiB")
+        yield Advice(f"a machine with {gib} GiB of RAM would do", f"--ram {gib}GiB")
 
 
 def _gpus(plan: Plan, footprint: Footprint, solve: Solve) -> Iterator[Advice]:
@@ -187,8 +191,15 @@ def _gpus(plan: Plan, footprint: Footprint, solve: Solve) -> Iterator[Advice]:
     yield Advice(f"{low} such GPUs hold it", f"--gpus {low}x{gpus[0].name}")
 
 
-def _with_ram(machine: Machine, available_bytes: int) -> Machine:
-    ram = replace(
-        machine.ram, total_bytes=max(machine.ram.total_bytes, available_bytes), available_bytes=available_bytes
-    )
+def _ram_gib(needed_bytes: int) -> int:
+    """The least GiB of RAM of which, with the system's reserve taken off, so much can be used."""
+    gib = -(-needed_bytes // GIB)
+    while gib * GIB - reserve_bytes(gib * GIB) < needed_bytes:
+        gib += 1
+    return gib
+
+
+def _with_ram(machine: Machine, total_bytes: int) -> Machine:
+    """As ``--ram`` describes it."""
+    ram = replace(machine.ram, total_bytes=total_bytes, available_bytes=total_bytes - reserve_bytes(total_bytes))
     return replace(machine, ram=ram)

@@ -156,6 +156,16 @@ def holds(demand: Demand, kv_tokens: int, kv_fraction: float = 1.0) -> bool:
     return kv <= free * kv_fraction
 
 
+def pace(demand: Demand, kv_tokens: int) -> float:
+    """How long the decoder layers and the head wait for their GPUs' memory, to compare; 0 where all are alike."""
+    rates = {number: gpu.read_gb_per_s for number, gpu in demand.gpus}
+    if len(set(rates.values())) < 2:
+        return 0.0
+    owners, _, _ = _on_gpus(demand, _bytes(demand, kv_tokens))
+    on_head = owners[-1]  # and the MTP layer
+    return sum(1 / rates[owner] for owner in (*owners[: len(demand.footprint.layers)], on_head) if owner != CPU)
+
+
 def lay_out(demand: Demand, kv_tokens: int) -> Layout:
     """Place everything beside a KV pool of so many tokens. What does not fit shows as a device with too much."""
     sizes = _bytes(demand, kv_tokens)
@@ -210,7 +220,7 @@ def _on_gpus(demand: Demand, sizes: _Bytes) -> tuple[list[int], list[int], bool]
         owners = layers.level(sizes.full, free)
         return [gpus[owner][0] for owner in owners], sizes.num_experts, False
     if owners is None or not is_fast:
-        owners = _split_for_offload(sizes, free)
+        owners = _split_for_offload(sizes, [max(0, each - 2 * demand.staging_bytes) for each in free])
     given = list(nothing)
     for place, budget in enumerate(free):
         mine = [i for i, owner in enumerate(owners) if owner == place]
@@ -227,7 +237,7 @@ def _on_gpus(demand: Demand, sizes: _Bytes) -> tuple[list[int], list[int], bool]
 
 def _split_for_offload(sizes: _Bytes, free: list[int]) -> list[int]:
     """Even by all weights where what is not experts then fits, else by that, else what fits; the rest on the CPU."""
-    for loads in (sizes.full, sizes.resident):
+    for loads in (sizes.full, sizes.resident) if all(free) else ():
         owners = layers.level(loads, free)
         if not layers.over(sizes.resident, owners, free):
             return owners

@@ -6,6 +6,7 @@ Every "auto" is resolved here and nowhere later.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from glmlocal.models.precision import EXACT_BELOW_BYTES
 from glmlocal.planner import advise
 from glmlocal.planner.efficiency import DEFAULT, Efficiency
 from glmlocal.planner.forecast import MOST_DRAFTS, forecast
-from glmlocal.planner.ledger import MAX_NUM_BATCHED_TOKENS, Demand, Layout, holds, lay_out
+from glmlocal.planner.ledger import MAX_NUM_BATCHED_TOKENS, Demand, Layout, holds, lay_out, pace
 from glmlocal.planner.machine import Machine
 from glmlocal.planner.plan import Plan, Resolved, Wants
 
@@ -26,6 +27,7 @@ KV_FRACTION = 0.5  # without GPUs: of the memory that weights leave, what KV tak
 LEAST_CONTEXT = 8192  # below it, and without a wish, experts rather leave the fastest tier
 SPILL_CONTEXT = 32768  # without a wish, where experts have to leave it: KV is not to push out more of them
 MOST_BATCH = 1024
+MOST_THREADS = 1 << 16
 
 
 def plan(
@@ -118,47 +120,50 @@ def _resolve(footprint: Footprint, machine: Machine, wants: Wants) -> tuple[Dema
     not cost an expert its place on a GPU; without GPUs this version does not speculate.
     """
     kv_dtype = _kv_dtype(footprint, machine, wants)
-    auto = [1, 0] if machine.gpus and footprint.mtp is not None else [0]
-    for num_drafts in auto if wants.draft is None else [wants.draft]:
-        demand = Demand(footprint, machine, wants, kv_dtype, num_drafts)
-        found = _with_context(demand)
-        if found[-1].fits and found[-1].is_fast:
-            break
+    demand = Demand(footprint, machine, wants, kv_dtype, wants.draft or 0)
+    found = _with_context(demand, math.inf)
+    if wants.draft is None and machine.gpus and footprint.mtp is not None and found[-1].is_fast:
+        drafting = replace(demand, num_drafts=1)
+        tried = _with_context(drafting, pace(demand, found[1]))
+        if tried[-1].fits and tried[-1].is_fast and tried[0] >= found[0]:
+            return (drafting, *tried)
     return (demand, *found)
 
 
-def _with_context(demand: Demand) -> tuple[int, int, Layout]:
-    """Context, tokens of the pool, layout: all experts in the fastest tier if possible, else with some that are not."""
+def _with_context(demand: Demand, most_pace: float) -> tuple[int, int, Layout]:
+    """Context, tokens of the pool, layout: all experts in the fastest tier if possible, else with some that are not.
+
+    ``most_pace``: a longer wait for the layers (on GPUs of unequal speed) is not to be paid for the MTP layer.
+    """
     limit, wanted = demand.footprint.max_position_embeddings, demand.wants.context
     fraction = 1.0 if demand.gpus else KV_FRACTION
     least = min(limit, LEAST_CONTEXT)
+
+    def keeps(kv_tokens: int) -> bool:
+        return holds(demand, kv_tokens, fraction) and pace(demand, kv_tokens) <= most_pace
+
+    def largest(most: int, accepts: Callable[[int], bool]) -> int:
+        return _largest(most, lambda context: accepts(_least_pool(demand, context)))
+
     if wanted is not None:
         fast = wanted if holds(demand, _least_pool(demand, wanted)) else 0
     else:
-        fast = _largest(limit, lambda context: holds(demand, _least_pool(demand, context), fraction))
+        fast = largest(min(limit, SPILL_CONTEXT), keeps)
         if fast < least:
-            fast = _largest(least, lambda context: holds(demand, _least_pool(demand, context)))
-    if fast >= (wanted or least):
-        return _fast(demand, fast, fraction)
-    spilled = wanted or _largest(
-        min(limit, SPILL_CONTEXT), lambda context: lay_out(demand, _least_pool(demand, context)).fits
-    )
-    if spilled:
-        kv_tokens = _least_pool(demand, spilled)
+            fast = largest(least, lambda kv_tokens: holds(demand, kv_tokens))
+    if fast:  # beyond this, KV is not to push layers to slower GPUs
+        most_pace = pace(demand, _least_pool(demand, fast))
+    if fast and wanted is None:
+        fast = max(fast, largest(limit, keeps))
+    if fast < (wanted or least):
+        spilled = wanted or largest(min(limit, SPILL_CONTEXT), lambda kv_tokens: lay_out(demand, kv_tokens).fits)
+        kv_tokens = _least_pool(demand, spilled or least)
         layout = lay_out(demand, kv_tokens)
-        if layout.fits or wanted:
-            return spilled, kv_tokens, layout
-    if fast:
-        return _fast(demand, fast, fraction)
-    return least, _least_pool(demand, least), lay_out(demand, _least_pool(demand, least))
-
-
-def _fast(demand: Demand, context: int, fraction: float) -> tuple[int, int, Layout]:
-    """The pool grows from the least towards a full context for every sequence, as far as it is free."""
-    lowest, highest = _least_pool(demand, context), _blocks(context) * demand.wants.batch
-    extra = _largest(highest - lowest, lambda tokens: holds(demand, lowest + tokens, fraction))
-    kv_tokens = lowest + extra
-    return context, kv_tokens, lay_out(demand, kv_tokens)
+        if layout.fits or not fast:
+            return spilled or least, kv_tokens, layout
+    lowest, highest = _least_pool(demand, fast), _blocks(fast) * demand.wants.batch
+    kv_tokens = lowest + _largest(highest - lowest, lambda tokens: keeps(lowest + tokens))
+    return fast, kv_tokens, lay_out(demand, kv_tokens)
 
 
 def _least_pool(demand: Demand, context: int) -> int:
@@ -231,5 +236,11 @@ def _check(footprint: Footprint, wants: Wants) -> None:
         raise ConfigError(f"--kv-dtype is {quoted(wants.kv_dtype)}, wanted auto, {', '.join(KV_DTYPES)}")
     if wants.activations not in ("auto", "int8", "fp32"):
         raise ConfigError(f"--activations is {quoted(wants.activations)}, wanted auto, int8, fp32")
+    if wants.threads is not None and not 1 <= wants.threads <= MOST_THREADS:
+        raise ConfigError(f"--threads is {wants.threads}, wanted 1 to {MOST_THREADS}")
+    limits = {"--vram": wants.vram_bytes, "--ram": wants.ram_bytes, "--cpu-offload-gb": wants.cpu_offload_bytes}
+    for option, nbytes in limits.items():
+        if nbytes is not None and nbytes < 0:
+            raise ConfigError(f"{option} is {nbytes} bytes, wanted 0 or more")
     if wants.cpu_offload_bytes and not wants.offload:
         raise ConfigError("--cpu-offload-gb and --no-offload contradict each other; leave one out")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from safetensors.torch import load_file, save_file
 import tiny
 import tiny_gguf
 from glmlocal import catalogue
-from glmlocal.catalogue import Release
+from glmlocal.catalogue import Family, Release
+from glmlocal.demo.cache import cached_demo
 from glmlocal.engine.loader import load_engine
 from glmlocal.errors import CheckpointError, ConfigError
 from glmlocal.formats.index import open_checkpoint
+from glmlocal.formats.llama_cpp_types import tensor_type
 from glmlocal.kernels import cpu
 from glmlocal.models.config import ModelConfig, expected_mtp_tensors, expected_tensors, optional_mtp_tensors
 from glmlocal.models.footprint import COMPONENTS, Footprint, Layer, Part
 from glmlocal.models.footprints import of_checkpoint, of_release
+from glmlocal.paths import demo_dir
 
 needs_native = pytest.mark.skipif(not cpu.available, reason="sizes are those of the native kernels")
 
@@ -261,6 +265,40 @@ def test_plan_of_gguf_is_what_the_loaded_model_holds(dtype: str, quant: str, tmp
     source = tiny.save(tiny.build_model(), tmp_path / "source", mtp=True)
     tiny_gguf.convert(source, tmp_path / "model.gguf", dtype)
     compare(tmp_path / "model.gguf", quant)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "file_type", ["Q2_K", "Q3_K_M", "Q4_K_M", "Q4_K_S", "Q5_K_M", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0"]
+)
+def test_plan_of_a_mixed_gguf_is_what_the_loaded_model_holds(file_type: str, tmp_path: Path) -> None:
+    """As llama.cpp would mix it, widths of 96 and 288 falling back to types of 32 as Air's 1408 does."""
+    sizes = {"hidden_size": 256, "intermediate_size": 288, "moe_intermediate_size": 96, "num_hidden_layers": 9}
+    source = tiny.save(tiny.build_model(**sizes), tmp_path / "source")
+    roles = {"lm_head": "output", "v_proj": "attn_v", "o_proj": "attn_output", "down_proj": "ffn_down"}
+
+    def type_of(name: str, columns: int) -> str:
+        layer = int(name.split(".")[2]) if ".layers." in name else 0
+        return tensor_type(file_type, roles.get(name.split(".")[-2], ""), columns, layer, 9)
+
+    tiny_gguf.convert(source, tmp_path / "model.gguf", type_of=type_of)
+    footprint = compare(tmp_path / "model.gguf", "keep")
+    family = Family("Tiny", open_checkpoint(tmp_path / "model.gguf").config)
+    like = replace(release("GLM-4.5-Air:Q4_K_M"), family=family, quant=file_type, mtp="none")
+    assert of_release(like).layers == footprint.layers
+    assert of_release(like).top == footprint.top
+    schemes = [layer.expert.scheme for layer in footprint.layers if layer.expert]
+    if file_type == "Q4_K_M":
+        assert set(schemes) == {"Q4_K + Q5_0", "Q4_K + Q8_0"}
+
+
+@needs_native
+@pytest.mark.parametrize("quant", ["keep", "int8", "int4"])
+def test_plan_of_the_demo_is_what_the_loaded_model_holds(quant: str) -> None:
+    path = cached_demo(demo_dir())
+    if path is None:
+        pytest.skip("the demo model is not in the cache; `glmlocal show demo` fetches it")
+    compare(path, quant)
 
 
 @needs_native
