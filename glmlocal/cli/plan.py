@@ -206,7 +206,7 @@ def _compare(machine: Machine, wants: Wants, args: argparse.Namespace) -> int:
     from glmlocal.planner.subject import all_forms
 
     found = all_forms(args.model)
-    plans = [plan(footprint, machine, wants) for footprint in found.footprints]
+    plans = [plan(footprint, machine, wants, with_advice=False) for footprint in found.footprints]
     _print_table(plans, machine, found.notes)
     return 0 if any(each.fits for each in plans) else _DOES_NOT_FIT
 
@@ -236,7 +236,7 @@ def _each(releases: tuple[Release, ...], machine: Machine, wants: Wants, quant: 
     from glmlocal.planner.solve import plan
 
     for release in releases:
-        yield plan(of_release(release, "keep" if quant == "auto" else quant), machine, wants)
+        yield plan(of_release(release, "keep" if quant == "auto" else quant), machine, wants, with_advice=False)
 
 
 def _print_table(plans: list[Plan], machine: Machine, notes: tuple[str, ...], names: list[str] | None = None) -> None:
