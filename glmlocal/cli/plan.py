@@ -13,6 +13,8 @@ script can ask; a list without MODEL is always 0.
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -122,8 +124,6 @@ def _report(plan: Plan, notes: tuple[str, ...], args: argparse.Namespace) -> int
 
 
 def _as_json(plan: Plan) -> str:
-    import json
-
     from glmlocal.planner.plan_json import as_json
 
     return json.dumps(as_json(plan), indent=2) + "\n"
@@ -136,32 +136,21 @@ def _saved(path: Path) -> Plan:
         data = file.read(_MOST_PLAN_BYTES + 1)
     if len(data) > _MOST_PLAN_BYTES:
         raise ConfigError(f"{str(path)!r} is too large to be a plan; give a file that --save wrote")
-    return from_json(data.decode("utf-8", errors="strict"))
+    return from_json(data)
 
 
 def _write(path: Path, text: str) -> None:
-    """At once or not at all."""
-    import os
-    import tempfile
-
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """At once or not at all. Raises ConfigError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+        with part.open("w", encoding="utf-8", errors="replace") as file:
             file.write(text)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    import os
-
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+        part.replace(path)
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        with suppress(OSError, ValueError):
+            part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot write {str(path)!r}: {reason}; give another file") from error
 
 
 def _hand_over(machine: Machine, wants: Wants, args: argparse.Namespace) -> int:
@@ -263,8 +252,6 @@ def _rows(plans: list[Plan], names: list[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _print_json_list(plans: list[Plan], runs: list[bool]) -> None:
-    import json
-
     from glmlocal.cli.plan_content import where
 
     rows = []

@@ -88,7 +88,7 @@ def _bar(device: Device) -> Bar:
 
 
 def ledger(plan: Plan) -> Ledger:
-    """Lines of one kind together, as ``attention, bf16`` and ``attention, f32`` or all weights of MTP; many GPUs as one."""
+    """Lines of one kind together, as ``attention, bf16`` and ``attention, f32``; many GPUs as one column."""
     groups = _columns([device for device in plan.devices if device.lines])
     found: dict[str, tuple[list[int], list[Basis]]] = {}
     for column, (_, devices) in enumerate(groups):
@@ -189,7 +189,7 @@ def _speed(label: str, rate: Rate, unit: str) -> Speed:
 
 def number(value: float) -> str:
     """Three significant digits, without exponents: 0.116, 6.65, 104, 8,640."""
-    if value >= 1000:
+    if value >= 999.5:
         digits = len(f"{value:.0f}") - 3
         return f"{round(value, -digits):,.0f}"
     return f"{value:.3g}"

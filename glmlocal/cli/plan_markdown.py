@@ -43,9 +43,8 @@ def _document(plan: Plan, notes: Iterable[str], explain: bool) -> Iterator[str]:
         yield from ("", "## Speed of one sequence", "")
         speeds = ((s.label, s.value, s.range, s.bound_by, s.basis) for s in content.speeds(plan))
         yield from table(("", "", "range", "bound by", "basis"), speeds)
-    advice = [
-        f"`{option}`: {_escaped(text)}" if option else _escaped(text) for text, option in content.advice(plan, notes)
-    ]
+    told = content.advice(plan, notes)
+    advice = [f"{_code(option)}: {_escaped(text)}" if option else _escaped(text) for text, option in told]
     yield from _list("Notes" if plan.fits else "What would fit, smallest change first", advice)
     yield from _list("Assumptions", map(_escaped, content.assumptions(plan)))
     if explain:
@@ -61,6 +60,10 @@ def _list(heading: str, lines: Iterable[str]) -> Iterator[str]:
 
 def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(map(_escaped, cells)) + " |"
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("`", "'") + "`"
 
 
 def _escaped(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import set_cell_size
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -81,8 +81,7 @@ def _print_bars(bars: Iterable[Bar], out: Console) -> None:
     used: dict[str, None] = {}
     for bar in bars:
         used |= dict.fromkeys(name for name, _ in bar.segments)
-        name = set_cell_size(bar.name, _NAME_CELLS) if cell_len(bar.name) > _NAME_CELLS else bar.name
-        line = Text(name.ljust(_NAME_CELLS + len(name) - cell_len(name)) + " ▕")
+        line = Text(set_cell_size(bar.name, _NAME_CELLS) + " ▕")
         line.append_text(bar_text(bar))
         line.append("▏" + bar.text)
         out.print(line, no_wrap=True, crop=True)

@@ -12,7 +12,7 @@ from glmlocal.units import format_bytes
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS = dict(zip(CATEGORIES, ("#0072b2", "#56b4e9", "#cc79a7", "#009e73", "#e69f00", "#999999"), strict=True))
-_WIDTH, _LEFT, _RIGHT, _BAR, _ROW = 900, 150, 190, 22, 34
+_WIDTH, _LEFT, _RIGHT, _BAR, _ROW = 900, 180, 190, 22, 34
 _LINE = 20
 _FONT = 'font-family="system-ui, sans-serif" font-size="13"'
 
@@ -32,7 +32,7 @@ def picture(plan: Plan) -> str:
 def _body(plan: Plan) -> Iterator[tuple[int, str]]:
     """(lowest y, element), from top to bottom."""
     y = 32
-    yield y, _text(20, y, content.verdict(plan), size=18, weight="bold")
+    yield y, _text(20, y, _cut(content.verdict(plan)), size=18, weight="bold")
     y += 24
     subtitle = (
         f"{plan.resolved.context:,} tokens of context, {plan.resolved.batch} sequences, "
@@ -48,14 +48,14 @@ def _body(plan: Plan) -> Iterator[tuple[int, str]]:
     y += 44
     for label, value in _table(plan):
         yield y, _text(20, y, label)
-        yield y, _text(_LEFT + 170, y, value)
+        yield y, _text(_LEFT + 20, y, value)
         y += _LINE
 
 
 def _bar(bar: Bar, y: int) -> Iterator[str]:
     room = _WIDTH - _LEFT - _RIGHT
     whole = max(bar.capacity_bytes, bar.used_bytes, 1)
-    yield _text(20, y + 15, bar.name)
+    yield _text(20, y + 15, _cut(bar.name, 20))
     yield f'<rect x="{_LEFT}" y="{y}" width="{room}" height="{_BAR}" fill="#eeeeee"/>'
     done = 0
     for name, nbytes in bar.segments:
@@ -74,7 +74,7 @@ def _bar(bar: Bar, y: int) -> Iterator[str]:
 
 def _legend(y: int) -> Iterator[tuple[int, str]]:
     for index, name in enumerate(CATEGORIES):
-        x = _LEFT + index * 115
+        x = _LEFT + index * 112
         yield y + 12, f'<rect x="{x}" y="{y}" width="12" height="12" fill="{_COLOURS[name]}"/>'
         yield y + 12, _text(x + 17, y + 11, name)
 
@@ -86,10 +86,10 @@ def _table(plan: Plan) -> Iterator[tuple[str, str]]:
     if missing := content.shortfall(plan):
         yield "missing", _cut(missing)
         for text, option in content.advice(plan):
-            yield _cut(option, 45), _cut(text)
+            yield _cut(option, 24), _cut(text)
 
 
-def _cut(text: str, most: int = 90) -> str:
+def _cut(text: str, most: int = 85) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

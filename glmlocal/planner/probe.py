@@ -56,8 +56,9 @@ def machine(
     *,
     limits_of_this_machine: bool = False,
 ) -> Machine:
-    """What ``--gpus``, ``--ram``, ``--nvme`` and ``--link`` say; this machine wherever they say nothing, but no disk where
-    GPUs are described: what is planned for then is another machine, and its disk is unknown.
+    """What ``--gpus``, ``--ram``, ``--nvme`` and ``--link`` say; this machine wherever they say nothing.
+
+    Where GPUs are described, another machine is meant, and it has no disk unless one is described too.
 
     With ``limits_of_this_machine`` the words limit this machine instead, for commands that run: GPUs or memory that it
     does not have are refused. Raises ConfigError.

@@ -40,7 +40,7 @@ def subject(model: str, quant: str = "auto") -> Subject:
         return Subject(tuple(of_release(found, form) for form in forms), _not_run([found]))
     if near := () if Path(model).exists() else catalogue.near_misses(model):
         raise ConfigError(f"there is no model {model[:80]!r}; did you mean {' or '.join(near)}?")
-    return Subject(_of_files(model, quant))
+    return Subject(_of_files(model, quant), ("its files are on this machine: there is nothing to download",))
 
 
 def all_forms(model: str) -> Subject:
@@ -88,7 +88,8 @@ def _of_files(model: str, quant: str) -> tuple[Footprint, ...]:
     checkpoint = open_checkpoint(resolve(model))
     try:
         forms = ("keep", "int8", "int4") if quant == "auto" else (quant,)
-        found = [of_checkpoint(checkpoint, form) for form in forms]
+        name = model if model == "demo" else None  # else the checkpoint's own
+        found = [of_checkpoint(checkpoint, form, name) for form in forms]
     finally:
         checkpoint.tensors.close()
     # What is quantized already stays as it is: then all forms are one.
