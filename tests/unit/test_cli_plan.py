@@ -153,6 +153,7 @@ def test_bars_and_ledger_account_for_every_byte() -> None:
         ("buffers", 512 * MIB),
         ("margin", 512 * MIB),
     )
+    assert ram.segments == (("experts", 30 * GIB), ("buffers", GIB))
     assert (gpu.used_bytes, ram.used_bytes) == (PLAN.devices[0].used_bytes, PLAN.devices[1].used_bytes)
     ledger = content.ledger(PLAN)
     assert ledger.columns == ("gpu:0 RTX 4090", "RAM")
@@ -256,6 +257,11 @@ def test_a_report_says_everything() -> None:
     assert "2 × 1 GiB" not in text
     assert "2 × 1 GiB (exact)" in _rendered(PLAN, 200, explain=True)
     assert "2,147,483,648 B" in _rendered(PLAN, 200, explain=True)
+
+
+def test_a_pack_on_the_disk_is_told_from_the_download() -> None:
+    assert "161 GiB: the download and the pack of experts" in _rendered(replace(PLAN, disk_bytes=161 * GIB))
+    assert "the pack" not in _rendered(PLAN)
 
 
 def test_a_report_of_what_does_not_fit_begins_with_what_is_missing() -> None:
@@ -422,6 +428,19 @@ def test_without_a_model_every_known_release_is_listed(capsys: pytest.CaptureFix
     assert "[GLM-5-BF16]" in text
     assert main(["plan", *H100S, "--markdown"]) == 0
     assert "| GLM-4.5-Air-FP8 | GPU | 131,072 |" in capsys.readouterr().out
+
+
+def test_releases_that_a_wish_rules_out_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--gpus", "8xB200", "--ram", "1TB", "--context", "150000", "--json"]) == 0
+    names = {row["name"] for row in json.loads(capsys.readouterr().out)}
+    assert "GLM-4.6-FP8" in names
+    assert "GLM-4.5-FP8" not in names  # 131,072 at most
+    assert main(["plan", "GLM-4.6", *H100S, "--draft", "1", "--compare"]) == 0
+    out = capsys.readouterr().out
+    assert "GLM-4.6-FP8" in out
+    assert "left out, for example: --draft is 1" in out.replace("\n", " ")
+    assert main(["plan", *H100S, "--context", "9999999"]) == 2
+    assert "--context is 9999999" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
