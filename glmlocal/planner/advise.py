@@ -72,9 +72,11 @@ def for_fitting(
     plan: Plan, footprint: Footprint, alternatives: Sequence[Footprint], solve: Solve
 ) -> tuple[Advice, ...]:
     """Of a plan that does not fit: what would, the smallest change first."""
-    found: list[Advice] = []
-    for advice in (_offload, _context, _kv_dtype, _batch, _drafts_off):
+    found = list(_offload(plan, footprint, solve))
+    smallest_pool = replace(plan.wants, context=2, batch=1)
+    for advice in (_context, _kv_dtype, _batch) if solve(footprint, plan.machine, smallest_pool).fits else ():
         found += advice(plan, footprint, solve)
+    found += _drafts_off(plan, footprint, solve)
     found += _quant(plan, alternatives, solve)
     for advice in (_ram, _gpus):
         found += advice(plan, footprint, solve)
@@ -157,7 +159,7 @@ def _drafts_off(plan: Plan, footprint: Footprint, solve: Solve) -> Iterator[Advi
 
 def _quant(plan: Plan, alternatives: Sequence[Footprint], solve: Solve) -> Iterator[Advice]:
     for footprint in alternatives:
-        wants = plan.wants if footprint.mtp is not None else replace(plan.wants, draft=None)
+        wants = plan.wants if footprint.holds_mtp else replace(plan.wants, draft=None)
         if solve(footprint, plan.machine, wants).fits:
             yield Advice(f"quantized to {footprint.quant} while loading it fits", f"--quant {footprint.quant}")
             return

@@ -122,7 +122,7 @@ def _resolve(footprint: Footprint, machine: Machine, wants: Wants) -> tuple[Dema
     kv_dtype = _kv_dtype(footprint, machine, wants)
     demand = Demand(footprint, machine, wants, kv_dtype, wants.draft or 0)
     found = _with_context(demand, math.inf)
-    if wants.draft is None and machine.gpus and footprint.mtp is not None and found[-1].is_fast:
+    if wants.draft is None and machine.gpus and footprint.holds_mtp and found[-1].is_fast:
         drafting = replace(demand, num_drafts=1)
         tried = _with_context(drafting, pace(demand, found[1]))
         if tried[-1].fits and tried[-1].is_fast and tried[0] >= found[0]:
@@ -230,8 +230,9 @@ def _check(footprint: Footprint, wants: Wants) -> None:
         raise ConfigError(f"--batch is {wants.batch}, wanted 1 to {MOST_BATCH}")
     if wants.draft is not None and not 0 <= wants.draft <= MOST_DRAFTS:
         raise ConfigError(f"--draft is {wants.draft}, wanted auto or 0 to {MOST_DRAFTS}")
-    if wants.draft and footprint.mtp is None:
-        raise ConfigError(f"--draft is {wants.draft}, but {quoted(footprint.name)} has no MTP layer; leave it out")
+    if wants.draft and not footprint.holds_mtp:
+        model = quoted(footprint.name)
+        raise ConfigError(f"--draft is {wants.draft}, but {model} has no MTP layer that could be loaded; leave it out")
     if wants.kv_dtype not in ("auto", *KV_DTYPES):
         raise ConfigError(f"--kv-dtype is {quoted(wants.kv_dtype)}, wanted auto, {', '.join(KV_DTYPES)}")
     if wants.activations not in ("auto", "int8", "fp32"):
