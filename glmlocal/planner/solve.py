@@ -24,7 +24,8 @@ from glmlocal.planner.plan import Plan, Resolved, Wants
 
 BLOCK_SIZE = 32  # tokens of a KV block, as in engine/loader.py
 KV_FRACTION = 0.5  # without GPUs: of the memory that weights leave, what KV takes unless more was asked for
-LEAST_CONTEXT = 8192  # below it, and without a wish, experts rather leave the fastest tier
+LEAST_CONTEXT = 2048  # promised without a wish: for less, experts rather leave the fastest tier, or it does not fit
+POOL_CONTEXT = 8192  # of every sequence of the batch, what the pool has room for at the least
 SPILL_CONTEXT = 32768  # without a wish, where experts have to leave it: KV is not to push out more of them
 MOST_BATCH = 1024
 MOST_THREADS = 1 << 16
@@ -151,16 +152,14 @@ def _with_context(demand: Demand, most_pace: float) -> tuple[int, int, Layout]:
         fast = largest(min(limit, SPILL_CONTEXT), keeps)
         if fast < least:
             fast = largest(least, lambda kv_tokens: holds(demand, kv_tokens))
-    if fast:  # beyond this, KV is not to push layers to slower GPUs
-        most_pace = pace(demand, _least_pool(demand, fast))
-    if fast and wanted is None:
-        fast = max(fast, largest(limit, keeps))
     if fast < (wanted or least):
         spilled = wanted or largest(min(limit, SPILL_CONTEXT), lambda kv_tokens: lay_out(demand, kv_tokens).fits)
-        kv_tokens = _least_pool(demand, spilled or least)
-        layout = lay_out(demand, kv_tokens)
-        if layout.fits or not fast:
-            return spilled or least, kv_tokens, layout
+        context = spilled if spilled >= least else wanted or least
+        kv_tokens = _least_pool(demand, context)
+        return context, kv_tokens, lay_out(demand, kv_tokens)
+    most_pace = pace(demand, _least_pool(demand, fast))  # from here on, KV is not to push layers to slower GPUs
+    if wanted is None:
+        fast = max(fast, largest(limit, keeps))
     lowest, highest = _least_pool(demand, fast), _blocks(fast) * demand.wants.batch
     kv_tokens = lowest + _largest(highest - lowest, lambda tokens: keeps(lowest + tokens))
     return fast, kv_tokens, lay_out(demand, kv_tokens)
@@ -168,7 +167,7 @@ def _with_context(demand: Demand, most_pace: float) -> tuple[int, int, Layout]:
 
 def _least_pool(demand: Demand, context: int) -> int:
     """One full context, and for every sequence of the batch 8,192 tokens, or its context where that is shorter."""
-    return max(_blocks(context), demand.wants.batch * _blocks(min(context, LEAST_CONTEXT)))
+    return max(_blocks(context), demand.wants.batch * _blocks(min(context, POOL_CONTEXT)))
 
 
 def _blocks(tokens: int) -> int:

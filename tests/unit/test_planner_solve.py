@@ -11,12 +11,11 @@ import pytest
 
 from glmlocal.errors import ConfigError, PlanError
 from glmlocal.planner import ledger, solve
-from glmlocal.planner.hardware import parse_ram
 from glmlocal.planner.machine import Nvme
 from glmlocal.planner.plan import CPU, Plan, Wants
 from glmlocal.planner.solve import choose, plan
 from glmlocal.units import GIB
-from planned import H100, H200, RTX3090, RTX4090, air, glm45, machine
+from planned import H100, H200, RTX3090, RTX4090, air, follow, glm45, machine
 
 FP8 = {"scheme": "fp8_channel", "bits": 8}
 INT4 = {"scheme": "int4 group 32", "bits": 4.5, "quant": "int4"}
@@ -199,25 +198,6 @@ def test_auto_kv_dtype(model, gpus, kv_dtype):
 def test_small_models_run_exactly():
     found = plan(air(layers=2, experts=4, vocab=1000, hidden=256, moe=64), machine(), Wants())
     assert (found.resolved.kv_dtype, found.resolved.activations) == ("fp32", "fp32")
-
-
-def follow(model, hardware, wants, option, others=()):
-    """What happens when somebody types the advice behind the same command."""
-    words = option.split()
-    for name, value in zip(words[::2], words[1::2], strict=True):
-        if name == "--cpu-offload-gb":
-            wants = replace(wants, cpu_offload_bytes=int(value) * GIB, offload=True)
-        elif name == "--ram":
-            hardware = replace(hardware, ram=parse_ram(value))
-            wants = replace(wants, ram_bytes=None)
-        elif name == "--gpus":
-            hardware = replace(hardware, gpus=hardware.gpus[:1] * int(value.split("x")[0]))
-        elif name == "--quant":
-            model = next(each for each in others if each.quant == value)
-        else:
-            key = {"--context": "context", "--kv-dtype": "kv_dtype", "--batch": "batch", "--draft": "draft"}[name]
-            wants = replace(wants, **{key: value if key == "kv_dtype" else int(value)})
-    return plan(model, hardware, wants)
 
 
 def test_advice_ranks_small_changes_first_and_each_fits():
