@@ -58,6 +58,8 @@ def machine(
 ) -> Machine:
     """What ``--gpus``, ``--ram``, ``--nvme`` and ``--link`` say; this machine wherever they say nothing.
 
+    Where GPUs are described, another machine is meant, and it has no disk unless one is described too.
+
     With ``limits_of_this_machine`` the words limit this machine instead, for commands that run: GPUs or memory that it
     does not have are refused. Raises ConfigError.
     """
@@ -76,13 +78,14 @@ def machine(
             found = _present(gpus, found, _gpus(link_rate)[0])
     chosen_ram = own_ram if ram is None else parse_ram(ram)
     own_nvme = _nvme(measured)
-    chosen_nvme = own_nvme if nvme is None else parse_nvme(nvme)
+    has_described_gpus = not is_auto and bool(found) and not limits_of_this_machine
+    chosen_nvme = parse_nvme(nvme) if nvme is not None else None if has_described_gpus else own_nvme
     if limits_of_this_machine:
         chosen_ram = own_ram if ram is None else _less_ram(ram, chosen_ram, own_ram)
         chosen_nvme = None if chosen_nvme is None else _less_nvme(chosen_nvme, own_nvme)
     is_own = is_auto and ram is None and nvme is None and link is None
     if not is_own and not limits_of_this_machine:
-        notes.append(_described_note(is_auto, ram, nvme))
+        notes.append(_described_note(is_auto, ram, chosen_nvme is own_nvme))
     found, chosen_ram = _shared(found, chosen_ram)
     return Machine(
         gpus=found,
@@ -203,7 +206,7 @@ def _measurement_notes(measured: Measurements | None, reason: str) -> Iterator[s
         yield "something else ran while `glmlocal doctor` measured: the rates are too low; run it again"
 
 
-def _described_note(gpus_are_own: bool, ram: str | None, nvme: str | None) -> str:
+def _described_note(gpus_are_own: bool, ram: str | None, nvme_is_own: bool) -> str:
     """Which parts of a described machine are this one's."""
-    own = ["GPUs"] * gpus_are_own + ["CPU"] + ["memory"] * (ram is None) + ["disk"] * (nvme is None)
+    own = ["GPUs"] * gpus_are_own + ["CPU"] + ["memory"] * (ram is None) + ["disk"] * nvme_is_own
     return f"not described, so as on this machine: {', '.join(own)}"

@@ -38,13 +38,16 @@ def plan(
     *,
     alternatives: Sequence[Footprint] = (),
     efficiency: Efficiency = DEFAULT,
+    with_advice: bool = True,
 ) -> Plan:
     """The fastest placement that the rules of docs/design/003-planner.md find, or a plan with ``fits`` False.
 
     ``alternatives``: the same model quantized further, finest first, for advice. Raises ConfigError for wishes that no
-    machine could meet.
+    machine could meet. ``with_advice`` False: for tables of many plans, since what would fit takes the longest to find.
     """
     found = _solve(footprint, machine, wants, efficiency)
+    if not with_advice:
+        return found
     if found.fits:
         return replace(found, advice=advise.for_running(found))
 
@@ -59,9 +62,12 @@ def choose(footprints: Sequence[Footprint], machine: Machine, wants: Wants) -> P
     """
     if not footprints:
         raise PlanError("no quantization to choose from")
-    plans = [
-        plan(footprint, machine, wants, alternatives=footprints[i + 1 :]) for i, footprint in enumerate(footprints)
-    ]
+    plans = [plan(footprint, machine, wants, with_advice=False) for footprint in footprints]
+    chosen = plans.index(_best(plans))
+    return plan(footprints[chosen], machine, wants, alternatives=footprints[chosen + 1 :])
+
+
+def _best(plans: Sequence[Plan]) -> Plan:
     fitting = [each for each in plans if each.fits]
     for each in fitting:
         if each.placement is not None and not any(each.placement.nvme_experts):

@@ -322,7 +322,11 @@ def test_describing_one_part_leaves_the_others_as_they_are_and_says_so(own: pyte
     assert not machine.is_this_machine
     assert [gpu.name for gpu in machine.gpus] == ["H100", "H100"]
     assert machine.ram.total_bytes == 64 * GIB
-    assert any("as on this machine: CPU, memory, disk" in note for note in machine.notes)
+    assert any(note.endswith("as on this machine: CPU, memory") for note in machine.notes)
+    assert machine.nvme is None  # another machine's disk is unknown
+    assert probe.machine("2xH100", nvme="2TB@7").nvme == Nvme(2 * 10**12, 7.0)
+    assert probe.machine("none").nvme is not None
+    assert any(note.endswith("CPU, memory, disk") for note in probe.machine("none").notes)
     all_described = probe.machine("none", "128GiB@60", "none")
     assert all_described.ram.read_gb_per_s == 60
     assert all_described.nvme is None
