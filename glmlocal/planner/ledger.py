@@ -17,7 +17,7 @@ from glmlocal.planner.plan import CPU, Device, Line, Placement, Wants
 from glmlocal.units import GIB, MIB, format_bytes
 
 MAX_NUM_BATCHED_TOKENS = 512  # of one prefill chunk, as in engine/loader.py
-RUNTIME_BYTES = 240 * MIB  # resident set of Python with torch, glmlocal and the extension: 227 to 235 MiB measured
+RUNTIME_BYTES = 230 * MIB  # resident set of Python with torch, glmlocal and the extension: 225 to 235 MiB measured
 CUDA_CONTEXT_BYTES = GIB // 2  # driver and lazily loaded kernels about 300 MiB (pytorch#107667), libraries' workspace
 ACTIVATION_ROWS = (
     24  # rows of hidden_size in fp32 that a token of a chunk holds at once: q, k, v, 8 experts' results, …
