@@ -11,7 +11,7 @@ from glmlocal.catalogue import Release
 from glmlocal.errors import CheckpointError, ConfigError
 from glmlocal.formats.forms import FORMS, Form
 from glmlocal.formats.fp8 import FP8_DTYPE, scales_of
-from glmlocal.formats.ggml_blocks import DENSE_DTYPES, QUANTIZED_DTYPES
+from glmlocal.formats.ggml_blocks import DENSE_DTYPES
 from glmlocal.formats.index import Checkpoint, TensorIndex
 from glmlocal.formats.llama_cpp_types import tensor_type
 from glmlocal.models import dsa_config, tensors
@@ -226,7 +226,7 @@ def _check_dsa(config: DsaConfig, index: TensorIndex) -> bool:
             raise CheckpointError(f"{index.source} lacks the tensor {name} (shape {list(shape)}); download it again")
         if ref.shape != shape:
             raise CheckpointError(f"tensor {name} has shape {list(ref.shape)}, wanted {list(shape)}")
-        if ref.dtype not in DENSE_DTYPES | QUANTIZED_DTYPES | {FP8_DTYPE}:
+        if ref.dtype not in DENSE_DTYPES and (ref.dtype, len(shape)) != (FP8_DTYPE, 2):
             raise CheckpointError(f"tensor {name} is {ref.dtype}, which is not supported")
     return has_mtp
 

@@ -78,6 +78,10 @@ def test_footprint_of_a_checkpoint_without_mtp(saved: Path) -> None:
         ),
         (lambda t: t.update({"lm_head.weight": torch.zeros(96, 32)}), r"lm_head\.weight has shape \[96, 32\]"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(96, 64, dtype=torch.int8)}), r"lm_head\.weight is I8"),
+        (
+            lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn)}),
+            r"model\.norm\.weight is F8_E4M3",
+        ),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_refused(saved: Path, tmp_path: Path, change: Any, said: str) -> None:
@@ -111,6 +115,7 @@ def test_indexers_by_list_by_pattern_and_by_schedule() -> None:
         ({"hidden_size": True}, "hidden_size is True"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"n_routed_experts": 10**6}, "n_routed_experts is 1000000"),
+        ({"n_routed_experts": 1024, "num_hidden_layers": 129}, "at most 131072 experts in all 129 layers"),
         ({"vocab_size": 1 << 40}, "vocab_size is"),
         ({"index_topk_freq": 0}, "index_topk_freq is 0"),
         ({"num_experts_per_tok": 257}, "num_experts_per_tok is 257"),

@@ -21,9 +21,11 @@ from glmlocal.catalogue import Family, Release
 from glmlocal.demo.cache import cached_demo
 from glmlocal.engine.loader import load_engine
 from glmlocal.errors import CheckpointError, ConfigError
+from glmlocal.formats.forms import FORMS, Form
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.formats.llama_cpp_types import tensor_type
 from glmlocal.kernels import cpu
+from glmlocal.kernels.reference import takes_int8
 from glmlocal.models.config import ModelConfig, expected_mtp_tensors, expected_tensors, optional_mtp_tensors
 from glmlocal.models.footprint import COMPONENTS, Footprint, Layer, Part
 from glmlocal.models.footprints import of_checkpoint, of_release
@@ -161,6 +163,11 @@ def test_quantizing_at_load_leaves_what_is_quantized_and_keeps_8_bits_where_4_wo
 def test_unknown_quant_is_refused() -> None:
     with pytest.raises(ConfigError, match="'int3'"):
         of_release(release("GLM-4.5-Air-FP8"), "int3")
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=lambda form: form.name)
+def test_forms_that_are_multiplied_as_integers(form: Form) -> None:
+    assert form.is_integer == (form.scheme is not None and takes_int8(form.scheme))
 
 
 # What a loaded model holds
