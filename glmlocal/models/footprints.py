@@ -205,12 +205,12 @@ def _found(index: TensorIndex, names: Iterable[str]) -> list[Stored]:
 
 def _stored_mtp(config: _Config, index: TensorIndex, quant: str, *, has_mtp: bool) -> Iterable[tuple[Layer, bool]]:
     for i in _mtp_layers(config):
-        names = [name for name in {**_layer_tensors(config, i), **_copies(config, i)} if name in index]
+        weights = {**_layer_tensors(config, i), **_copies(config, i)}
         if has_mtp:
-            yield layer_of(_found(index, names), quant, in_mtp=True)
+            yield layer_of(_found(index, [name for name in weights if name in index]), quant, in_mtp=True)
         else:
-            refs = (index[name] for name in names)
-            yield unused_layer(Stored(ref.name, ref.shape, FORMS["f32"], ref.nbytes) for ref in refs), True
+            refs = (ref for name, ref in index.items() if name.startswith(f"model.layers.{i}."))
+            yield unused_layer(refs, weights), True
 
 
 def _check_dsa(config: DsaConfig, index: TensorIndex) -> bool:
@@ -250,9 +250,8 @@ def _footprint(
     has_indexer = [isinstance(config, DsaConfig) and config.has_indexer(i) for i in range(num_layers)]
     index_kv = {dtype: tuple(size if has else 0 for has in has_indexer) for dtype, size in index_cache.items()}
     kv = {dtype: tuple(size + i for i in index_kv.get(dtype, (0,) * num_layers)) for dtype, size in cache.items()}
-    mtp_kv = {
-        dtype: config.num_nextn_predict_layers * (size + index_cache.get(dtype, 0)) for dtype, size in cache.items()
-    }
+    num_mtp = config.num_nextn_predict_layers if mtp is not None and mtp.nbytes else 0  # of those that are held
+    mtp_kv = {dtype: num_mtp * (size + index_cache.get(dtype, 0)) for dtype, size in cache.items()}
     return Footprint(
         name=name,
         quant=quant,
@@ -264,7 +263,7 @@ def _footprint(
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         kv_bytes=kv,
-        mtp_kv_bytes=mtp_kv if mtp is not None else dict.fromkeys(mtp_kv, 0),
+        mtp_kv_bytes=mtp_kv,
         attention_flops=(_attention_flops(config),) * num_layers,
         attention_window=config.index_topk if isinstance(config, DsaConfig) else None,
         file_bytes=file_bytes,

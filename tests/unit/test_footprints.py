@@ -297,6 +297,8 @@ def test_plan_of_a_mixed_gguf_is_what_the_loaded_model_holds(file_type: str, tmp
     schemes = [layer.expert.scheme for layer in footprint.layers if layer.expert]
     if file_type == "Q4_K_M":
         assert set(schemes) == {"Q4_K + Q5_0", "Q4_K + Q8_0"}
+        attention = [part.scheme for part in footprint.layers[0].parts if part.component == "attention"]
+        assert sorted(attention) == ["Q4_K", "Q6_K", "f32"]
 
 
 @needs_native
@@ -326,13 +328,31 @@ def rewrite(directory: Path, change: Any) -> None:
 
 
 @needs_native
+def test_an_incomplete_fp8_mtp_layer_counts_its_scales_as_bytes_alone(tmp_path: Path) -> None:
+    source = tiny.save(tiny.build_model(**tiny.FP8_SIZES), tmp_path / "source", mtp=True)
+    (tmp_path / "fp8").mkdir()
+    directory = tiny.quantize_fp8(source, tmp_path / "fp8", style="deepseek")
+    whole = of_checkpoint(open_checkpoint(directory))
+    rewrite(directory, lambda tensors: tensors.pop("model.layers.3.enorm.weight"))
+    footprint = compare(directory, "keep")
+    assert footprint.total_params == whole.total_params - 160
+    assert footprint.mtp is not None
+    assert whole.mtp is not None
+    assert footprint.mtp.checkpoint_bytes == whole.mtp.checkpoint_bytes - 160 * 4
+
+
+@needs_native
 def test_an_incomplete_mtp_layer_is_in_the_file_and_not_held(tmp_path: Path) -> None:
     directory = tiny.save(tiny.build_model(), tmp_path, mtp=True)
     rewrite(directory, lambda tensors: tensors.pop("model.layers.3.enorm.weight"))
     footprint = compare(directory, "keep")
     assert footprint.mtp is not None
     assert not footprint.holds_mtp
-    assert footprint.mtp.checkpoint_bytes > 0
+    left = [ref for name, ref in open_checkpoint(directory).tensors.items() if name.startswith("model.layers.3.")]
+    assert footprint.mtp.checkpoint_bytes == sum(ref.nbytes for ref in left)
+    assert footprint.mtp.params == sum(ref.num_elements for ref in left)
+    assert {part.scheme for part in footprint.mtp.parts} == {"F32"}
+    assert set(footprint.mtp_kv_bytes.values()) == {0}
 
 
 def test_a_declared_mtp_layer_that_is_not_there_is_none(tmp_path: Path) -> None:
