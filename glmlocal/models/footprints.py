@@ -123,14 +123,10 @@ def _copies(config: _Config, i: int) -> dict[str, tuple[int, ...]]:
 
 
 def _release_shapes(release: Release, config: _Config, i: int) -> _Shapes:
-    is_mtp = i >= config.num_hidden_layers
-    return _shapes_of_a_layer(config, i) + (
-        tuple(_copies(config, i).items()) if is_mtp and _has_copies(release) else ()
-    )
-
-
-def _has_copies(release: Release) -> bool:
-    return release.mtp == "with copies"
+    shapes = _shapes_of_a_layer(config, i)
+    if i >= config.num_hidden_layers and release.mtp == "with copies":
+        shapes += tuple(_copies(config, i).items())
+    return shapes
 
 
 @lru_cache(maxsize=256)
@@ -220,6 +216,8 @@ def _check_dsa(config: DsaConfig, index: TensorIndex) -> bool:
     for i in range(config.num_hidden_layers):
         model |= _layer_tensors(config, i)
     has_mtp = bool(mtp) and all(name in index for name in mtp)
+    for i in _mtp_layers(config):
+        mtp |= {name: shape for name, shape in _copies(config, i).items() if name in index}
     for name, shape in (model | mtp if has_mtp else model).items():
         ref = index.get(name)
         if ref is None:

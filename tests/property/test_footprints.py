@@ -144,6 +144,8 @@ def test_a_glm4_release_is_what_is_found(config: dict[str, Any], form: str, mtp:
     assert without_source(expected) == without_source(found)
     assert found.weights_bytes == index.nbytes
     assert found.is_exact
+    num_mtp = 0 if mtp == "none" else config["num_nextn_predict_layers"]
+    assert found.mtp_kv_bytes == {dtype: num_mtp * layers[0] for dtype, layers in found.kv_bytes.items()}
     assert expected.file_bytes == expected.weights_bytes + 20_000_000
 
 

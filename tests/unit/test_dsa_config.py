@@ -93,6 +93,22 @@ def test_a_checkpoint_that_is_not_whole_is_refused(saved: Path, tmp_path: Path, 
         of_checkpoint(open_checkpoint(tmp_path))
 
 
+def test_a_copy_in_the_mtp_layer_is_looked_at_too(saved: Path, tmp_path: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    config = DsaConfig.from_hf(json.loads((saved / "config.json").read_text()))
+    tensors |= {name: torch.zeros(shape) for name, shape in layer_tensors(config, 6).items()}
+    tensors["model.layers.6.shared_head.head.weight"] = torch.zeros(96, 64)
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    footprint = of_checkpoint(open_checkpoint(tmp_path))
+    assert footprint.holds_mtp
+    assert footprint.weights_bytes == open_checkpoint(tmp_path).tensors.nbytes
+    tensors["model.layers.6.shared_head.head.weight"] = torch.zeros(96, 64, 1)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"shared_head\.head\.weight has shape \[96, 64, 1\]"):
+        of_checkpoint(open_checkpoint(tmp_path))
+
+
 def test_indexers_by_list_by_pattern_and_by_schedule() -> None:
     full = [0, 1, 2, *range(6, 78, 4)]
     kinds = ["full" if i in full else "shared" for i in range(78)]

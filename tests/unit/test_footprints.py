@@ -298,7 +298,7 @@ def test_plan_of_a_mixed_gguf_is_what_the_loaded_model_holds(file_type: str, tmp
     if file_type == "Q4_K_M":
         assert set(schemes) == {"Q4_K + Q5_0", "Q4_K + Q8_0"}
         attention = [part.scheme for part in footprint.layers[0].parts if part.component == "attention"]
-        assert sorted(attention) == ["Q4_K", "Q6_K", "f32"]
+        assert sorted(attention) == ["Q4_K", "Q5_0", "Q6_K", "f32"]
 
 
 @needs_native
