@@ -380,7 +380,7 @@ def test_a_family_becomes_the_release_that_suits_the_machine(capsys: pytest.Capt
     assert main(["plan", "glm-4.5-air", "--gpus", "4xH100", "--ram", "1TB"]) == 0
     assert capsys.readouterr().out.startswith("GLM-4.5-Air-BF16 fits")
     assert main(["plan", "GLM-4.5-Air", "--gpus", "none", "--ram", "96GiB@60", "--nvme", "none"]) == 0
-    assert capsys.readouterr().out.startswith("GLM-4.5-Air-FP8 as int4 fits 96 GiB of RAM")
+    assert capsys.readouterr().out.startswith("GLM-4.5-Air-GGUF:Q4_K_M fits 96 GiB of RAM")
 
 
 def test_quant_leaves_no_choice(capsys: pytest.CaptureFixture[str]) -> None:
