@@ -23,20 +23,20 @@ Solve = Callable[[Footprint, Machine, Wants], Layout]
 
 
 def shortfall(footprint: Footprint, layout: Layout) -> Shortfall:
-    """The device that misses most; GPUs of one kind are named once, with what is short on all of them together."""
-    missing = {device: device.used_bytes - device.capacity_bytes for device in layout.devices}
-    short = {device: nbytes for device, nbytes in missing.items() if nbytes > 0}
-    worst = max(short, key=lambda device: short[device])
-    alike = [device for device in short if device.kind == worst.kind]
-    total = sum(short[device] for device in alike)
-    used, capacity = sum(d.used_bytes for d in alike), sum(d.capacity_bytes for d in alike)
-    where = worst.name if len(alike) == 1 else f"{len(alike)} {worst.kind.upper()}s"
-    gpus_full = ", with what the GPUs hold taken off" if worst.kind != "gpu" and layout.devices[0].kind == "gpu" else ""
+    """What is missing on the device that misses most; on all GPUs together where moving layers would not help."""
+    worst = max(layout.devices, key=lambda device: device.used_bytes - device.capacity_bytes)
+    where, used, capacity = worst.name, worst.used_bytes, worst.capacity_bytes
+    gpus = [device for device in layout.devices if device.kind == "gpu"]
+    if worst.kind == "gpu" and len(gpus) > 1:
+        together, room = sum(gpu.used_bytes for gpu in gpus), sum(gpu.capacity_bytes for gpu in gpus)
+        if together > room:
+            where, used, capacity = f"{len(gpus)} GPUs", together, room
+    beside = ", with what the GPUs hold taken off" if gpus and worst.kind != "gpu" else ""
     text = (
-        f"{footprint.name} needs {format_bytes(used)} of {where}{gpus_full}, but {format_bytes(capacity)} can be used: "
-        f"{format_bytes(total)} are missing"
+        f"{footprint.name} needs {format_bytes(used)} of {where}{beside}, but {format_bytes(capacity)} can be used: "
+        f"{format_bytes(used - capacity)} are missing"
     )
-    return Shortfall(where, total, text)
+    return Shortfall(where, used - capacity, text)
 
 
 def for_running(plan: Plan) -> tuple[Advice, ...]:
