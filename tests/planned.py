@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from glmlocal.models.footprint import Footprint, Layer, Part
+from glmlocal.planner.hardware import parse_ram
 from glmlocal.planner.machine import Cpu, Gpu, Machine, Nvme, Ram
+from glmlocal.planner.plan import Plan, Wants
+from glmlocal.planner.solve import plan
 from glmlocal.units import GIB, MIB
 
 H100 = Gpu("H100", 81559 * MIB, 3350, 50, 989, 1979, 1979)
@@ -79,3 +85,22 @@ def air(scheme: str = "bf16", bits: float = 16, **more: object) -> Footprint:
 def glm45(scheme: str = "bf16", bits: float = 16, **more: object) -> Footprint:
     shape = {"layers": 92, "dense": 3, "hidden": 5120, "intermediate": 12288, "moe": 1536, "experts": 160}
     return footprint("GLM-4.5", scheme=scheme, bits=bits, **shape, **more)  # type: ignore[arg-type]
+
+
+def follow(model: Footprint, hardware: Machine, wants: Wants, option: str, others: Sequence[Footprint] = ()) -> Plan:
+    """What happens when somebody types the advice behind the same command."""
+    words = option.split()
+    for name, value in zip(words[::2], words[1::2], strict=True):
+        if name == "--cpu-offload-gb":
+            wants = replace(wants, cpu_offload_bytes=int(value) * GIB, offload=True)
+        elif name == "--ram":
+            hardware = replace(hardware, ram=parse_ram(value))
+            wants = replace(wants, ram_bytes=None)
+        elif name == "--gpus":
+            hardware = replace(hardware, gpus=hardware.gpus[:1] * int(value.split("x")[0]))
+        elif name == "--quant":
+            model = next(each for each in others if each.quant == value)
+        else:
+            key = {"--context": "context", "--kv-dtype": "kv_dtype", "--batch": "batch", "--draft": "draft"}[name]
+            wants = replace(wants, **{key: value if key == "kv_dtype" else int(value)})
+    return plan(model, hardware, wants)

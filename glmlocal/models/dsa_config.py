@@ -17,6 +17,7 @@ MODEL_TYPE = "glm_moe_dsa"
 _MOST = {"vocab_size": 1 << 24, "max_position_embeddings": 1 << 30, "num_hidden_layers": 512}
 _MOST |= {"n_routed_experts": 1024, "num_nextn_predict_layers": 16, "index_topk_freq": 512}
 _MOST_ELSE = 1 << 20
+_MOST_EXPERTS_IN_ALL = 1 << 17  # GLM-5 has 19,456; the list of tensors must stay a list one can make
 _LEAST = {"first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -81,6 +82,9 @@ class DsaConfig:
             raise _wrong("num_experts_per_tok", result.num_experts_per_tok, f"1 to {result.n_routed_experts}")
         if result.first_k_dense_replace > result.num_hidden_layers:
             raise _wrong("first_k_dense_replace", result.first_k_dense_replace, f"0 to {result.num_hidden_layers}")
+        if result.num_hidden_layers * result.n_routed_experts > _MOST_EXPERTS_IN_ALL:
+            wanted = f"at most {_MOST_EXPERTS_IN_ALL} experts in all {result.num_hidden_layers} layers"
+            raise _wrong("n_routed_experts", result.n_routed_experts, wanted)
         return result
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from glmlocal.formats.forms import FORMS, Form
+from glmlocal.formats.index import TensorRef
 from glmlocal.models.footprint import Layer, Part
 
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
@@ -70,22 +71,31 @@ def layer_of(
     """
     quant = "int8" if in_mtp and quant == "int4" else quant
     parts: list[Part] = []
-    matrices: dict[int, list[Part]] = {}
+    experts: dict[str, list[Stored]] = {}
     for tensor in tensors:
         expert = _EXPERT.search(tensor.name)
-        part = _part(tensor, component_of(tensor.name), quant)
-        (matrices.setdefault(int(expert[1]), []) if expert else parts).append(part)
-    if not matrices:
+        if expert is not None:
+            experts.setdefault(expert[1], []).append(tensor)
+        else:
+            parts.append(_part(tensor, component_of(tensor.name), quant))
+    if not experts:
         return Layer(merged(parts)), True
-    experts = [_one_expert(three) for three in matrices.values()]
-    largest = max(experts, key=lambda part: (part.nbytes, part.checkpoint_bytes))
-    return Layer(merged(parts), largest, num_experts or len(experts)), all(one == largest for one in experts)
+    kinds = {tuple((one.shape, one.form.name, one.nbytes) for one in three): three for three in experts.values()}
+    found = [_one_expert([_part(matrix, "routed", quant) for matrix in three]) for three in kinds.values()]
+    largest = max(found, key=lambda part: (part.nbytes, part.checkpoint_bytes))
+    return Layer(merged(parts), largest, num_experts or len(experts)), len(found) == 1
 
 
-def unused_layer(tensors: Iterable[Stored]) -> Layer:
-    """A layer that is in the file and that the runtime leaves there."""
-    parts = (_part(tensor, component_of(tensor.name), "keep") for tensor in tensors)
-    return Layer(merged(replace(part, nbytes=0) for part in parts))
+def unused_layer(refs: Iterable[TensorRef], weights: Collection[str]) -> Layer:
+    """A layer that is in the file and that the runtime leaves there; ``weights`` tells parameters from scales."""
+    return Layer(
+        merged(
+            Part(
+                component_of(ref.name), ref.dtype, ref.num_elements if ref.name in weights else 0, ref.nbytes, nbytes=0
+            )
+            for ref in refs
+        )
+    )
 
 
 def joined(layers: Iterable[Layer]) -> Layer | None:

@@ -11,7 +11,7 @@ from glmlocal.catalogue import Release
 from glmlocal.errors import CheckpointError, ConfigError
 from glmlocal.formats.forms import FORMS, Form
 from glmlocal.formats.fp8 import FP8_DTYPE, scales_of
-from glmlocal.formats.ggml_blocks import DENSE_DTYPES, QUANTIZED_DTYPES
+from glmlocal.formats.ggml_blocks import DENSE_DTYPES
 from glmlocal.formats.index import Checkpoint, TensorIndex
 from glmlocal.formats.llama_cpp_types import tensor_type
 from glmlocal.models import dsa_config, tensors
@@ -123,14 +123,10 @@ def _copies(config: _Config, i: int) -> dict[str, tuple[int, ...]]:
 
 
 def _release_shapes(release: Release, config: _Config, i: int) -> _Shapes:
-    is_mtp = i >= config.num_hidden_layers
-    return _shapes_of_a_layer(config, i) + (
-        tuple(_copies(config, i).items()) if is_mtp and _has_copies(release) else ()
-    )
-
-
-def _has_copies(release: Release) -> bool:
-    return release.mtp == "with copies"
+    shapes = _shapes_of_a_layer(config, i)
+    if i >= config.num_hidden_layers and release.mtp == "with copies":
+        shapes += tuple(_copies(config, i).items())
+    return shapes
 
 
 @lru_cache(maxsize=256)
@@ -205,12 +201,12 @@ def _found(index: TensorIndex, names: Iterable[str]) -> list[Stored]:
 
 def _stored_mtp(config: _Config, index: TensorIndex, quant: str, *, has_mtp: bool) -> Iterable[tuple[Layer, bool]]:
     for i in _mtp_layers(config):
-        names = [name for name in {**_layer_tensors(config, i), **_copies(config, i)} if name in index]
+        weights = {**_layer_tensors(config, i), **_copies(config, i)}
         if has_mtp:
-            yield layer_of(_found(index, names), quant, in_mtp=True)
+            yield layer_of(_found(index, [name for name in weights if name in index]), quant, in_mtp=True)
         else:
-            refs = (index[name] for name in names)
-            yield unused_layer(Stored(ref.name, ref.shape, FORMS["f32"], ref.nbytes) for ref in refs), True
+            refs = (ref for name, ref in index.items() if name.startswith(f"model.layers.{i}."))
+            yield unused_layer(refs, weights), True
 
 
 def _check_dsa(config: DsaConfig, index: TensorIndex) -> bool:
@@ -220,13 +216,15 @@ def _check_dsa(config: DsaConfig, index: TensorIndex) -> bool:
     for i in range(config.num_hidden_layers):
         model |= _layer_tensors(config, i)
     has_mtp = bool(mtp) and all(name in index for name in mtp)
+    for i in _mtp_layers(config):
+        mtp |= {name: shape for name, shape in _copies(config, i).items() if name in index}
     for name, shape in (model | mtp if has_mtp else model).items():
         ref = index.get(name)
         if ref is None:
             raise CheckpointError(f"{index.source} lacks the tensor {name} (shape {list(shape)}); download it again")
         if ref.shape != shape:
             raise CheckpointError(f"tensor {name} has shape {list(ref.shape)}, wanted {list(shape)}")
-        if ref.dtype not in DENSE_DTYPES | QUANTIZED_DTYPES | {FP8_DTYPE}:
+        if ref.dtype not in DENSE_DTYPES and (ref.dtype, len(shape)) != (FP8_DTYPE, 2):
             raise CheckpointError(f"tensor {name} is {ref.dtype}, which is not supported")
     return has_mtp
 
@@ -250,9 +248,8 @@ def _footprint(
     has_indexer = [isinstance(config, DsaConfig) and config.has_indexer(i) for i in range(num_layers)]
     index_kv = {dtype: tuple(size if has else 0 for has in has_indexer) for dtype, size in index_cache.items()}
     kv = {dtype: tuple(size + i for i in index_kv.get(dtype, (0,) * num_layers)) for dtype, size in cache.items()}
-    mtp_kv = {
-        dtype: config.num_nextn_predict_layers * (size + index_cache.get(dtype, 0)) for dtype, size in cache.items()
-    }
+    num_mtp = config.num_nextn_predict_layers if mtp is not None and mtp.nbytes else 0  # of those that are held
+    mtp_kv = {dtype: num_mtp * (size + index_cache.get(dtype, 0)) for dtype, size in cache.items()}
     return Footprint(
         name=name,
         quant=quant,
@@ -264,7 +261,7 @@ def _footprint(
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         kv_bytes=kv,
-        mtp_kv_bytes=mtp_kv if mtp is not None else dict.fromkeys(mtp_kv, 0),
+        mtp_kv_bytes=mtp_kv,
         attention_flops=(_attention_flops(config),) * num_layers,
         attention_window=config.index_topk if isinstance(config, DsaConfig) else None,
         file_bytes=file_bytes,

@@ -23,20 +23,20 @@ Solve = Callable[[Footprint, Machine, Wants], Layout]
 
 
 def shortfall(footprint: Footprint, layout: Layout) -> Shortfall:
-    """The device that misses most; GPUs of one kind are named once, with what is short on all of them together."""
-    missing = {device: device.used_bytes - device.capacity_bytes for device in layout.devices}
-    short = {device: nbytes for device, nbytes in missing.items() if nbytes > 0}
-    worst = max(short, key=lambda device: short[device])
-    alike = [device for device in short if device.kind == worst.kind]
-    total = sum(short[device] for device in alike)
-    used, capacity = sum(d.used_bytes for d in alike), sum(d.capacity_bytes for d in alike)
-    where = worst.name if len(alike) == 1 else f"{len(alike)} {worst.kind.upper()}s"
-    gpus_full = ", with what the GPUs hold taken off" if worst.kind != "gpu" and layout.devices[0].kind == "gpu" else ""
+    """What is missing on the device that misses most; on all GPUs together where moving layers would not help."""
+    worst = max(layout.devices, key=lambda device: device.used_bytes - device.capacity_bytes)
+    where, used, capacity = worst.name, worst.used_bytes, worst.capacity_bytes
+    gpus = [device for device in layout.devices if device.kind == "gpu"]
+    if worst.kind == "gpu" and len(gpus) > 1:
+        together, room = sum(gpu.used_bytes for gpu in gpus), sum(gpu.capacity_bytes for gpu in gpus)
+        if together > room:
+            where, used, capacity = f"{len(gpus)} GPUs", together, room
+    beside = ", with what the GPUs hold taken off" if gpus and worst.kind != "gpu" else ""
     text = (
-        f"{footprint.name} needs {format_bytes(used)} of {where}{gpus_full}, but {format_bytes(capacity)} can be used: "
-        f"{format_bytes(total)} are missing"
+        f"{footprint.name} needs {format_bytes(used)} of {where}{beside}, but {format_bytes(capacity)} can be used: "
+        f"{format_bytes(used - capacity)} are missing"
     )
-    return Shortfall(where, total, text)
+    return Shortfall(where, used - capacity, text)
 
 
 def for_running(plan: Plan) -> tuple[Advice, ...]:
@@ -72,9 +72,11 @@ def for_fitting(
     plan: Plan, footprint: Footprint, alternatives: Sequence[Footprint], solve: Solve
 ) -> tuple[Advice, ...]:
     """Of a plan that does not fit: what would, the smallest change first."""
-    found: list[Advice] = []
-    for advice in (_offload, _context, _kv_dtype, _batch, _drafts_off):
+    found = list(_offload(plan, footprint, solve))
+    smallest_pool = replace(plan.wants, context=2, batch=1)
+    for advice in (_context, _kv_dtype, _batch) if solve(footprint, plan.machine, smallest_pool).fits else ():
         found += advice(plan, footprint, solve)
+    found += _drafts_off(plan, footprint, solve)
     found += _quant(plan, alternatives, solve)
     for advice in (_ram, _gpus):
         found += advice(plan, footprint, solve)
@@ -157,7 +159,7 @@ def _drafts_off(plan: Plan, footprint: Footprint, solve: Solve) -> Iterator[Advi
 
 def _quant(plan: Plan, alternatives: Sequence[Footprint], solve: Solve) -> Iterator[Advice]:
     for footprint in alternatives:
-        wants = plan.wants if footprint.mtp is not None else replace(plan.wants, draft=None)
+        wants = plan.wants if footprint.holds_mtp else replace(plan.wants, draft=None)
         if solve(footprint, plan.machine, wants).fits:
             yield Advice(f"quantized to {footprint.quant} while loading it fits", f"--quant {footprint.quant}")
             return

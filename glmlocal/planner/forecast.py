@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from glmlocal.models.footprint import Footprint, Layer, Part
@@ -22,7 +22,6 @@ MOST_DRAFTS = 3
 # Chance that the first, second, third draft of a step is kept, all before it too: GLM-5.2, 3 drafts, greedy, llama.cpp
 # PR 25980; GLM-4.5-Air with the MTP layer cold (ik_llama PR 1992: 0.838, 0.656, 0.500) is the same to 0.01.
 ACCEPTANCE = (0.834, 0.653, 0.494)
-INDEXER_SHARE = 0.18  # of GLM-5's KV bytes are indexer keys, read for every position; the rest within the window only
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +35,8 @@ class _Step:
     nvme_experts: int
     kv_bytes: int
     attention_flops: int
+    index_kv_bytes: int  # of kv_bytes, those that are read for every position whatever the window
+    index_flops: int
 
     @property
     def near(self) -> float:
@@ -142,8 +143,8 @@ class _Model:
     def _decode_on_cpu(self, clock: _Clock, s: Speeds, step: _Step, count: int, context: int, rows: int) -> None:
         fixed = sum(self._cpu_part(s, part, part.nbytes, part.params, rows) for part in step.layer.parts)
         clock.add("cpu memory", count * fixed)
-        attention = rows * step.attention_flops * self._positions(context) / s.attention_decode
-        keys = step.kv_bytes * self._stored(context) / s.cpu_read
+        attention = rows * self._attention_flops(step, context) / s.attention_decode
+        keys = self._kv_read(step, context) / s.cpu_read
         clock.add("cpu arithmetic" if attention > keys else "cpu memory", count * max(attention, keys))
         clock.add("overhead", count * s.time(s.e.cpu_layer_s))
         expert = step.layer.expert
@@ -164,7 +165,7 @@ class _Model:
 
     def _decode_on_gpu(self, clock: _Clock, s: Speeds, step: _Step, count: int, context: int, rows: int) -> None:
         gpu = self.machine.gpus[step.device]
-        fixed = step.layer.resident_bytes + step.kv_bytes * self._stored(context)
+        fixed = step.layer.resident_bytes + self._kv_read(step, context)
         clock.add("gpu memory", count * fixed / s.gpu_read(gpu))
         clock.add("overhead", count * s.time(s.e.gpu_layer_s))
         expert = step.layer.expert
@@ -210,13 +211,13 @@ class _Model:
                         self._prefill_on_cpu(clock, speeds, step, count * times, size)
                     else:
                         self._prefill_on_gpu(clock, speeds, step, count * times, size)
-        pairs = self._pairs(tokens)
+        windowed, everything = self._pairs(tokens), tokens * (tokens + 1) // 2
         for step, count in self.steps.items():
+            flops = count * (step.attention_flops * windowed + step.index_flops * everything)
             if step.device == CPU:
-                clock.add("cpu arithmetic", count * step.attention_flops * pairs / speeds.attention_prefill)
+                clock.add("cpu arithmetic", flops / speeds.attention_prefill)
             else:
-                flops = speeds.gpu_arithmetic(self.machine.gpus[step.device], "bf16")
-                clock.add("gpu arithmetic", count * step.attention_flops * pairs / flops)
+                clock.add("gpu arithmetic", flops / speeds.gpu_arithmetic(self.machine.gpus[step.device], "bf16"))
         self._around(clock, speeds, 1)
         return clock
 
@@ -261,7 +262,7 @@ class _Model:
         A step verifies the drafts in one batch, in which the tokens' experts add up, and runs the MTP layer and the
         head once per draft where the last layer is.
         """
-        if self.footprint.mtp is None or self.resolved.context <= MOST_DRAFTS:
+        if not self.footprint.holds_mtp or self.resolved.context <= MOST_DRAFTS:
             return {}
         return {
             count: self.rate(partial(self._speculate, drafts=count), 1.0 + sum(ACCEPTANCE[:count]))
@@ -316,10 +317,12 @@ class _Model:
         window = self.footprint.attention_window
         return context + 1 if window is None else min(context + 1, window)
 
-    def _stored(self, context: int) -> float:
-        """Positions whose keys and values are read."""
-        near = self._positions(context)
-        return near + INDEXER_SHARE * (context + 1 - near)
+    def _kv_read(self, step: _Step, context: int) -> int:
+        """Bytes of the cache that a query reads."""
+        return (step.kv_bytes - step.index_kv_bytes) * self._positions(context) + step.index_kv_bytes * (context + 1)
+
+    def _attention_flops(self, step: _Step, context: int) -> int:
+        return step.attention_flops * self._positions(context) + step.index_flops * (context + 1)
 
     def _pairs(self, tokens: int) -> int:
         """Of queries and positions in a prompt."""
@@ -338,7 +341,8 @@ class _Model:
 
 
 def _steps(footprint: Footprint, placement: Placement, kv_dtype: str) -> Iterable[_Step]:
-    kv = footprint.kv_bytes[kv_dtype]
+    kv, nothing = footprint.kv_bytes[kv_dtype], (0,) * len(footprint.layers)
+    index_kv, index_flops = footprint.index_kv_bytes.get(kv_dtype, nothing), footprint.index_flops or nothing
     for i, layer in enumerate(footprint.layers):
         yield _Step(
             layer,
@@ -348,6 +352,8 @@ def _steps(footprint: Footprint, placement: Placement, kv_dtype: str) -> Iterabl
             placement.nvme_experts[i],
             kv[i],
             footprint.attention_flops[i],
+            index_kv[i],
+            index_flops[i],
         )
 
 
@@ -355,11 +361,12 @@ def _mtp_step(footprint: Footprint, placement: Placement, kv_dtype: str) -> _Ste
     """The MTP layer as it is placed, or as it would be: all of it beside the last layer."""
     layer, last = footprint.mtp, len(footprint.layers)
     assert layer is not None
-    kv, flops = footprint.mtp_kv_bytes[kv_dtype], footprint.attention_flops[-1]
-    if len(placement.layer_device) > last:
-        ram = placement.ram_experts[last] + placement.ram_slots[last]
-        gpu, nvme = placement.gpu_experts[last], placement.nvme_experts[last]
-        return _Step(layer, placement.layer_device[last], gpu, ram, nvme, kv, flops)
+    like = list(_steps(footprint, placement, kv_dtype))[-1]  # its attention is that of the decoder layers
     device = placement.layer_device[-1]
-    here = (0, layer.num_experts) if device == CPU else (layer.num_experts, 0)
-    return _Step(layer, device, *here, 0, kv, flops)
+    if len(placement.layer_device) > last:
+        gpu, nvme = placement.gpu_experts[last], placement.nvme_experts[last]
+        ram = placement.ram_experts[last] + placement.ram_slots[last]
+    else:
+        gpu, ram, nvme = (0, layer.num_experts, 0) if device == CPU else (layer.num_experts, 0, 0)
+    kv = footprint.mtp_kv_bytes[kv_dtype]
+    return replace(like, layer=layer, device=device, gpu_experts=gpu, ram_experts=ram, nvme_experts=nvme, kv_bytes=kv)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from glmlocal.models.footprint import Footprint, Layer, Part
@@ -17,7 +17,7 @@ from glmlocal.planner.plan import CPU, Device, Line, Placement, Wants
 from glmlocal.units import GIB, MIB, format_bytes
 
 MAX_NUM_BATCHED_TOKENS = 512  # of one prefill chunk, as in engine/loader.py
-RUNTIME_BYTES = 240 * MIB  # resident set of Python with torch, glmlocal and the extension: 227 to 235 MiB measured
+RUNTIME_BYTES = 230 * MIB  # resident set of Python with torch, glmlocal and the extension: 225 to 235 MiB measured
 CUDA_CONTEXT_BYTES = GIB // 2  # driver and lazily loaded kernels about 300 MiB (pytorch#107667), libraries' workspace
 ACTIVATION_ROWS = (
     24  # rows of hidden_size in fp32 that a token of a chunk holds at once: q, k, v, 8 experts' results, …
@@ -56,6 +56,11 @@ class Demand:
         return sorted(usable, key=lambda item: -item[1].read_gb_per_s)
 
     @property
+    def needs_gpus(self) -> bool:
+        """Is there anything that may not be in RAM?"""
+        return bool(self.machine.gpus) and not self.wants.offload
+
+    @property
     def ram_bytes(self) -> int:
         available = self.machine.ram.available_bytes
         return available if self.wants.ram_bytes is None else min(available, self.wants.ram_bytes)
@@ -83,11 +88,12 @@ class Demand:
 
     @cached_property
     def ram_overhead(self) -> tuple[Line, ...]:
-        margin = max(64 * MIB, 0 if self.gpus else sum(layer.nbytes for layer in self.chain) // 200)
+        weights = sum(layer.nbytes for layer in self.chain)
+        margin = max(64 * MIB, min(weights, self.ram_bytes) // 200)
         return (
             Line("runtime", RUNTIME_BYTES, "measured", "Python, torch, glmlocal and its kernels, without a model"),
             self.activations,
-            Line("margin", margin, "modelled", "64 MiB, or 0.5 % of weights that are read into RAM"),
+            Line("margin", margin, "modelled", "0.5 % of the weights or the RAM, the smaller; at least 64 MiB"),
         )
 
     @cached_property
@@ -150,6 +156,8 @@ def holds(demand: Demand, kv_tokens: int, kv_fraction: float = 1.0) -> bool:
         offload = demand.wants.cpu_offload_bytes or 0
         budgets = [demand.gpu_free_bytes(gpu) + _relief(demand, offload) for _, gpu in gpus]
         return layers.pack(sizes.full, budgets) is not None
+    if demand.needs_gpus:
+        return False
     kv = sum(demand.kv_bytes) * kv_tokens
     overhead = sum(line.nbytes for line in demand.ram_overhead) + _embedding_bytes(demand)
     free = demand.ram_bytes - overhead - (sum(sizes.full) - kv)
@@ -161,15 +169,23 @@ def pace(demand: Demand, kv_tokens: int) -> float:
     rates = {number: gpu.read_gb_per_s for number, gpu in demand.gpus}
     if len(set(rates.values())) < 2:
         return 0.0
-    owners, _, _ = _on_gpus(demand, _bytes(demand, kv_tokens))
+    owners, _, _ = _on_gpus(demand, _bytes(demand, kv_tokens), demand.gpus)
     on_head = owners[-1]  # and the MTP layer
     return sum(1 / rates[owner] for owner in (*owners[: len(demand.footprint.layers)], on_head) if owner != CPU)
 
 
 def lay_out(demand: Demand, kv_tokens: int) -> Layout:
     """Place everything beside a KV pool of so many tokens. What does not fit shows as a device with too much."""
+    layout = _lay_out(demand, kv_tokens, demand.gpus)
+    if layout.fits or not demand.gpus or demand.needs_gpus:
+        return layout
+    without = _lay_out(demand, kv_tokens, [])  # GPUs cost RAM for staging, which small ones do not give back
+    return replace(without, is_fast=False) if without.fits else layout
+
+
+def _lay_out(demand: Demand, kv_tokens: int, gpus: list[tuple[int, Gpu]]) -> Layout:
     sizes = _bytes(demand, kv_tokens)
-    owners, gpu_experts, is_fast = _on_gpus(demand, sizes)
+    owners, gpu_experts, is_fast = _on_gpus(demand, sizes, gpus)
     left = [count - given for count, given in zip(sizes.num_experts, gpu_experts, strict=True)]
     on_cpu = [i for i, owner in enumerate(owners) if owner == CPU]
     ram_lines = [
@@ -206,9 +222,11 @@ def lay_out(demand: Demand, kv_tokens: int) -> Layout:
     return Layout(placement, devices, is_fast and not any(nvme))
 
 
-def _on_gpus(demand: Demand, sizes: _Bytes) -> tuple[list[int], list[int], bool]:
+def _on_gpus(demand: Demand, sizes: _Bytes, gpus: list[tuple[int, Gpu]]) -> tuple[list[int], list[int], bool]:
     """Owner and experts on it of each layer, and whether nothing had to leave the GPUs."""
-    gpus, nothing = demand.gpus, [0] * len(sizes.expert)
+    nothing = [0] * len(sizes.expert)
+    if not gpus and demand.needs_gpus:
+        return nothing, sizes.num_experts, False  # all of it on the first GPU, which is too small for any
     if not gpus:
         return [CPU] * len(nothing), nothing, True
     free = [demand.gpu_free_bytes(gpu) for _, gpu in gpus]

@@ -24,7 +24,8 @@ from glmlocal.planner.plan import Plan, Resolved, Wants
 
 BLOCK_SIZE = 32  # tokens of a KV block, as in engine/loader.py
 KV_FRACTION = 0.5  # without GPUs: of the memory that weights leave, what KV takes unless more was asked for
-LEAST_CONTEXT = 8192  # below it, and without a wish, experts rather leave the fastest tier
+LEAST_CONTEXT = 2048  # promised without a wish: for less, experts rather leave the fastest tier, or it does not fit
+POOL_CONTEXT = 8192  # of every sequence of the batch, what the pool has room for at the least
 SPILL_CONTEXT = 32768  # without a wish, where experts have to leave it: KV is not to push out more of them
 MOST_BATCH = 1024
 MOST_THREADS = 1 << 16
@@ -128,7 +129,7 @@ def _resolve(footprint: Footprint, machine: Machine, wants: Wants) -> tuple[Dema
     kv_dtype = _kv_dtype(footprint, machine, wants)
     demand = Demand(footprint, machine, wants, kv_dtype, wants.draft or 0)
     found = _with_context(demand, math.inf)
-    if wants.draft is None and machine.gpus and footprint.mtp is not None and found[-1].is_fast:
+    if wants.draft is None and machine.gpus and footprint.holds_mtp and found[-1].is_fast:
         drafting = replace(demand, num_drafts=1)
         tried = _with_context(drafting, pace(demand, found[1]))
         if tried[-1].fits and tried[-1].is_fast and tried[0] >= found[0]:
@@ -157,16 +158,14 @@ def _with_context(demand: Demand, most_pace: float) -> tuple[int, int, Layout]:
         fast = largest(min(limit, SPILL_CONTEXT), keeps)
         if fast < least:
             fast = largest(least, lambda kv_tokens: holds(demand, kv_tokens))
-    if fast:  # beyond this, KV is not to push layers to slower GPUs
-        most_pace = pace(demand, _least_pool(demand, fast))
-    if fast and wanted is None:
-        fast = max(fast, largest(limit, keeps))
     if fast < (wanted or least):
         spilled = wanted or largest(min(limit, SPILL_CONTEXT), lambda kv_tokens: lay_out(demand, kv_tokens).fits)
-        kv_tokens = _least_pool(demand, spilled or least)
-        layout = lay_out(demand, kv_tokens)
-        if layout.fits or not fast:
-            return spilled or least, kv_tokens, layout
+        context = spilled if spilled >= least else wanted or least
+        kv_tokens = _least_pool(demand, context)
+        return context, kv_tokens, lay_out(demand, kv_tokens)
+    most_pace = pace(demand, _least_pool(demand, fast))  # from here on, KV is not to push layers to slower GPUs
+    if wanted is None:
+        fast = max(fast, largest(limit, keeps))
     lowest, highest = _least_pool(demand, fast), _blocks(fast) * demand.wants.batch
     kv_tokens = lowest + _largest(highest - lowest, lambda tokens: keeps(lowest + tokens))
     return fast, kv_tokens, lay_out(demand, kv_tokens)
@@ -174,7 +173,7 @@ def _with_context(demand: Demand, most_pace: float) -> tuple[int, int, Layout]:
 
 def _least_pool(demand: Demand, context: int) -> int:
     """One full context, and for every sequence of the batch 8,192 tokens, or its context where that is shorter."""
-    return max(_blocks(context), demand.wants.batch * _blocks(min(context, LEAST_CONTEXT)))
+    return max(_blocks(context), demand.wants.batch * _blocks(min(context, POOL_CONTEXT)))
 
 
 def _blocks(tokens: int) -> int:
@@ -236,8 +235,9 @@ def _check(footprint: Footprint, wants: Wants) -> None:
         raise ConfigError(f"--batch is {wants.batch}, wanted 1 to {MOST_BATCH}")
     if wants.draft is not None and not 0 <= wants.draft <= MOST_DRAFTS:
         raise ConfigError(f"--draft is {wants.draft}, wanted auto or 0 to {MOST_DRAFTS}")
-    if wants.draft and footprint.mtp is None:
-        raise ConfigError(f"--draft is {wants.draft}, but {quoted(footprint.name)} has no MTP layer; leave it out")
+    if wants.draft and not footprint.holds_mtp:
+        model = quoted(footprint.name)
+        raise ConfigError(f"--draft is {wants.draft}, but {model} has no MTP layer that could be loaded; leave it out")
     if wants.kv_dtype not in ("auto", *KV_DTYPES):
         raise ConfigError(f"--kv-dtype is {quoted(wants.kv_dtype)}, wanted auto, {', '.join(KV_DTYPES)}")
     if wants.activations not in ("auto", "int8", "fp32"):

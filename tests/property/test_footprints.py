@@ -55,17 +55,18 @@ def glm4_configs(draw: Any) -> dict[str, Any]:
 
 @st.composite
 def dsa_configs(draw: Any) -> dict[str, Any]:
+    # No matrix of one row: its FP8 scales could be those of a row as well as those of a block.
     layers, experts = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     return {
         "model_type": "glm_moe_dsa",
         "vocab_size": draw(st.integers(1, 300)),
-        "hidden_size": draw(st.integers(1, 200)),
-        "intermediate_size": draw(st.integers(1, 200)),
-        "moe_intermediate_size": draw(st.integers(1, 200)),
+        "hidden_size": draw(st.integers(2, 200)),
+        "intermediate_size": draw(st.integers(2, 200)),
+        "moe_intermediate_size": draw(st.integers(2, 200)),
         "num_hidden_layers": layers,
         "num_attention_heads": draw(st.integers(1, 4)),
-        "q_lora_rank": draw(st.integers(1, 150)),
-        "kv_lora_rank": draw(st.integers(1, 150)),
+        "q_lora_rank": draw(st.integers(2, 150)),
+        "kv_lora_rank": draw(st.integers(2, 150)),
         "index_topk_freq": draw(st.integers(1, 4)),
         "index_skip_topk_offset": draw(st.integers(1, 4)),
         "first_k_dense_replace": draw(st.integers(0, layers)),
@@ -143,6 +144,8 @@ def test_a_glm4_release_is_what_is_found(config: dict[str, Any], form: str, mtp:
     assert without_source(expected) == without_source(found)
     assert found.weights_bytes == index.nbytes
     assert found.is_exact
+    num_mtp = 0 if mtp == "none" else config["num_nextn_predict_layers"]
+    assert found.mtp_kv_bytes == {dtype: num_mtp * layers[0] for dtype, layers in found.kv_bytes.items()}
     assert expected.file_bytes == expected.weights_bytes + 20_000_000
 
 

@@ -78,6 +78,10 @@ def test_footprint_of_a_checkpoint_without_mtp(saved: Path) -> None:
         ),
         (lambda t: t.update({"lm_head.weight": torch.zeros(96, 32)}), r"lm_head\.weight has shape \[96, 32\]"),
         (lambda t: t.update({"lm_head.weight": torch.zeros(96, 64, dtype=torch.int8)}), r"lm_head\.weight is I8"),
+        (
+            lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.float8_e4m3fn)}),
+            r"model\.norm\.weight is F8_E4M3",
+        ),
     ],
 )
 def test_a_checkpoint_that_is_not_whole_is_refused(saved: Path, tmp_path: Path, change: Any, said: str) -> None:
@@ -86,6 +90,22 @@ def test_a_checkpoint_that_is_not_whole_is_refused(saved: Path, tmp_path: Path, 
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match=said):
+        of_checkpoint(open_checkpoint(tmp_path))
+
+
+def test_a_copy_in_the_mtp_layer_is_looked_at_too(saved: Path, tmp_path: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    config = DsaConfig.from_hf(json.loads((saved / "config.json").read_text()))
+    tensors |= {name: torch.zeros(shape) for name, shape in layer_tensors(config, 6).items()}
+    tensors["model.layers.6.shared_head.head.weight"] = torch.zeros(96, 64)
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    footprint = of_checkpoint(open_checkpoint(tmp_path))
+    assert footprint.holds_mtp
+    assert footprint.weights_bytes == open_checkpoint(tmp_path).tensors.nbytes
+    tensors["model.layers.6.shared_head.head.weight"] = torch.zeros(96, 64, 1)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"shared_head\.head\.weight has shape \[96, 64, 1\]"):
         of_checkpoint(open_checkpoint(tmp_path))
 
 
@@ -111,6 +131,7 @@ def test_indexers_by_list_by_pattern_and_by_schedule() -> None:
         ({"hidden_size": True}, "hidden_size is True"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"n_routed_experts": 10**6}, "n_routed_experts is 1000000"),
+        ({"n_routed_experts": 1024, "num_hidden_layers": 129}, "at most 131072 experts in all 129 layers"),
         ({"vocab_size": 1 << 40}, "vocab_size is"),
         ({"index_topk_freq": 0}, "index_topk_freq is 0"),
         ({"num_experts_per_tok": 257}, "num_experts_per_tok is 257"),

@@ -21,9 +21,11 @@ from glmlocal.catalogue import Family, Release
 from glmlocal.demo.cache import cached_demo
 from glmlocal.engine.loader import load_engine
 from glmlocal.errors import CheckpointError, ConfigError
+from glmlocal.formats.forms import FORMS, Form
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.formats.llama_cpp_types import tensor_type
 from glmlocal.kernels import cpu
+from glmlocal.kernels.reference import takes_int8
 from glmlocal.models.config import ModelConfig, expected_mtp_tensors, expected_tensors, optional_mtp_tensors
 from glmlocal.models.footprint import COMPONENTS, Footprint, Layer, Part
 from glmlocal.models.footprints import of_checkpoint, of_release
@@ -163,6 +165,11 @@ def test_unknown_quant_is_refused() -> None:
         of_release(release("GLM-4.5-Air-FP8"), "int3")
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=lambda form: form.name)
+def test_forms_that_are_multiplied_as_integers(form: Form) -> None:
+    assert form.is_integer == (form.scheme is not None and takes_int8(form.scheme))
+
+
 # What a loaded model holds
 
 
@@ -290,6 +297,8 @@ def test_plan_of_a_mixed_gguf_is_what_the_loaded_model_holds(file_type: str, tmp
     schemes = [layer.expert.scheme for layer in footprint.layers if layer.expert]
     if file_type == "Q4_K_M":
         assert set(schemes) == {"Q4_K + Q5_0", "Q4_K + Q8_0"}
+        attention = [part.scheme for part in footprint.layers[0].parts if part.component == "attention"]
+        assert sorted(attention) == ["Q4_K", "Q5_0", "Q6_K", "f32"]
 
 
 @needs_native
@@ -319,13 +328,31 @@ def rewrite(directory: Path, change: Any) -> None:
 
 
 @needs_native
+def test_an_incomplete_fp8_mtp_layer_counts_its_scales_as_bytes_alone(tmp_path: Path) -> None:
+    source = tiny.save(tiny.build_model(**tiny.FP8_SIZES), tmp_path / "source", mtp=True)
+    (tmp_path / "fp8").mkdir()
+    directory = tiny.quantize_fp8(source, tmp_path / "fp8", style="deepseek")
+    whole = of_checkpoint(open_checkpoint(directory))
+    rewrite(directory, lambda tensors: tensors.pop("model.layers.3.enorm.weight"))
+    footprint = compare(directory, "keep")
+    assert footprint.total_params == whole.total_params - 160
+    assert footprint.mtp is not None
+    assert whole.mtp is not None
+    assert footprint.mtp.checkpoint_bytes == whole.mtp.checkpoint_bytes - 160 * 4
+
+
+@needs_native
 def test_an_incomplete_mtp_layer_is_in_the_file_and_not_held(tmp_path: Path) -> None:
     directory = tiny.save(tiny.build_model(), tmp_path, mtp=True)
     rewrite(directory, lambda tensors: tensors.pop("model.layers.3.enorm.weight"))
     footprint = compare(directory, "keep")
     assert footprint.mtp is not None
     assert not footprint.holds_mtp
-    assert footprint.mtp.checkpoint_bytes > 0
+    left = [ref for name, ref in open_checkpoint(directory).tensors.items() if name.startswith("model.layers.3.")]
+    assert footprint.mtp.checkpoint_bytes == sum(ref.nbytes for ref in left)
+    assert footprint.mtp.params == sum(ref.num_elements for ref in left)
+    assert {part.scheme for part in footprint.mtp.parts} == {"F32"}
+    assert set(footprint.mtp_kv_bytes.values()) == {0}
 
 
 def test_a_declared_mtp_layer_that_is_not_there_is_none(tmp_path: Path) -> None:

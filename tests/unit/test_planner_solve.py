@@ -9,14 +9,16 @@ from dataclasses import replace
 
 import pytest
 
+from glmlocal import catalogue
 from glmlocal.errors import ConfigError, PlanError
+from glmlocal.models.footprint import Footprint
+from glmlocal.models.footprints import of_release
 from glmlocal.planner import ledger, solve
-from glmlocal.planner.hardware import parse_ram
 from glmlocal.planner.machine import Nvme
 from glmlocal.planner.plan import CPU, Plan, Wants
 from glmlocal.planner.solve import choose, plan
 from glmlocal.units import GIB
-from planned import H100, H200, RTX3090, RTX4090, air, glm45, machine
+from planned import H100, H200, RTX3090, RTX4090, air, follow, glm45, machine
 
 FP8 = {"scheme": "fp8_channel", "bits": 8}
 INT4 = {"scheme": "int4 group 32", "bits": 4.5, "quant": "int4"}
@@ -27,14 +29,14 @@ DISK = Nvme(2 * 10**12, 7.0)
 # KV in FP8 for FP8 weights and bf16 else; "at all" reserves 8,192 tokens for each of the 8 sequences or one full
 # context, "full" 131,072 for each of the 8.
 OFFICIAL = [
-    (glm45(), H100, 16, 32),
-    (glm45(), H200, 8, 16),
-    (glm45(**FP8), H100, 8, 16),
-    (glm45(**FP8), H200, 4, 8),
-    (air(), H100, 4, 8),
-    (air(), H200, 2, 4),
-    (air(**FP8), H100, 2, 4),
-    (air(**FP8), H200, 1, 2),
+    ("GLM-4.5-BF16", H100, 16, 32),
+    ("GLM-4.5-BF16", H200, 8, 16),
+    ("GLM-4.5-FP8", H100, 8, 16),
+    ("GLM-4.5-FP8", H200, 4, 8),
+    ("GLM-4.5-Air-BF16", H100, 4, 8),
+    ("GLM-4.5-Air-BF16", H200, 2, 4),
+    ("GLM-4.5-Air-FP8", H100, 2, 4),
+    ("GLM-4.5-Air-FP8", H200, 1, 2),
 ]
 ON_GPUS = Wants(draft=1, offload=False)
 
@@ -48,13 +50,21 @@ def on(found: Plan, kind: str) -> dict[str, int]:
     return lines
 
 
-@pytest.mark.parametrize(("model", "gpu", "least", "full"), OFFICIAL, ids=lambda value: getattr(value, "name", value))
-def test_official_table(model, gpu, least, full):
+def released(name: str) -> Footprint:
+    release = catalogue.find(name)
+    assert isinstance(release, catalogue.Release)
+    return of_release(release)
+
+
+@pytest.mark.parametrize(("name", "gpu", "least", "full"), OFFICIAL, ids=lambda value: getattr(value, "name", value))
+def test_official_table(name, gpu, least, full):
+    model = released(name)
     found = plan(model, machine(*[gpu] * least), ON_GPUS)
     assert found.fits
     assert found.resolved.kv_tokens >= 8 * 8192
     assert found.resolved.num_drafts == 1
-    assert "routed experts" not in " ".join(on(found, "ram"))
+    assert sum(found.placement.gpu_experts) == sum(layer.num_experts for layer in (*model.layers, model.mtp))
+    assert on(found, "gpu")["MTP KV cache, " + found.resolved.kv_dtype] > 0
     whole = plan(model, machine(*[gpu] * full), replace(ON_GPUS, context=131072))
     assert whole.fits
     assert whole.resolved.kv_tokens == 8 * 131072
@@ -63,8 +73,9 @@ def test_official_table(model, gpu, least, full):
 
 
 def test_bf16_on_8_h100_is_refused_with_offload_first():
+    model = released("GLM-4.5-BF16")
     for wants in (Wants(), ON_GPUS, Wants(context=131072)):
-        found = plan(glm45(), machine(*[H100] * 8), wants)
+        found = plan(model, machine(*[H100] * 8), wants, alternatives=(released("GLM-4.5-FP8"),))
         assert not found.fits
         assert found.placement is None
         assert found.forecast is None
@@ -73,11 +84,27 @@ def test_bf16_on_8_h100_is_refused_with_offload_first():
         assert first.option is not None
         assert first.option.startswith("--cpu-offload-gb ")
         assert "GiB of experts per GPU" in first.text
-    gib = int(plan(glm45(), machine(*[H100] * 8), ON_GPUS).advice[0].option.split()[1])
+    gib = int(plan(model, machine(*[H100] * 8), ON_GPUS).advice[0].option.split()[1])
     assert 8 <= gib <= 24  # the official recipe says 16, for a KV pool of its own size
-    enough = plan(glm45(), machine(*[H100] * 8, ram_gib=512), Wants(cpu_offload_bytes=gib * GIB))
+    enough = plan(model, machine(*[H100] * 8, ram_gib=512), Wants(cpu_offload_bytes=gib * GIB))
     assert enough.fits
     assert enough.resolved.num_drafts == 0 or enough.forecast is not None
+
+
+def test_bf16_on_8_h100_with_ram_but_no_offload():
+    found = plan(released("GLM-4.5-BF16"), machine(*[H100] * 8, ram_gib=1024), ON_GPUS)
+    assert not found.fits
+    assert found.shortfall.device == "8 GPUs"
+    assert found.advice[0].option.startswith("--cpu-offload-gb")
+    assert "--ram" not in found.advice[0].option
+    assert follow(released("GLM-4.5-BF16"), found.machine, ON_GPUS, found.advice[0].option).fits
+
+
+def test_glm5_fits_with_a_window_and_an_index():
+    found = plan(released("GLM-5-FP8"), machine(*[H200] * 8), Wants())
+    assert found.fits
+    rates = found.forecast.decode_tokens_per_s
+    assert rates[max(rates)].value > 0.5 * rates[0].value  # GLM-4.5 loses more at half the context
 
 
 def test_offload_moves_experts_though_they_would_fit():
@@ -199,25 +226,6 @@ def test_auto_kv_dtype(model, gpus, kv_dtype):
 def test_small_models_run_exactly():
     found = plan(air(layers=2, experts=4, vocab=1000, hidden=256, moe=64), machine(), Wants())
     assert (found.resolved.kv_dtype, found.resolved.activations) == ("fp32", "fp32")
-
-
-def follow(model, hardware, wants, option, others=()):
-    """What happens when somebody types the advice behind the same command."""
-    words = option.split()
-    for name, value in zip(words[::2], words[1::2], strict=True):
-        if name == "--cpu-offload-gb":
-            wants = replace(wants, cpu_offload_bytes=int(value) * GIB, offload=True)
-        elif name == "--ram":
-            hardware = replace(hardware, ram=parse_ram(value))
-            wants = replace(wants, ram_bytes=None)
-        elif name == "--gpus":
-            hardware = replace(hardware, gpus=hardware.gpus[:1] * int(value.split("x")[0]))
-        elif name == "--quant":
-            model = next(each for each in others if each.quant == value)
-        else:
-            key = {"--context": "context", "--kv-dtype": "kv_dtype", "--batch": "batch", "--draft": "draft"}[name]
-            wants = replace(wants, **{key: value if key == "kv_dtype" else int(value)})
-    return plan(model, hardware, wants)
 
 
 def test_advice_ranks_small_changes_first_and_each_fits():
