@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     if args.model is not None and args.model.endswith(".json") and Path(args.model).is_file():
+        if args.compare or args.engine:
+            raise ConfigError("a saved plan is shown as it is; give the MODEL that it was made for")
         return _report(_saved(Path(args.model)), (), args)
     there, wants = machine(args.gpus, args.ram, args.nvme, args.link), wishes(args)
     if args.model is None:

@@ -245,6 +245,13 @@ def test_a_report_fits_eighty_columns_and_only_draws(plan: Plan) -> None:
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
 
 
+def test_bars_begin_in_one_column_and_their_legend_is_one_line() -> None:
+    lines = _rendered(replace(STRANGE, devices=(*STRANGE.devices[:1], PLAN.devices[1]))).splitlines()
+    bars = [line for line in lines if "▕" in line]
+    assert [cell_len(line.partition("▕")[0]) for line in bars] == [17, 17]
+    assert "  █ experts  ▓ other weights  ▒ KV cache  ▞ MTP  ▄ buffers  ░ margin" in [line.rstrip() for line in lines]
+
+
 def test_a_report_says_everything() -> None:
     text = _rendered(PLAN)
     for words in (
@@ -367,6 +374,8 @@ def test_json_saved_and_read_back(capsys: pytest.CaptureFixture[str], tmp_path: 
     report = capsys.readouterr().out
     assert main(["plan", str(file)]) == 0
     assert capsys.readouterr().out == report
+    assert main(["plan", str(file), "--compare"]) == 2
+    assert "as it is" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "计划.svg"]
 
 
