@@ -301,6 +301,7 @@ def test_every_figure_is_explained() -> None:
 def test_markdown_is_whole_tables(plan: Plan) -> None:
     text = plan_markdown.document(plan, explain=True)
     assert text.count("# ") >= 4
+    assert ("**Model needs 19 GiB" in text) == (plan is TOO_LARGE)
     tables = [block.split("\n") for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) >= 3
     for table in tables:
