@@ -166,12 +166,9 @@ def _hand_over(machine: Machine, wants: Wants, args: argparse.Namespace) -> int:
     from glmlocal.planner.subject import engine_releases
 
     served = [_served(release) for release in engine_releases(args.model)]
-    tries = [
-        (each, replace(wants, offload=False)) for each in served if len(served) > 1 and not wants.cpu_offload_bytes
-    ]
-    for each, wish in tries:
+    for each in served if len(served) > 1 else []:
         with suppress(ConfigError):
-            print(launch_command(args.engine, each, machine, wish))
+            print(launch_command(args.engine, each, machine, replace(wants, offload=False)))
             return 0
     print(launch_command(args.engine, served[0], machine, wants))
     return 0

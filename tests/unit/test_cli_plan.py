@@ -33,6 +33,7 @@ from glmlocal.planner.plan import (
     Shortfall,
     Wants,
 )
+from glmlocal.planner.subject import subject
 from glmlocal.units import GIB, MIB
 
 CARD = Gpu("RTX 4090", 24 * GIB, 1008, 26, 165, 660, 330)
@@ -309,6 +310,7 @@ def test_markdown_is_whole_tables(plan: Plan) -> None:
         assert len(columns) == 1, table
     assert "<b>" not in re.sub("`[^`]*`", "", text)  # in code it is text
     assert "\x1b" not in text
+    assert ("\\*x\\*" in text) == (plan is STRANGE)
 
 
 @pytest.mark.parametrize("plan", [PLAN, TOO_LARGE, STRANGE], ids=["fits", "does not fit", "strange"])
@@ -326,6 +328,8 @@ def test_the_picture_is_well_formed_and_in_proportion(plan: Plan) -> None:
     whole = max(plan.devices[0].capacity_bytes, plan.devices[0].used_bytes)
     kv = next(width for title, width in drawn if title.startswith("KV cache: 4 GiB"))
     assert kv == pytest.approx(4 * GIB / whole * 530, abs=0.01)
+    left = next(float(e.get("x", 0)) for e in root.iter(f"{name}rect") if len(e) and "KV cache" in (e[0].text or ""))
+    assert left == pytest.approx(180 + 14 * GIB / whole * 530, abs=0.01)
     assert bool(list(root.iter(f"{name}line"))) == (plan is TOO_LARGE)
 
 
@@ -378,6 +382,15 @@ def test_json_saved_and_read_back(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert main(["plan", str(file), "--compare"]) == 2
     assert "as it is" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "计划.svg"]
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    assert main(["plan", "GLM-4.5-Air-FP8", *H100S, "--svg", str(tmp_path / "there")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 def test_a_damaged_plan_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -451,6 +464,24 @@ def test_releases_that_a_wish_rules_out_are_left_out(capsys: pytest.CaptureFixtu
     assert "left out, for example: --draft is 1" in out.replace("\n", " ")
     assert main(["plan", *H100S, "--context", "9999999"]) == 2
     assert "--context is 9999999" in capsys.readouterr().err
+
+
+def test_what_can_be_loaded_in_one_way_only_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [f.quant for f in subject("GLM-4.5-Air-GGUF:Q4_K_M").footprints] == ["keep"]
+    assert [f.quant for f in subject("GLM-4.5-Air-FP8").footprints] == ["keep", "int4"]
+    assert [f.quant for f in subject("zai-org/GLM-4.5-Air").footprints] == ["keep", "int8", "int4"]
+    monkeypatch.chdir(tmp_path)
+    model = tiny.save(tiny.build_model(), Path("GLM-4.5-Ai"))  # what exists counts, not what it is near to
+    made = subject(str(model)).footprints
+    assert made[0].name == "GLM-4.5-Ai"
+    assert len({sum(layer.nbytes for layer in f.layers) for f in made}) == len(made)
+
+
+def test_what_this_version_does_not_run_is_planned_and_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "GLM-5-FP8", "--gpus", "8xH200"]) == 0
+    assert "the architecture of GLM-5 but does not run it" in capsys.readouterr().out
+    assert main(["plan", "GLM-4.5-Air-AWQ-FP16Mix", *H100S]) == 0
+    assert "the awq format but does not run it" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
