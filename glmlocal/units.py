@@ -8,15 +8,21 @@ from glmlocal.errors import ConfigError
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
-_FACTOR = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": KIB, "MI": MIB, "GI": GIB, "TI": TIB}
+_FACTOR = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": KIB, "MI": MIB, "GI": GIB, "TI": TIB}
+_MOST_BYTES = 1 << 60  # no machine has more; and every sum of sizes stays exact in a float's exponent range
 
 
-def parse_size(text: str) -> int:
-    """``24GiB``, ``2TB``, ``512M`` or a plain number of bytes → bytes. Raises ConfigError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text, re.IGNORECASE)
-    if not match or match[2].upper() not in _FACTOR:
-        raise ConfigError(f"cannot read {text!r} as a size; write for example 24GiB, 2TB or 500MB")
-    return int(float(match[1]) * _FACTOR[match[2].upper()])
+def parse_size(text: str, name: str = "") -> int:
+    """``24GiB``, ``2TB``, ``512M`` → bytes; ``name`` is the option, for the message. Raises ConfigError.
+
+    A number without a unit is refused: half of its writers mean bytes, the others GiB.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMGT]I?)B?\s*", text, re.IGNORECASE | re.ASCII)
+    nbytes = int(float(match[1]) * _FACTOR[match[2].upper()]) if match else 0
+    if not 0 < nbytes <= _MOST_BYTES:
+        of = f" for {name}" if name else ""
+        raise ConfigError(f"cannot read {text[:80]!r} as a size{of}; write for example 24GiB, 2TB or 500MB")
+    return nbytes
 
 
 def format_bytes(num_bytes: float) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter, dequantize, quantize
+from gguf import GGML_QUANT_SIZES, ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter, dequantize, quantize
 from safetensors.torch import load_file
 
 _LAYER = {
@@ -38,6 +39,7 @@ _LAYER = {
     "shared_head.head": "nextn.shared_head_head",
     "embed_tokens": "nextn.embed_tokens",
 }
+_ZEROS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 _TOP = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
 
 
@@ -71,13 +73,19 @@ def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]
     }
 
 
-def convert(directory: Path, out: Path, quant: str = "F32", split_bytes: int = 0) -> dict[str, torch.Tensor]:
+def convert(
+    directory: Path,
+    out: Path,
+    quant: str = "F32",
+    split_bytes: int = 0,
+    type_of: Callable[[str, int], str | None] = lambda name, columns: None,
+) -> dict[str, torch.Tensor]:
     """Write ``directory`` (tiny.save's) as GGUF; returns the weights as the file has them, HF names, fp32.
 
-    ``quant`` is the type of every matrix but the router; it needs widths that are multiples of 32.
+    ``quant`` is the type of every matrix but the router, where ``type_of`` (HF name without the expert's number, width)
+    does not name another; widths must suit it. K types and IQ4 come as zeros: gguf-py cannot make them.
     """
     config = json.loads((directory / "config.json").read_text())
-    kind = GGMLQuantizationType[quant]
     writer = GGUFWriter(out, "glm4moe", split_max_size=split_bytes)
     _write_metadata(writer, config, directory)
     stored: dict[str, torch.Tensor] = {}
@@ -85,10 +93,11 @@ def convert(directory: Path, out: Path, quant: str = "F32", split_bytes: int = 0
     for shard in sorted(directory.glob("*.safetensors")):
         tensors |= load_file(shard)
     for name, array in stacked(tensors).items():
+        kind = GGMLQuantizationType[type_of(name, array.shape[-1]) or quant]
         if array.ndim < 2 or name.endswith("mlp.gate.weight") or kind is GGMLQuantizationType.F32:
             writer.add_tensor(gguf_name(name), array)
         else:
-            data = quantize(array, kind)
+            data = _zeros(array.shape, kind) if kind.name in _ZEROS else quantize(array, kind)
             writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
             array = dequantize(data, kind).reshape(array.shape)
         if ".experts." in name:
@@ -101,6 +110,11 @@ def convert(directory: Path, out: Path, quant: str = "F32", split_bytes: int = 0
     writer.write_tensors_to_file()
     writer.close()
     return stored
+
+
+def _zeros(shape: tuple[int, ...], kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return np.zeros((*shape[:-1], shape[-1] // block * block_bytes), np.uint8)
 
 
 def _write_metadata(writer: GGUFWriter, config: dict[str, Any], directory: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 QUANTS = ("keep", "int8", "int4")  # models.weights.QUANTS, which would import torch
 KV_DTYPES = ("auto", "fp32", "bf16", "fp8", "int8")
 ACTIVATIONS = ("auto", "int8", "fp32")
+PLAN_QUANTS = ("auto", *QUANTS)
+MAX_DRAFTS = 3
 
 
 def at_least(least: int) -> Any:
@@ -23,6 +25,95 @@ def at_least(least: int) -> Any:
         return value
 
     return whole_number
+
+
+def a_size(text: str) -> int:
+    """An argparse type: ``20GiB`` → bytes."""
+    from glmlocal.errors import ConfigError
+    from glmlocal.units import parse_size
+
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def gibibytes(text: str) -> int:
+    """An argparse type: vLLM's ``--cpu-offload-gb 16``, which are GiB there too → bytes."""
+    from glmlocal.units import GIB
+
+    try:
+        value = float(text) if text.isascii() else -1.0
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1 << 20:  # also what is not a number
+        raise argparse.ArgumentTypeError(f"wanted a number of GiB, found {text!r}")
+    return int(value * GIB)
+
+
+def drafts(text: str) -> int | None:
+    """An argparse type: ``auto`` → None, or 0 to MAX_DRAFTS."""
+    if text == "auto":
+        return None
+    if text in {str(count) for count in range(MAX_DRAFTS + 1)}:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"wanted auto or a number from 0 to {MAX_DRAFTS}, found {text!r}")
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """The machine: ``plan`` describes one with these, other commands limit this one; ``planner.probe`` reads them."""
+    group = parser.add_argument_group("machine (default: this one)")
+    group.add_argument(
+        "--gpus",
+        default="auto",
+        metavar="GPUS",
+        help="2xH100; 2xH100,1xRTX4090; 24GiB@1008 (memory and its GB/s); auto; none",
+    )
+    group.add_argument("--ram", metavar="SIZE[@GB/s]", help="128GiB@60: memory, and how fast it is read")
+    group.add_argument("--nvme", metavar="SIZE[@GB/s]", help="2TB@7: free space of the disk for packs, or none")
+    group.add_argument("--link", metavar="LINK", help="between host and each GPU: pcie4x16, pcie5x8, 25GB/s")
+    group.add_argument("--vram", type=a_size, metavar="SIZE", help="use no more of each GPU than this: 20GiB")
+    group.add_argument(
+        "--cpu-offload-gb",
+        type=gibibytes,
+        metavar="N",
+        help="GiB of each GPU's expert weights that live in the host's memory instead, as in vLLM",
+    )
+    group.add_argument(
+        "--no-offload", action="store_true", help="everything on the GPUs (without GPUs: in memory), or not at all"
+    )
+
+
+def add_wish_options(parser: argparse.ArgumentParser) -> None:
+    """What is wanted of the machine; ``wishes`` reads them and those of ``add_machine_options`` back."""
+    group = parser.add_argument_group("wishes")
+    group.add_argument("--context", type=at_least(1), metavar="N", help="tokens of one sequence, prompt and answer")
+    group.add_argument("--batch", type=at_least(1), default=8, metavar="N", help="sequences at a time (default: 8)")
+    group.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto", help="what the KV cache stores")
+    group.add_argument(
+        "--draft", type=drafts, metavar="N", help=f"MTP drafts per step, 0 to {MAX_DRAFTS}, or auto (the default)"
+    )
+    group.add_argument(
+        "--quant",
+        choices=PLAN_QUANTS,
+        default="auto",
+        help="what linear weights that are not quantized become; auto: the finest that keeps all experts in memory",
+    )
+
+
+def wishes(args: argparse.Namespace) -> Any:
+    """``planner.plan.Wants`` of the options above. ``--quant`` is not among them: it chooses the footprint."""
+    from glmlocal.planner.plan import Wants
+
+    return Wants(
+        context=args.context,
+        batch=args.batch,
+        kv_dtype=args.kv_dtype,
+        draft=args.draft,
+        vram_bytes=args.vram,
+        cpu_offload_bytes=args.cpu_offload_gb,
+        offload=not args.no_offload,
+    )
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

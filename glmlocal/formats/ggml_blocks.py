@@ -77,6 +77,11 @@ def block_layout(dtype: str) -> tuple[int, int]:
     return _KINDS[dtype].block, _KINDS[dtype].block_bytes
 
 
+def scheme_of(dtype: str) -> QuantScheme:
+    """What ``unpack`` makes of a quantized type."""
+    return _KINDS[dtype].scheme
+
+
 def _matrix_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) != 2:
         raise CheckpointError(f"{dtype} holds matrices; an array of shape {shape} cannot be {dtype}")

@@ -6,8 +6,8 @@ one: the planner, and the loader, which compares it with what it allocated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 COMPONENTS = ("embeddings", "attention", "dense", "shared", "routed", "router", "norms", "mtp", "head")
 
@@ -41,6 +41,16 @@ class Layer:
     def nbytes(self) -> int:
         return self.resident_bytes + (self.expert.nbytes * self.num_experts if self.expert else 0)
 
+    @property
+    def params(self) -> int:
+        experts = self.expert.params * self.num_experts if self.expert else 0
+        return sum(part.params for part in self.parts) + experts
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        experts = self.expert.checkpoint_bytes * self.num_experts if self.expert else 0
+        return sum(part.checkpoint_bytes for part in self.parts) + experts
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -48,7 +58,7 @@ class Footprint:
 
     name: str  # as a person would ask for it: "GLM-4.5-Air-FP8", or the checkpoint's name
     quant: str  # "keep", "int8", "int4": what loading does to linear weights that are not quantized yet
-    top: tuple[Part, ...]  # embeddings, final norm, head
+    top: tuple[Part, ...]  # embeddings, final norm, head; a table that is both is counted as the head
     layers: tuple[Layer, ...]
     mtp: Layer | None  # the MTP layer with eh_proj, its norms, and its copies of embeddings and head where it has them
     num_experts_per_tok: int
@@ -61,12 +71,19 @@ class Footprint:
     attention_window: int | None  # positions that one query attends to at most (GLM-5's index_topk); None: all
     file_bytes: int  # what is downloaded: weights, tokenizer, config
     is_exact: bool  # from the tensors' own sizes; False where a release's form is known but not each tensor's
+    # GLM-5's indexers look at all positions, in front of the window. Empty where nothing does.
+    index_flops: tuple[int, ...] = ()  # as attention_flops; 0 in layers that reuse an earlier layer's choice
+    index_kv_bytes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # their share of kv_bytes
 
     @property
     def total_params(self) -> int:
         """Of the whole checkpoint, MTP included."""
-        mtp = [] if self.mtp is None else list(_parts(self.mtp))
-        return sum(part.params for part in (*self.top, *(p for layer in self.layers for p in _parts(layer)), *mtp))
+        return sum(part.params for part in self.top) + sum(layer.params for layer in self._all_layers)
+
+    @property
+    def holds_mtp(self) -> bool:
+        """Does the runtime load the MTP layer? It leaves one alone that is incomplete or stored in an unknown type."""
+        return self.mtp is not None and self.mtp.nbytes > 0
 
     @property
     def active_params(self) -> int:
@@ -78,17 +95,17 @@ class Footprint:
     @property
     def weights_bytes(self) -> int:
         """Of all tensors in the release's files."""
-        layers = (*self.layers, *([self.mtp] if self.mtp else []))
-        parts = (*self.top, *(p for layer in layers for p in _parts(layer)))
-        return sum(part.checkpoint_bytes for part in parts)
+        return sum(part.checkpoint_bytes for part in self.top) + sum(one.checkpoint_bytes for one in self._all_layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights as the runtime holds them."""
+        return sum(part.nbytes for part in self.top) + sum(layer.nbytes for layer in self._all_layers)
 
     def kv_bytes_per_token(self, kv_dtype: str) -> int:
         """All layers, MTP not."""
         return sum(self.kv_bytes[kv_dtype])
 
-
-def _parts(layer: Layer) -> Iterator[Part]:
-    yield from layer.parts
-    if layer.expert is not None:
-        for _ in range(layer.num_experts):
-            yield layer.expert
+    @property
+    def _all_layers(self) -> tuple[Layer, ...]:
+        return self.layers if self.mtp is None else (*self.layers, self.mtp)

@@ -43,6 +43,18 @@ def optional_mtp_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {f"model.layers.{i}.{name}": (config.vocab_size, config.hidden_size) for i in layers for name in names}
 
 
+def top_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what is in no layer."""
+    return dict(_top_shapes(config))
+
+
+def layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Of one decoder layer, or of an MTP layer (from num_hidden_layers on) without its optional copies."""
+    if layer >= config.num_hidden_layers:
+        return dict(_mtp_shapes(config, layer))
+    return dict(_layer_shapes(config, layer, is_dense=layer < config.first_k_dense_replace))
+
+
 def check_tensors(config: ModelConfig, tensors: TensorIndex) -> bool:
     """Is everything there that the model needs, in the right shape and a supported dtype? Reads no tensor.
 
@@ -80,10 +92,16 @@ def mtp_problem(config: ModelConfig, tensors: TensorIndex) -> str | None:
 
 
 def _model_shapes(config: ModelConfig) -> Shapes:
-    embedding = (config.vocab_size, config.hidden_size)
-    yield "model.embed_tokens.weight", embedding
+    embeddings, *rest = _top_shapes(config)
+    yield embeddings
     for i in range(config.num_hidden_layers):
         yield from _layer_shapes(config, i, is_dense=i < config.first_k_dense_replace)
+    yield from rest
+
+
+def _top_shapes(config: ModelConfig) -> Shapes:
+    embedding = (config.vocab_size, config.hidden_size)
+    yield "model.embed_tokens.weight", embedding
     yield "model.norm.weight", (config.hidden_size,)
     if not config.tie_word_embeddings:
         yield "lm_head.weight", embedding

@@ -18,6 +18,7 @@ class Gpu:
     int8_top_per_s: float | None  # None: no tensor cores for it
     fp8_tflop_per_s: float | None  # None: FP8 is loaded as bytes and converted
     basis: Basis = "modelled"
+    is_unified: bool = False  # its memory is the host's; ``probe`` has divided it, nothing is counted twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +53,4 @@ class Machine:
     ram: Ram
     nvme: Nvme | None
     is_this_machine: bool = False  # nothing was described by hand
+    notes: tuple[str, ...] = ()  # what was assumed, and how to know better; a sentence each, for the report

@@ -69,12 +69,16 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One entry per decoder layer, the MTP layer last where it is loaded. Every expert has exactly one home."""
+    """One entry per decoder layer, the MTP layer last where it is loaded. Every expert has exactly one home:
+
+    ``gpu_experts + ram_experts + nvme_experts`` is the layer's number of experts.
+    """
 
     layer_device: tuple[int, ...]  # index of the GPU that holds attention, KV, norms, router, shared experts; or CPU
-    gpu_experts: tuple[int, ...]  # experts of the layer with a slot on that GPU; a cache of the home copy, or the home
+    gpu_experts: tuple[int, ...]  # experts whose home is that GPU
     ram_experts: tuple[int, ...]  # experts whose home is RAM
     nvme_experts: tuple[int, ...]  # experts whose home is the pack on NVMe
+    ram_slots: tuple[int, ...]  # slots in RAM that cache experts of the layer whose home is NVMe
     head_device: int
 
 
@@ -96,6 +100,7 @@ class Forecast:
     prefill_tokens_per_s: Rate
     time_to_first_token_s: Mapping[int, Rate]  # prompt tokens → seconds
     hit_rate: float | None  # of routed experts in the fastest tier; None where all are there
+    drafts_tokens_per_s: Mapping[int, Rate]  # MTP drafts per step → decode at context 0; empty without an MTP layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,7 @@ class Plan:
     download_bytes: int
     disk_bytes: int  # download and, where NVMe is a home, the pack
     kv_bytes_per_token: int
-    max_context: int  # the longest single sequence that would fit with everything else as planned; 0: none
+    max_context: int  # the largest context that would fit, experts in the same tiers as planned; 0: none
     machine: Machine
     wants: Wants
     resolved: Resolved

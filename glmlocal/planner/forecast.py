@@ -1,0 +1,372 @@
+"""How fast a placed model will be: bytes moved and operations per token → seconds per layer and tier. Torch-free.
+
+The model is design.md §8. A layer's time is what its slowest resource needs; a token's is the sum over layers, because
+they run one after another, and what it costs outside them. Every constant is in ``efficiency.py``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from glmlocal.models.footprint import Footprint, Layer, Part
+from glmlocal.planner.efficiency import DEFAULT, GUESSES, Efficiency, Speeds
+from glmlocal.planner.hits import distinct_experts, expected_wait, hit_rate
+from glmlocal.planner.machine import Basis, Gpu, Machine
+from glmlocal.planner.plan import CPU, DECODE_CONTEXTS, FIRST_TOKEN_PROMPTS, Forecast, Placement, Rate, Resolved
+
+PREFILL_TOKENS = 2048  # the prompt that the prefill rate is stated for
+MOST_DRAFTS = 3
+# Chance that the first, second, third draft of a step is kept, all before it too: GLM-5.2, 3 drafts, greedy, llama.cpp
+# PR 25980; GLM-4.5-Air with the MTP layer cold (ik_llama PR 1992: 0.838, 0.656, 0.500) is the same to 0.01.
+ACCEPTANCE = (0.834, 0.653, 0.494)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One layer as it is placed; equal ones are counted, not repeated."""
+
+    layer: Layer
+    device: int
+    gpu_experts: int
+    ram_experts: int  # homes and slots
+    nvme_experts: int
+    kv_bytes: int
+    attention_flops: int
+    index_kv_bytes: int  # of kv_bytes, those that are read for every position whatever the window
+    index_flops: int
+
+    @property
+    def near(self) -> float:
+        """Chance that an expert is in the fastest tier of this layer."""
+        here = self.gpu_experts if self.device != CPU else self._in_ram
+        return hit_rate(here / self.layer.num_experts) if self.layer.num_experts else 1.0
+
+    @property
+    def there(self) -> float:
+        """Chance that an expert need not be read from NVMe."""
+        return hit_rate((self.gpu_experts + self._in_ram) / self.layer.num_experts) if self.layer.num_experts else 1.0
+
+    @property
+    def _in_ram(self) -> int:
+        return min(self.ram_experts, self.layer.num_experts - self.gpu_experts)
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Seconds by what they were spent on."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, resource: str, seconds: float) -> None:
+        if seconds > 0:
+            self.seconds[resource] = self.seconds.get(resource, 0.0) + seconds
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def largest_first(self) -> list[tuple[str, float]]:
+        return sorted(self.seconds.items(), key=lambda item: -item[1])
+
+    @property
+    def bound_by(self) -> str:
+        return self.largest_first[0][0]
+
+
+def forecast(
+    footprint: Footprint,
+    placement: Placement,
+    machine: Machine,
+    resolved: Resolved,
+    efficiency: Efficiency = DEFAULT,
+) -> Forecast:
+    """Decode, prefill and time to first token of one sequence that has the machine to itself, without drafts."""
+    model = _Model(footprint, placement, machine, resolved, efficiency)
+    contexts = sorted({c for c in DECODE_CONTEXTS if c < resolved.context} | {resolved.context})
+    prompts = [n for n in FIRST_TOKEN_PROMPTS if n <= resolved.context]
+    prefill_tokens = min(PREFILL_TOKENS, resolved.context)
+    return Forecast(
+        decode_tokens_per_s={context: model.rate(partial(model.decode, context=context)) for context in contexts},
+        prefill_tokens_per_s=model.rate(partial(model.prefill, tokens=prefill_tokens), prefill_tokens),
+        time_to_first_token_s={n: model.duration(partial(model.prefill, tokens=n)) for n in prompts},
+        hit_rate=model.hit_rate,
+        drafts_tokens_per_s=model.drafts(),
+    )
+
+
+class _Model:
+    """A placed model and the machine: clocks for one decode step and for a prompt."""
+
+    def __init__(
+        self, footprint: Footprint, placement: Placement, machine: Machine, resolved: Resolved, efficiency: Efficiency
+    ) -> None:
+        self.footprint, self.placement, self.machine, self.resolved = footprint, placement, machine, resolved
+        self.efficiency = efficiency
+        self.speeds = [Speeds(machine, efficiency, guess) for guess in range(GUESSES)]
+        self.steps: Counter[_Step] = Counter(_steps(footprint, placement, resolved.kv_dtype))
+        self.head = [part for part in footprint.top if part.component != "embeddings"]
+        owners = placement.layer_device[: len(footprint.layers)]
+        self.hops = sum(a != b for a, b in zip((CPU, *owners), (*owners, CPU), strict=True))
+
+    @property
+    def hit_rate(self) -> float | None:
+        moe = [(step.near, count) for step, count in self.steps.items() if step.layer.num_experts]
+        total = sum(count for _, count in moe)
+        mean = sum(near * count for near, count in moe) / total if total else 1.0
+        return None if mean >= 1.0 else mean
+
+    def rate(self, clock: Callable[[Speeds], _Clock], tokens: float = 1.0) -> Rate:
+        low, value, high = (clock(speeds) for speeds in self.speeds)
+        note = " + ".join(f"{what} {seconds * 1e3:.3g} ms" for what, seconds in value.largest_first)
+        return Rate(tokens / value.total, tokens / low.total, tokens / high.total, self._basis(), value.bound_by, note)
+
+    def duration(self, clock: Callable[[Speeds], _Clock]) -> Rate:
+        slow, value, quick = (clock(speeds) for speeds in self.speeds)
+        note = " + ".join(f"{what} {seconds:.3g} s" for what, seconds in value.largest_first)
+        return Rate(value.total, quick.total, slow.total, self._basis(), value.bound_by, note)
+
+    def decode(self, speeds: Speeds, context: int, rows: int = 1) -> _Clock:
+        """One step of ``rows`` tokens of one sequence (more than one: a verify batch) after ``context`` tokens."""
+        clock = _Clock()
+        for step, count in self.steps.items():
+            if step.device == CPU:
+                self._decode_on_cpu(clock, speeds, step, count, context, rows)
+            else:
+                self._decode_on_gpu(clock, speeds, step, count, context, rows)
+        self._around(clock, speeds, rows)
+        return clock
+
+    def _decode_on_cpu(self, clock: _Clock, s: Speeds, step: _Step, count: int, context: int, rows: int) -> None:
+        fixed = sum(self._cpu_part(s, part, part.nbytes, part.params, rows) for part in step.layer.parts)
+        clock.add("cpu memory", count * fixed)
+        attention = rows * self._attention_flops(step, context) / s.attention_decode
+        keys = self._kv_read(step, context) / s.cpu_read
+        clock.add("cpu arithmetic" if attention > keys else "cpu memory", count * max(attention, keys))
+        clock.add("overhead", count * s.time(s.e.cpu_layer_s))
+        expert = step.layer.expert
+        if expert is None:
+            return
+        wanted = self._experts(step.layer, rows)
+        compute = self._cpu_part(s, expert, expert.nbytes, expert.params, self._rows_each(step.layer, rows))
+        if step.near == 1.0:
+            clock.add("cpu memory", count * wanted * compute)
+            return
+        read = expert.nbytes / s.nvme
+        longer = expected_wait(wanted, 0.0, step.near, wanted * compute, 0.0, read)
+        both = wanted * compute + wanted * (1 - step.near) * read
+        shorter = max(0.0, both - longer)  # E[min] = E[a] + E[b] − E[max]
+        overlap = s.time(s.e.io_overlap)
+        clock.add("nvme" if read * (1 - step.near) > compute else "cpu memory", count * longer)
+        clock.add("nvme", count * (1 - overlap) * shorter)
+
+    def _decode_on_gpu(self, clock: _Clock, s: Speeds, step: _Step, count: int, context: int, rows: int) -> None:
+        gpu = self.machine.gpus[step.device]
+        fixed = step.layer.resident_bytes + self._kv_read(step, context)
+        clock.add("gpu memory", count * fixed / s.gpu_read(gpu))
+        clock.add("overhead", count * s.time(s.e.gpu_layer_s))
+        expert = step.layer.expert
+        if expert is None:
+            return
+        wanted = self._experts(step.layer, rows)
+        busy = wanted * expert.nbytes / s.gpu_read(gpu)
+        if step.near == 1.0:
+            clock.add("gpu memory", count * busy)
+            return
+        compute = self._cpu_part(s, expert, expert.nbytes, expert.params, self._rows_each(step.layer, rows))
+        read = expert.nbytes / s.nvme
+        wait = expected_wait(wanted, step.near, step.there, busy, compute, read)
+        clock.add("gpu memory", count * busy)
+        slowest = "nvme" if read * (1 - step.there) > compute * (1 - step.near) else "cpu memory"
+        clock.add(slowest, count * (wait - busy))
+        clock.add("overhead", count * s.time(s.e.sync_s) * (1 - step.near**wanted))
+
+    def _around(self, clock: _Clock, s: Speeds, rows: int) -> None:
+        """The head, hops between devices, and what a step costs outside the model."""
+        self._head(clock, s, rows)
+        on_cpu = self.placement.head_device == CPU
+        clock.add("overhead", s.time(s.e.cpu_token_s if on_cpu else s.e.gpu_token_s) + self.hops * s.time(s.e.hop_s))
+
+    def _head(self, clock: _Clock, s: Speeds, rows: int) -> None:
+        device = self.placement.head_device
+        if device == CPU:
+            for part in self.head:
+                clock.add("cpu memory", self._cpu_part(s, part, part.nbytes, part.params, rows))
+        else:
+            nbytes = sum(part.nbytes for part in self.head)
+            clock.add("gpu memory", nbytes / s.gpu_read(self.machine.gpus[device]))
+
+    def prefill(self, speeds: Speeds, tokens: int) -> _Clock:
+        """A prompt of so many tokens in chunks, to its first token. Weights count per chunk, attention in all."""
+        clock = _Clock()
+        chunk = self.resolved.max_num_batched_tokens
+        whole, rest = divmod(tokens, chunk)
+        for size, times in ((chunk, whole), (rest, 1)):
+            if size and times:
+                for step, count in self.steps.items():
+                    if step.device == CPU:
+                        self._prefill_on_cpu(clock, speeds, step, count * times, size)
+                    else:
+                        self._prefill_on_gpu(clock, speeds, step, count * times, size)
+        windowed, everything = self._pairs(tokens), tokens * (tokens + 1) // 2
+        for step, count in self.steps.items():
+            flops = count * (step.attention_flops * windowed + step.index_flops * everything)
+            if step.device == CPU:
+                clock.add("cpu arithmetic", flops / speeds.attention_prefill)
+            else:
+                clock.add("gpu arithmetic", flops / speeds.gpu_arithmetic(self.machine.gpus[step.device], "bf16"))
+        self._around(clock, speeds, 1)
+        return clock
+
+    def _prefill_on_cpu(self, clock: _Clock, s: Speeds, step: _Step, count: int, tokens: int) -> None:
+        for part in step.layer.parts:
+            self._add_cpu(clock, s, part, count, part.nbytes, part.params * tokens)
+        clock.add("overhead", count * s.time(s.e.cpu_layer_s))
+        if step.layer.expert is None:
+            return
+        touched = distinct_experts(step.layer.num_experts, self._per_token(step.layer), tokens)
+        operations = step.layer.expert.params * tokens * self._per_token(step.layer)
+        away = max(0, step.nvme_experts - step.ram_experts) / step.layer.num_experts
+        seconds = self._seconds_on_cpu(s, step.layer.expert, touched * step.layer.expert.nbytes, operations)
+        reading = touched * away * step.layer.expert.nbytes / s.nvme
+        clock.add("nvme", count * max(0.0, reading - max(seconds)))
+        clock.add("cpu memory" if seconds[0] > seconds[1] else "cpu arithmetic", count * max(seconds))
+
+    def _prefill_on_gpu(self, clock: _Clock, s: Speeds, step: _Step, count: int, tokens: int) -> None:
+        gpu = self.machine.gpus[step.device]
+        for part in step.layer.parts:
+            self._add_gpu(clock, s, gpu, part, count, part.nbytes, part.params * tokens)
+        clock.add("overhead", count * s.time(s.e.gpu_layer_s))
+        expert, total = step.layer.expert, step.layer.num_experts
+        if expert is None:
+            return
+        touched = distinct_experts(total, self._per_token(step.layer), tokens)
+        operations = expert.params * tokens * self._per_token(step.layer)
+        busy = self._add_gpu(clock, s, gpu, expert, count, touched * expert.nbytes, operations)
+        if step.near == 1.0:
+            return
+        missing = touched * (total - step.gpu_experts) / total * expert.nbytes
+        away = touched * max(0, step.nvme_experts - step.ram_experts) / total * expert.nbytes
+        on_cpu = max(self._seconds_on_cpu(s, expert, missing, operations * (1 - step.near)))
+        stream = missing / s.link(gpu)
+        slow = {"link" if stream < on_cpu else "cpu arithmetic": min(stream, on_cpu), "nvme": away / s.nvme}
+        resource = max(slow, key=lambda name: slow[name])
+        clock.add(resource, count * max(0.0, slow[resource] - busy))
+
+    def drafts(self) -> dict[int, Rate]:
+        """Decode at context 0 with 1 to 3 MTP drafts per step, at ACCEPTANCE; empty without an MTP layer.
+
+        A step verifies the drafts in one batch, in which the tokens' experts add up, and runs the MTP layer and the
+        head once per draft where the last layer is.
+        """
+        if not self.footprint.holds_mtp or self.resolved.context <= MOST_DRAFTS:
+            return {}
+        return {
+            count: self.rate(partial(self._speculate, drafts=count), 1.0 + sum(ACCEPTANCE[:count]))
+            for count in range(1, MOST_DRAFTS + 1)
+        }
+
+    def _speculate(self, s: Speeds, drafts: int) -> _Clock:
+        assert self.footprint.mtp is not None
+        clock = self.decode(s, 0, rows=drafts + 1)
+        step, mtp = _mtp_step(self.footprint, self.placement, self.resolved.kv_dtype), _Clock()
+        if step.device == CPU:
+            self._decode_on_cpu(mtp, s, step, 1, 0, 1)
+        else:
+            self._decode_on_gpu(mtp, s, step, 1, 0, 1)
+        if all(part.component != "head" for part in step.layer.parts):
+            self._head(mtp, s, 1)
+        for resource, seconds in mtp.seconds.items():
+            clock.add(resource, drafts * seconds)
+        return clock
+
+    def _add_cpu(self, clock: _Clock, s: Speeds, part: Part, count: int, nbytes: float, macs: float) -> None:
+        memory, arithmetic = self._seconds_on_cpu(s, part, nbytes, macs)
+        clock.add("cpu memory" if memory > arithmetic else "cpu arithmetic", count * max(memory, arithmetic))
+
+    def _add_gpu(self, clock: _Clock, s: Speeds, gpu: Gpu, part: Part, count: int, nbytes: float, macs: float) -> float:
+        """Seconds of one of ``count``."""
+        memory, arithmetic = nbytes / s.gpu_read(gpu), 2 * macs / s.gpu_arithmetic(gpu, part.scheme)
+        clock.add("gpu memory" if memory > arithmetic else "gpu arithmetic", count * max(memory, arithmetic))
+        return max(memory, arithmetic)
+
+    def _cpu_part(self, s: Speeds, part: Part, nbytes: float, macs_per_row: float, rows: float) -> float:
+        return max(self._seconds_on_cpu(s, part, nbytes, macs_per_row * rows))
+
+    def _seconds_on_cpu(self, s: Speeds, part: Part, nbytes: float, macs: float) -> tuple[float, float]:
+        """Reading and computing."""
+        is_integer = part.is_integer and self.resolved.activations == "int8"
+        return nbytes / s.cpu_read, 2 * macs / (s.cpu_int8 if is_integer else s.cpu_fp32)
+
+    def _per_token(self, layer: Layer) -> int:
+        return min(self.footprint.num_experts_per_tok, layer.num_experts)
+
+    def _experts(self, layer: Layer, rows: int) -> float:
+        """Distinct experts that so many tokens touch."""
+        return distinct_experts(layer.num_experts, self._per_token(layer), rows)
+
+    def _rows_each(self, layer: Layer, rows: int) -> float:
+        """Tokens that one of those experts meets."""
+        return rows * self._per_token(layer) / self._experts(layer, rows)
+
+    def _positions(self, context: int) -> int:
+        """That a query attends to, itself among them."""
+        window = self.footprint.attention_window
+        return context + 1 if window is None else min(context + 1, window)
+
+    def _kv_read(self, step: _Step, context: int) -> int:
+        """Bytes of the cache that a query reads."""
+        return (step.kv_bytes - step.index_kv_bytes) * self._positions(context) + step.index_kv_bytes * (context + 1)
+
+    def _attention_flops(self, step: _Step, context: int) -> int:
+        return step.attention_flops * self._positions(context) + step.index_flops * (context + 1)
+
+    def _pairs(self, tokens: int) -> int:
+        """Of queries and positions in a prompt."""
+        window = min(self.footprint.attention_window or tokens, tokens)
+        return window * (window + 1) // 2 + (tokens - window) * window
+
+    def _basis(self) -> Basis:
+        """Measured where every rate that is used is."""
+        place, machine = self.placement, self.machine
+        used = [machine.gpus[i].basis for i in set(place.layer_device) if i != CPU]
+        if CPU in place.layer_device or any(place.ram_experts) or any(place.nvme_experts):
+            used += [machine.ram.basis, machine.cpu.basis]
+        if any(place.nvme_experts) and machine.nvme is not None:
+            used.append(machine.nvme.basis)
+        return "modelled" if "modelled" in used else "measured"
+
+
+def _steps(footprint: Footprint, placement: Placement, kv_dtype: str) -> Iterable[_Step]:
+    kv, nothing = footprint.kv_bytes[kv_dtype], (0,) * len(footprint.layers)
+    index_kv, index_flops = footprint.index_kv_bytes.get(kv_dtype, nothing), footprint.index_flops or nothing
+    for i, layer in enumerate(footprint.layers):
+        yield _Step(
+            layer,
+            placement.layer_device[i],
+            placement.gpu_experts[i],
+            placement.ram_experts[i] + placement.ram_slots[i],
+            placement.nvme_experts[i],
+            kv[i],
+            footprint.attention_flops[i],
+            index_kv[i],
+            index_flops[i],
+        )
+
+
+def _mtp_step(footprint: Footprint, placement: Placement, kv_dtype: str) -> _Step:
+    """The MTP layer as it is placed, or as it would be: all of it beside the last layer."""
+    layer, last = footprint.mtp, len(footprint.layers)
+    assert layer is not None
+    like = list(_steps(footprint, placement, kv_dtype))[-1]  # its attention is that of the decoder layers
+    device = placement.layer_device[-1]
+    if len(placement.layer_device) > last:
+        gpu, nvme = placement.gpu_experts[last], placement.nvme_experts[last]
+        ram = placement.ram_experts[last] + placement.ram_slots[last]
+    else:
+        gpu, ram, nvme = (0, layer.num_experts, 0) if device == CPU else (layer.num_experts, 0, 0)
+    kv = footprint.mtp_kv_bytes[kv_dtype]
+    return replace(like, layer=layer, device=device, gpu_experts=gpu, ram_experts=ram, nvme_experts=nvme, kv_bytes=kv)

@@ -1,0 +1,351 @@
+"""Where every byte goes once it is known what will be run: the experts' homes, and a ledger for each device.
+
+``lay_out`` is the one place that adds bytes up. What it is asked for (context, KV pool, drafts) is decided in
+``solve.py``; which layer goes where in ``layers.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from glmlocal.models.footprint import Footprint, Layer, Part
+from glmlocal.planner import layers
+from glmlocal.planner.machine import Basis, Gpu, Machine
+from glmlocal.planner.plan import CPU, Device, Line, Placement, Wants
+from glmlocal.units import GIB, MIB, format_bytes
+
+MAX_NUM_BATCHED_TOKENS = 512  # of one prefill chunk, as in engine/loader.py
+RUNTIME_BYTES = 230 * MIB  # resident set of Python with torch, glmlocal and the extension: 225 to 235 MiB measured
+CUDA_CONTEXT_BYTES = GIB // 2  # driver and lazily loaded kernels about 300 MiB (pytorch#107667), libraries' workspace
+ACTIVATION_ROWS = (
+    24  # rows of hidden_size in fp32 that a token of a chunk holds at once: q, k, v, 8 experts' results, …
+)
+STAGING_BYTES = GIB  # one of two buffers through which a layer's missing experts are streamed while prefilling
+PACK_ALIGNMENT = 4096  # of an expert's record on NVMe (design.md §3)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is to be placed. ``num_drafts`` > 0 loads the MTP layer. Without slots: what is derived is kept."""
+
+    footprint: Footprint
+    machine: Machine
+    wants: Wants
+    kv_dtype: str
+    num_drafts: int
+
+    @cached_property
+    def chain(self) -> tuple[Layer, ...]:
+        """The decoder layers, and the MTP layer behind them where it is loaded."""
+        mtp = self.footprint.mtp
+        return (*self.footprint.layers, *([mtp] if mtp is not None and self.num_drafts else []))
+
+    @cached_property
+    def kv_bytes(self) -> tuple[int, ...]:
+        """Of one token, in each layer of the chain."""
+        layers = self.footprint.kv_bytes[self.kv_dtype]
+        has_mtp = self.footprint.mtp is not None and self.num_drafts > 0
+        return (*layers, *([self.footprint.mtp_kv_bytes[self.kv_dtype]] if has_mtp else []))
+
+    @cached_property
+    def gpus(self) -> list[tuple[int, Gpu]]:
+        """Those that can hold something, with their numbers; the fastest first, equal ones in their order."""
+        usable = [(i, gpu) for i, gpu in enumerate(self.machine.gpus) if self.gpu_free_bytes(gpu) > 0]
+        return sorted(usable, key=lambda item: -item[1].read_gb_per_s)
+
+    @property
+    def needs_gpus(self) -> bool:
+        """Is there anything that may not be in RAM?"""
+        return bool(self.machine.gpus) and not self.wants.offload
+
+    @property
+    def ram_bytes(self) -> int:
+        available = self.machine.ram.available_bytes
+        return available if self.wants.ram_bytes is None else min(available, self.wants.ram_bytes)
+
+    def vram_bytes(self, gpu: Gpu) -> int:
+        return gpu.memory_bytes if self.wants.vram_bytes is None else min(gpu.memory_bytes, self.wants.vram_bytes)
+
+    def gpu_free_bytes(self, gpu: Gpu) -> int:
+        """For weights, KV and staging."""
+        return self.vram_bytes(gpu) - sum(line.nbytes for line in self.gpu_overhead(gpu))
+
+    def gpu_overhead(self, gpu: Gpu) -> tuple[Line, ...]:
+        margin = max(GIB // 2, self.vram_bytes(gpu) // 25)
+        return (
+            Line("CUDA context", CUDA_CONTEXT_BYTES, "modelled", "driver, kernels and the libraries' workspace"),
+            self.activations,
+            Line("margin", margin, "modelled", "4 % of the memory, at least 512 MiB: fragmentation, other programs"),
+        )
+
+    @cached_property
+    def staging_bytes(self) -> int:
+        """Of one of the two buffers: a layer's experts, in pieces where they are many."""
+        largest = max((layer.expert.nbytes * layer.num_experts for layer in self.chain if layer.expert), default=0)
+        return min(STAGING_BYTES, largest)
+
+    @cached_property
+    def ram_overhead(self) -> tuple[Line, ...]:
+        weights = sum(layer.nbytes for layer in self.chain)
+        margin = max(64 * MIB, min(weights, self.ram_bytes) // 200)
+        return (
+            Line("runtime", RUNTIME_BYTES, "measured", "Python, torch, glmlocal and its kernels, without a model"),
+            self.activations,
+            Line("margin", margin, "modelled", "0.5 % of the weights or the RAM, the smaller; at least 64 MiB"),
+        )
+
+    @cached_property
+    def activations(self) -> Line:
+        tokens, hidden = MAX_NUM_BATCHED_TOKENS, self.footprint.hidden_size
+        rows = self.wants.batch * (self.num_drafts + 1)
+        nbytes = ACTIVATION_ROWS * tokens * hidden * 4 + 2 * rows * self.footprint.vocab_size * 4
+        note = (
+            f"{ACTIVATION_ROWS} rows × {tokens} tokens × {hidden} × 4 bytes, and logits of {rows} tokens twice: "
+            f"2 × {rows} × {self.footprint.vocab_size} × 4"
+        )
+        return Line("activations", nbytes, "modelled", note)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """``is_fast``: all experts are in the fastest tier that there is, but for those that were asked to leave it."""
+
+    placement: Placement
+    devices: tuple[Device, ...]
+    is_fast: bool
+
+    @property
+    def fits(self) -> bool:
+        return all(device.used_bytes <= device.capacity_bytes for device in self.devices)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    """The chain in bytes. ``resident``: weights outside the routed experts and the KV pool; the last with the head."""
+
+    resident: list[int]
+    expert: list[int]  # of one routed expert
+    num_experts: list[int]
+
+    @property
+    def full(self) -> list[int]:
+        return [r + e * n for r, e, n in zip(self.resident, self.expert, self.num_experts, strict=True)]
+
+    @property
+    def all_experts(self) -> int:
+        return sum(e * n for e, n in zip(self.expert, self.num_experts, strict=True))
+
+
+def _bytes(demand: Demand, kv_tokens: int) -> _Bytes:
+    chain = demand.chain
+    resident = [layer.resident_bytes + kv * kv_tokens for layer, kv in zip(chain, demand.kv_bytes, strict=True)]
+    resident[-1] += sum(part.nbytes for part in demand.footprint.top if part.component != "embeddings")
+    expert = [layer.expert.nbytes if layer.expert else 0 for layer in chain]
+    return _Bytes(resident, expert, [layer.num_experts if layer.expert else 0 for layer in chain])
+
+
+def holds(demand: Demand, kv_tokens: int, kv_fraction: float = 1.0) -> bool:
+    """Can all experts be in the fastest tier beside a pool of so many tokens? Much quicker than ``lay_out``.
+
+    ``kv_fraction``: how much of the memory that the weights leave the pool may take, where there are no GPUs.
+    """
+    sizes, gpus = _bytes(demand, kv_tokens), demand.gpus
+    if gpus:
+        offload = demand.wants.cpu_offload_bytes or 0
+        budgets = [demand.gpu_free_bytes(gpu) + _relief(demand, offload) for _, gpu in gpus]
+        return layers.pack(sizes.full, budgets) is not None
+    if demand.needs_gpus:
+        return False
+    kv = sum(demand.kv_bytes) * kv_tokens
+    overhead = sum(line.nbytes for line in demand.ram_overhead) + _embedding_bytes(demand)
+    free = demand.ram_bytes - overhead - (sum(sizes.full) - kv)
+    return kv <= free * kv_fraction
+
+
+def pace(demand: Demand, kv_tokens: int) -> float:
+    """How long the decoder layers and the head wait for their GPUs' memory, to compare; 0 where all are alike."""
+    rates = {number: gpu.read_gb_per_s for number, gpu in demand.gpus}
+    if len(set(rates.values())) < 2:
+        return 0.0
+    owners, _, _ = _on_gpus(demand, _bytes(demand, kv_tokens), demand.gpus)
+    on_head = owners[-1]  # and the MTP layer
+    return sum(1 / rates[owner] for owner in (*owners[: len(demand.footprint.layers)], on_head) if owner != CPU)
+
+
+def lay_out(demand: Demand, kv_tokens: int) -> Layout:
+    """Place everything beside a KV pool of so many tokens. What does not fit shows as a device with too much."""
+    layout = _lay_out(demand, kv_tokens, demand.gpus)
+    if layout.fits or not demand.gpus or demand.needs_gpus:
+        return layout
+    without = _lay_out(demand, kv_tokens, [])  # GPUs cost RAM for staging, which small ones do not give back
+    return replace(without, is_fast=False) if without.fits else layout
+
+
+def _lay_out(demand: Demand, kv_tokens: int, gpus: list[tuple[int, Gpu]]) -> Layout:
+    sizes = _bytes(demand, kv_tokens)
+    owners, gpu_experts, is_fast = _on_gpus(demand, sizes, gpus)
+    left = [count - given for count, given in zip(sizes.num_experts, gpu_experts, strict=True)]
+    on_cpu = [i for i, owner in enumerate(owners) if owner == CPU]
+    ram_lines = [
+        *demand.ram_overhead,
+        *_weight_lines(demand, on_cpu, [0] * len(left), head=owners[-1] == CPU),
+        Line("embeddings", _embedding_bytes(demand), "exact", "rows are read from the mapped file, one per token"),
+        *_kv_lines(demand, on_cpu, kv_tokens),
+    ]
+    if any(left[i] for i in range(len(left)) if owners[i] != CPU):
+        ram_lines.append(Line("staging", 2 * demand.staging_bytes, "modelled", "pinned, two buffers"))
+    free = demand.ram_bytes - sum(line.nbytes for line in ram_lines)
+    homes, slots, nvme = left, [0] * len(left), [0] * len(left)
+    nvme_device: list[Device] = []
+    spilled = sum(size * count for size, count in zip(sizes.expert, left, strict=True))
+    if spilled > free and demand.machine.nvme is not None and demand.wants.offload:
+        buffers = 2 * demand.footprint.num_experts_per_tok * max(sizes.expert)
+        ram_lines.append(Line("read buffers", buffers, "modelled", "two layers' experts on their way from NVMe"))
+        homes, nvme = nvme, left
+        slots = layers.fill(sizes.expert, left, max(0, free - buffers))
+        pack_bytes = sum(_padded(size) * count for size, count in zip(sizes.expert, nvme, strict=True))
+        capacity = demand.machine.nvme.capacity_bytes
+        line = Line("expert pack", pack_bytes, _basis(demand), "every expert whose home is not on a GPU")
+        nvme_device = [Device("NVMe", "nvme", capacity, (line,))]
+    ram_lines += _expert_lines(demand, range(len(left)), homes)
+    ram_lines += _expert_lines(demand, range(len(left)), slots, "expert slots")
+    placement = Placement(
+        tuple(owners), tuple(gpu_experts), tuple(homes), tuple(nvme), tuple(slots), head_device=owners[-1]
+    )
+    devices = (
+        *_gpu_devices(demand, placement, kv_tokens),
+        Device("RAM", "ram", demand.ram_bytes, tuple(line for line in ram_lines if line.nbytes)),
+        *nvme_device,
+    )
+    return Layout(placement, devices, is_fast and not any(nvme))
+
+
+def _on_gpus(demand: Demand, sizes: _Bytes, gpus: list[tuple[int, Gpu]]) -> tuple[list[int], list[int], bool]:
+    """Owner and experts on it of each layer, and whether nothing had to leave the GPUs."""
+    nothing = [0] * len(sizes.expert)
+    if not gpus and demand.needs_gpus:
+        return nothing, sizes.num_experts, False  # all of it on the first GPU, which is too small for any
+    if not gpus:
+        return [CPU] * len(nothing), nothing, True
+    free = [demand.gpu_free_bytes(gpu) for _, gpu in gpus]
+    rates = [gpu.read_gb_per_s for _, gpu in gpus]
+    offload = demand.wants.cpu_offload_bytes or 0
+    owners = layers.spread(sizes.full, [each + _relief(demand, offload) for each in free], rates)
+    is_fast = owners is not None and not layers.over(sizes.resident, owners, free)
+    if not is_fast and not demand.wants.offload:
+        owners = layers.level(sizes.full, free)
+        return [gpus[owner][0] for owner in owners], sizes.num_experts, False
+    if owners is None or not is_fast:
+        owners = _split_for_offload(sizes, [max(0, each - 2 * demand.staging_bytes) for each in free])
+    given = list(nothing)
+    for place, budget in enumerate(free):
+        mine = [i for i, owner in enumerate(owners) if owner == place]
+        experts = sum(sizes.expert[i] * sizes.num_experts[i] for i in mine)
+        room = budget - sum(sizes.resident[i] for i in mine)
+        if offload or experts > room:
+            room = min(room - 2 * demand.staging_bytes, experts - offload)
+        counts = layers.fill([sizes.expert[i] for i in mine], [sizes.num_experts[i] for i in mine], max(0, room))
+        for i, count in zip(mine, counts, strict=True):
+            given[i] = count
+    numbers = [number for number, _ in gpus]
+    return [numbers[owner] if owner < len(numbers) else CPU for owner in owners], given, is_fast
+
+
+def _split_for_offload(sizes: _Bytes, free: list[int]) -> list[int]:
+    """Even by all weights where what is not experts then fits, else by that, else what fits; the rest on the CPU."""
+    for loads in (sizes.full, sizes.resident) if all(free) else ():
+        owners = layers.level(loads, free)
+        if not layers.over(sizes.resident, owners, free):
+            return owners
+    rest = layers.pack(sizes.resident, [*free, float("inf")])
+    assert rest is not None, "the last device takes what is left"
+    return rest
+
+
+def _relief(demand: Demand, offload_bytes: int) -> int:
+    """What a GPU has more room for when so many bytes of its experts live in RAM."""
+    return offload_bytes - 2 * demand.staging_bytes if offload_bytes else 0
+
+
+def _gpu_devices(demand: Demand, placement: Placement, kv_tokens: int) -> list[Device]:
+    devices = []
+    for number, gpu in enumerate(demand.machine.gpus):
+        mine = [i for i, owner in enumerate(placement.layer_device) if owner == number]
+        lines = [*demand.gpu_overhead(gpu)] if mine else []
+        lines += _weight_lines(demand, mine, placement.gpu_experts, head=placement.head_device == number)
+        lines += _kv_lines(demand, mine, kv_tokens)
+        if any(placement.ram_experts[i] + placement.nvme_experts[i] for i in mine):
+            note = "two buffers through which experts that are not here are streamed while prefilling"
+            lines.append(Line("staging", 2 * demand.staging_bytes, "modelled", note))
+        kept = tuple(line for line in lines if line.nbytes)
+        devices.append(Device(f"gpu:{number} {gpu.name}", "gpu", demand.vram_bytes(gpu), kept))
+    return devices
+
+
+def _weight_lines(demand: Demand, mine: Sequence[int], experts: Sequence[int], *, head: bool) -> list[Line]:
+    """Weights of the layers ``mine`` by component and scheme, without the embedding table."""
+    num_layers = len(demand.footprint.layers)
+    parts = [part for i in mine if i < num_layers for part in demand.footprint.layers[i].parts]
+    if head:
+        parts += [part for part in demand.footprint.top if part.component != "embeddings"]
+    lines = _part_lines(demand, parts)
+    if any(i >= num_layers for i in mine):
+        lines += _part_lines(demand, demand.chain[-1].parts, "MTP ")
+    return lines + _expert_lines(demand, mine, experts)
+
+
+def _part_lines(demand: Demand, parts: Iterable[Part], prefix: str = "") -> list[Line]:
+    totals: dict[tuple[str, str], int] = {}
+    for part in parts:
+        component = "weights" if part.component == "mtp" else part.component
+        totals[component, part.scheme] = totals.get((component, part.scheme), 0) + part.nbytes
+    return [
+        Line(f"{prefix}{component}, {scheme}", nbytes, _basis(demand), "sum over the layers that live here")
+        for (component, scheme), nbytes in totals.items()
+        if nbytes
+    ]
+
+
+def _expert_lines(
+    demand: Demand, mine: Iterable[int], counts: Sequence[int], what: str = "routed experts"
+) -> list[Line]:
+    """Experts of the layers ``mine``, ``counts`` of each layer of the chain."""
+    totals: dict[tuple[str, str], list[int]] = {}
+    for i in mine:
+        expert = demand.chain[i].expert
+        if expert is not None and counts[i]:
+            name = f"MTP {what}" if i >= len(demand.footprint.layers) else what
+            sums = totals.setdefault((name, expert.scheme), [0, 0])
+            sums[0] += counts[i]
+            sums[1] += counts[i] * expert.nbytes
+    return [
+        Line(f"{name}, {scheme}", nbytes, _basis(demand), f"{count} experts of {format_bytes(nbytes / count)}")
+        for (name, scheme), (count, nbytes) in totals.items()
+    ]
+
+
+def _kv_lines(demand: Demand, mine: Sequence[int], kv_tokens: int) -> list[Line]:
+    num_layers, kv = len(demand.footprint.layers), demand.kv_bytes
+    lines = []
+    for what, chosen in (
+        ("KV cache", [i for i in mine if i < num_layers]),
+        ("MTP KV cache", [i for i in mine if i >= num_layers]),
+    ):
+        per_token = sum(kv[i] for i in chosen)
+        note = f"{kv_tokens} tokens × {per_token} bytes in {demand.kv_dtype}, {len(chosen)} layers"
+        lines.append(Line(f"{what}, {demand.kv_dtype}", kv_tokens * per_token, "exact", note))
+    return [line for line in lines if line.nbytes]
+
+
+def _embedding_bytes(demand: Demand) -> int:
+    return sum(part.nbytes for part in demand.footprint.top if part.component == "embeddings")
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // PACK_ALIGNMENT) * PACK_ALIGNMENT
+
+
+def _basis(demand: Demand) -> Basis:
+    return "exact" if demand.footprint.is_exact else "modelled"

@@ -1,0 +1,252 @@
+"""plan(): a model, a machine and wishes → what is run, where every byte goes, how fast it will be. Pure, torch-free.
+
+Memory is reserved in this order: runtime and weights that every token needs, KV, staging, then experts, as many as fit.
+Every "auto" is resolved here and nowhere later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from glmlocal.errors import ConfigError, PlanError
+from glmlocal.formats.index import quoted
+from glmlocal.models.config import KV_DTYPES
+from glmlocal.models.footprint import Footprint
+from glmlocal.models.precision import EXACT_BELOW_BYTES
+from glmlocal.planner import advise
+from glmlocal.planner.efficiency import DEFAULT, Efficiency
+from glmlocal.planner.forecast import MOST_DRAFTS, forecast
+from glmlocal.planner.ledger import MAX_NUM_BATCHED_TOKENS, Demand, Layout, holds, lay_out, pace
+from glmlocal.planner.machine import Machine
+from glmlocal.planner.plan import Plan, Resolved, Wants
+
+BLOCK_SIZE = 32  # tokens of a KV block, as in engine/loader.py
+KV_FRACTION = 0.5  # without GPUs: of the memory that weights leave, what KV takes unless more was asked for
+LEAST_CONTEXT = 2048  # promised without a wish: for less, experts rather leave the fastest tier, or it does not fit
+POOL_CONTEXT = 8192  # of every sequence of the batch, what the pool has room for at the least
+SPILL_CONTEXT = 32768  # without a wish, where experts have to leave it: KV is not to push out more of them
+MOST_BATCH = 1024
+MOST_THREADS = 1 << 16
+
+
+def plan(
+    footprint: Footprint,
+    machine: Machine,
+    wants: Wants,
+    *,
+    alternatives: Sequence[Footprint] = (),
+    efficiency: Efficiency = DEFAULT,
+    with_advice: bool = True,
+) -> Plan:
+    """The fastest placement that the rules of docs/design/003-planner.md find, or a plan with ``fits`` False.
+
+    ``alternatives``: the same model quantized further, finest first, for advice. Raises ConfigError for wishes that no
+    machine could meet. ``with_advice`` False: for tables of many plans, since what would fit takes the longest to find.
+    """
+    found = _solve(footprint, machine, wants, efficiency)
+    if not with_advice:
+        return found
+    if found.fits:
+        return replace(found, advice=advise.for_running(found))
+
+    return replace(found, advice=advise.for_fitting(found, footprint, alternatives, _placed))
+
+
+def choose(footprints: Sequence[Footprint], machine: Machine, wants: Wants) -> Plan:
+    """``--quant auto``: of one model, finest first, the finest whose experts all stay in GPU memory and RAM.
+
+    Where none does, the one that decodes fastest; where none fits, the plan of the smallest, which says what is short.
+    Raises PlanError when there is nothing to choose from.
+    """
+    if not footprints:
+        raise PlanError("no quantization to choose from")
+    plans = [plan(footprint, machine, wants, with_advice=False) for footprint in footprints]
+    chosen = plans.index(_best(plans))
+    return plan(footprints[chosen], machine, wants, alternatives=footprints[chosen + 1 :])
+
+
+def _best(plans: Sequence[Plan]) -> Plan:
+    fitting = [each for each in plans if each.fits]
+    for each in fitting:
+        if each.placement is not None and not any(each.placement.nvme_experts):
+            return each
+    if fitting:
+        return max(fitting, key=lambda each: each.forecast.decode_tokens_per_s[0].value if each.forecast else 0.0)
+    return min(plans, key=lambda each: sum(device.used_bytes for device in each.devices))
+
+
+def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Efficiency) -> Plan:
+    """A plan without advice."""
+    _check(footprint, wants)
+    demand, context, kv_tokens, layout = _resolve(footprint, machine, wants)
+    resolved = Resolved(
+        context=context,
+        batch=wants.batch,
+        kv_tokens=kv_tokens,
+        kv_dtype=demand.kv_dtype,
+        activations=_activations(footprint, wants),
+        num_drafts=demand.num_drafts,
+        quant=footprint.quant,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        threads=wants.threads or machine.cpu.threads,
+    )
+    fits = layout.fits
+    pack_bytes = sum(device.used_bytes for device in layout.devices if device.kind == "nvme")
+    return Plan(
+        name=footprint.name,
+        quant=footprint.quant,
+        fits=fits,
+        total_params=footprint.total_params,
+        active_params=footprint.active_params,
+        weights_bytes=footprint.weights_bytes,
+        download_bytes=footprint.file_bytes,
+        disk_bytes=footprint.file_bytes + pack_bytes,
+        kv_bytes_per_token=footprint.kv_bytes_per_token(demand.kv_dtype),
+        max_context=_max_context(demand, layout),
+        machine=machine,
+        wants=wants,
+        resolved=resolved,
+        placement=layout.placement if fits else None,
+        devices=layout.devices,
+        forecast=forecast(footprint, layout.placement, machine, resolved, efficiency) if fits else None,
+        shortfall=None if fits else advise.shortfall(footprint, layout),
+        advice=(),
+    )
+
+
+def _placed(footprint: Footprint, machine: Machine, wants: Wants) -> Layout:
+    return _resolve(footprint, machine, wants)[-1]
+
+
+def _resolve(footprint: Footprint, machine: Machine, wants: Wants) -> tuple[Demand, int, int, Layout]:
+    """What to run, its context, the tokens of the KV pool, and where it all goes.
+
+    Unless it was said how many drafts, MTP is planned for (one draft, as the official recipes have it) where it does
+    not cost an expert its place on a GPU; without GPUs this version does not speculate.
+    """
+    kv_dtype = _kv_dtype(footprint, machine, wants)
+    demand = Demand(footprint, machine, wants, kv_dtype, wants.draft or 0)
+    found = _with_context(demand, math.inf)
+    if wants.draft is None and machine.gpus and footprint.holds_mtp and found[-1].is_fast:
+        drafting = replace(demand, num_drafts=1)
+        tried = _with_context(drafting, pace(demand, found[1]))
+        if tried[-1].fits and tried[-1].is_fast and tried[0] >= found[0]:
+            return (drafting, *tried)
+    return (demand, *found)
+
+
+def _with_context(demand: Demand, most_pace: float) -> tuple[int, int, Layout]:
+    """Context, tokens of the pool, layout: all experts in the fastest tier if possible, else with some that are not.
+
+    ``most_pace``: a longer wait for the layers (on GPUs of unequal speed) is not to be paid for the MTP layer.
+    """
+    limit, wanted = demand.footprint.max_position_embeddings, demand.wants.context
+    fraction = 1.0 if demand.gpus else KV_FRACTION
+    least = min(limit, LEAST_CONTEXT)
+
+    def keeps(kv_tokens: int) -> bool:
+        return holds(demand, kv_tokens, fraction) and pace(demand, kv_tokens) <= most_pace
+
+    def largest(most: int, accepts: Callable[[int], bool]) -> int:
+        return _largest(most, lambda context: accepts(_least_pool(demand, context)))
+
+    if wanted is not None:
+        fast = wanted if holds(demand, _least_pool(demand, wanted)) else 0
+    else:
+        fast = largest(min(limit, SPILL_CONTEXT), keeps)
+        if fast < least:
+            fast = largest(least, lambda kv_tokens: holds(demand, kv_tokens))
+    if fast < (wanted or least):
+        spilled = wanted or largest(min(limit, SPILL_CONTEXT), lambda kv_tokens: lay_out(demand, kv_tokens).fits)
+        context = spilled if spilled >= least else wanted or least
+        kv_tokens = _least_pool(demand, context)
+        return context, kv_tokens, lay_out(demand, kv_tokens)
+    most_pace = pace(demand, _least_pool(demand, fast))  # from here on, KV is not to push layers to slower GPUs
+    if wanted is None:
+        fast = max(fast, largest(limit, keeps))
+    lowest, highest = _least_pool(demand, fast), _blocks(fast) * demand.wants.batch
+    kv_tokens = lowest + _largest(highest - lowest, lambda tokens: keeps(lowest + tokens))
+    return fast, kv_tokens, lay_out(demand, kv_tokens)
+
+
+def _least_pool(demand: Demand, context: int) -> int:
+    """One full context, and for every sequence of the batch 8,192 tokens, or its context where that is shorter."""
+    return max(_blocks(context), demand.wants.batch * _blocks(min(context, POOL_CONTEXT)))
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
+
+
+def _max_context(demand: Demand, layout: Layout) -> int:
+    """The largest context that would be accepted with experts in the same tiers; 0 where none is."""
+    limit = demand.footprint.max_position_embeddings
+    if layout.is_fast:
+        return _largest(limit, lambda context: holds(demand, _least_pool(demand, context)))
+    return _largest(limit, lambda context: lay_out(demand, _least_pool(demand, context)).fits)
+
+
+def _largest(limit: int, accepts: Callable[[int], bool]) -> int:
+    """The largest accepted number: ``limit``, or a multiple of BLOCK_SIZE below it; 0 where none is accepted."""
+    if limit > 0 and accepts(limit):
+        return limit
+    if not accepts(min(limit, BLOCK_SIZE)):
+        return 0
+    low, high = 0, max(0, limit - 1) // BLOCK_SIZE
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if accepts(middle * BLOCK_SIZE) else (low, middle - 1)
+    return low * BLOCK_SIZE
+
+
+def _kv_dtype(footprint: Footprint, machine: Machine, wants: Wants) -> str:
+    """``auto``: as models/precision.py; on GPUs FP8 for FP8 weights, as the official recipes."""
+    if wants.kv_dtype != "auto":
+        if wants.kv_dtype not in footprint.kv_bytes:
+            known = ", ".join(footprint.kv_bytes)
+            raise ConfigError(f"--kv-dtype is {quoted(wants.kv_dtype)}, wanted auto, {known}")
+        return wants.kv_dtype
+    keys = max(
+        (p for p in footprint.layers[0].parts if p.component == "attention"), key=lambda p: p.params, default=None
+    )
+    if footprint.weights_bytes < EXACT_BELOW_BYTES or (keys is not None and keys.scheme == "f32"):
+        return "fp32"
+    expert = next((layer.expert for layer in footprint.layers if layer.expert is not None), None)
+    if machine.gpus and expert is not None and expert.scheme.startswith("fp8") and "fp8" in footprint.kv_bytes:
+        return "fp8"
+    return "bf16"
+
+
+def _activations(footprint: Footprint, wants: Wants) -> str:
+    """``auto``: as models/precision.py."""
+    if wants.activations != "auto":
+        return wants.activations
+    return "fp32" if footprint.weights_bytes < EXACT_BELOW_BYTES else "int8"
+
+
+def _check(footprint: Footprint, wants: Wants) -> None:
+    """Wishes against the model. Raises ConfigError."""
+    limit = footprint.max_position_embeddings
+    if wants.context is not None and not 1 < wants.context <= limit:
+        raise ConfigError(f"--context is {wants.context}, wanted 2 to {limit} (the model's max_position_embeddings)")
+    if not 1 <= wants.batch <= MOST_BATCH:
+        raise ConfigError(f"--batch is {wants.batch}, wanted 1 to {MOST_BATCH}")
+    if wants.draft is not None and not 0 <= wants.draft <= MOST_DRAFTS:
+        raise ConfigError(f"--draft is {wants.draft}, wanted auto or 0 to {MOST_DRAFTS}")
+    if wants.draft and not footprint.holds_mtp:
+        model = quoted(footprint.name)
+        raise ConfigError(f"--draft is {wants.draft}, but {model} has no MTP layer that could be loaded; leave it out")
+    if wants.kv_dtype not in ("auto", *KV_DTYPES):
+        raise ConfigError(f"--kv-dtype is {quoted(wants.kv_dtype)}, wanted auto, {', '.join(KV_DTYPES)}")
+    if wants.activations not in ("auto", "int8", "fp32"):
+        raise ConfigError(f"--activations is {quoted(wants.activations)}, wanted auto, int8, fp32")
+    if wants.threads is not None and not 1 <= wants.threads <= MOST_THREADS:
+        raise ConfigError(f"--threads is {wants.threads}, wanted 1 to {MOST_THREADS}")
+    limits = {"--vram": wants.vram_bytes, "--ram": wants.ram_bytes, "--cpu-offload-gb": wants.cpu_offload_bytes}
+    for option, nbytes in limits.items():
+        if nbytes is not None and nbytes < 0:
+            raise ConfigError(f"{option} is {nbytes} bytes, wanted 0 or more")
+    if wants.cpu_offload_bytes and not wants.offload:
+        raise ConfigError("--cpu-offload-gb and --no-offload contradict each other; leave one out")

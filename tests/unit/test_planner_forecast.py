@@ -1,0 +1,178 @@
+"""The cost model: by hand on shapes where a hand is enough, and what it must never do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from glmlocal.planner.efficiency import DEFAULT, Efficiency
+from glmlocal.planner.forecast import ACCEPTANCE, forecast
+from glmlocal.planner.hits import hit_rate
+from glmlocal.planner.machine import Nvme
+from glmlocal.planner.plan import Plan, Wants
+from glmlocal.planner.solve import plan
+from planned import H100, H200, RTX4090, air, glm45, machine
+
+INT4 = {"scheme": "int4 group 32", "bits": 4.5, "quant": "int4"}
+ONE = (1.0, 1.0, 1.0)
+NONE = (0.0, 0.0, 0.0)
+# Every rate as the machine says, no time but what rates explain.
+IDEAL = Efficiency(
+    **{name: NONE if name.endswith("_s") else ONE for name in DEFAULT.__dataclass_fields__},
+)
+
+
+def ideal(found: Plan, model, efficiency: Efficiency = IDEAL):
+    return forecast(model, found.placement, found.machine, found.resolved, efficiency)
+
+
+def test_decode_on_cpu_is_bytes_over_bandwidth():
+    model, hardware = air(**INT4), machine(ram_gib=96, ram_gb_per_s=60)
+    found = plan(model, hardware, Wants())
+    per_layer = [layer.resident_bytes + (8 * layer.expert.nbytes if layer.expert else 0) for layer in model.layers]
+    nbytes = sum(per_layer) + sum(part.nbytes for part in model.top)
+    rates = ideal(found, model).decode_tokens_per_s
+    kv = 46 * 4096  # bytes of the one position that a step at context 0 reads
+    assert 1 / rates[0].value == pytest.approx((nbytes + kv) / 60e9, rel=1e-3)
+    assert 1 / rates[8192].value - 1 / rates[0].value == pytest.approx(8192 * kv / 60e9)
+    slow = replace(hardware, cpu=replace(hardware.cpu, fp32_gflop_per_s=300.0))
+    rates_of_slow = ideal(plan(model, slow, Wants()), model).decode_tokens_per_s
+    attention = 46 * 4 * 96 * 128 / 300e9  # seconds per position; its bytes take less
+    assert 1 / rates_of_slow[8192].value - 1 / rates_of_slow[0].value == pytest.approx(8192 * attention, rel=1e-3)
+    assert (rates[0].bound_by, rates[0].basis) == ("cpu memory", "modelled")
+
+
+def test_decode_costs_outside_the_weights():
+    model = air(**INT4)
+    found = plan(model, machine(ram_gib=96), Wants())
+    plain = 1 / ideal(found, model).decode_tokens_per_s[0].value
+    with_costs = replace(IDEAL, cpu_layer_s=(1e-3,) * 3, cpu_token_s=(5e-3,) * 3)
+    costly = 1 / ideal(found, model, with_costs).decode_tokens_per_s[0].value
+    assert costly - plain == pytest.approx(46 * 1e-3 + 5e-3)
+
+
+def test_decode_on_one_gpu():
+    model = air("fp8_channel", 8)
+    found = plan(model, machine(H200), Wants(draft=0))
+    nbytes = sum(layer.resident_bytes + (8 * layer.expert.nbytes if layer.expert else 0) for layer in model.layers)
+    nbytes += sum(part.nbytes for part in model.top)
+    for context in (0, 131072):
+        rate = ideal(found, model).decode_tokens_per_s[context]
+        assert 1 / rate.value == pytest.approx((nbytes + 46 * 2048 * (context + 1)) / 4800e9)
+    assert ideal(found, model).hit_rate is None
+
+
+def test_misses_cost_the_cpu_what_binomial_luck_says():
+    model = air(**INT4)
+    found = plan(model, machine(RTX4090, ram_gib=64), Wants())
+    expert = model.layers[1].expert
+    here = found.placement.gpu_experts[1:]
+    near = hit_rate(here[0] / 128)
+    hit = found.forecast.hit_rate
+    assert hit == pytest.approx(sum(hit_rate(n / 128) for n in here) / 45)
+    dense = sum(layer.resident_bytes for layer in model.layers) + sum(p.nbytes for p in model.top) + 46 * 4096
+    least = dense / 1008e9 + 45 * 8 * (1 - near) * expert.nbytes / 60e9  # every max at the mean of its misses
+    most = dense / 1008e9 + 45 * 8 * expert.nbytes * (1 / 1008e9 + (1 - near) / 60e9)  # nothing overlaps
+    assert least < 1 / ideal(found, model).decode_tokens_per_s[0].value < most
+
+
+def test_nvme_is_read_while_the_cpu_computes():
+    model, hardware = air(**INT4), machine(ram_gib=22, nvme=Nvme(2 * 10**12, 7.0))
+    found = plan(model, hardware, Wants())
+    expert, slots = model.layers[1].expert.nbytes, found.placement.ram_slots[1:]
+    reading = sum(8 * (1 - hit_rate(n / 128)) * expert / 7e9 for n in slots)
+    computing = sum(layer.resident_bytes + (8 * expert if layer.expert else 0) for layer in model.layers) / 60e9
+    seconds = {
+        overlap: 1 / ideal(found, model, replace(IDEAL, io_overlap=(overlap,) * 3)).decode_tokens_per_s[0].value
+        for overlap in (0.0, 1.0)
+    }
+    assert max(reading, computing) < seconds[1.0] < seconds[0.0]
+    head = model.top[-1].nbytes / 60e9
+    assert seconds[0.0] == pytest.approx(reading + computing + head, rel=1e-3)
+
+
+def test_prefill_on_cpu_is_operations_over_peak():
+    model, hardware = air(**INT4), machine(ram_gib=96)
+    found = plan(model, hardware, Wants())
+    tokens = 2048
+    integer = sum(sum(p.params for p in layer.parts if p.is_integer) for layer in model.layers)
+    integer += 45 * 8 * model.layers[1].expert.params
+    routers = 45 * 128 * 4097
+    attention = 46 * 4 * 96 * 128 * tokens * (tokens + 1) / 2 / 1500e9
+    head = model.top[-1].nbytes / 60e9
+    seconds = 2 * tokens * integer / 6000e9 + 2 * tokens * routers / 1500e9 + attention + head
+    assert tokens / ideal(found, model).prefill_tokens_per_s.value == pytest.approx(seconds, rel=0.01)
+    assert ideal(found, model).prefill_tokens_per_s.bound_by == "cpu arithmetic"
+    exact = plan(model, hardware, Wants(activations="fp32"))
+    fp32 = 2 * tokens * (integer + routers) / 1500e9 + attention + head
+    assert tokens / ideal(exact, model).prefill_tokens_per_s.value == pytest.approx(fp32, rel=0.01)
+
+
+def test_short_prompts_read_many_experts_for_few_tokens():
+    """16 tokens touch 82 of 128 experts: bytes bind, and the time is nearly that of reading the layer."""
+    model, hardware = air(**INT4), machine(ram_gib=96)
+    found = plan(model, hardware, Wants(context=16))
+    touched = 128 * (1 - (1 - 8 / 128) ** 16)
+    rate = ideal(found, model).prefill_tokens_per_s
+    assert rate.bound_by == "cpu memory"
+    assert 16 / rate.value > 45 * touched * model.layers[1].expert.nbytes / 60e9
+
+
+def test_prefill_with_few_experts_here_streams_or_computes_whichever_is_sooner():
+    model = air(**INT4)
+    found = plan(model, machine(RTX4090, ram_gib=64), Wants())
+    slow_cpu = replace(found.machine, cpu=replace(found.machine.cpu, fp32_gflop_per_s=1.0, int8_gop_per_s=1.0))
+    slow_both = replace(slow_cpu, gpus=(replace(RTX4090, link_gb_per_s=1.0),))
+    rates = [
+        forecast(model, found.placement, hardware, found.resolved).prefill_tokens_per_s
+        for hardware in (found.machine, slow_cpu, slow_both)
+    ]
+    assert rates[0].bound_by == "cpu arithmetic"
+    assert rates[1].bound_by == "link"
+    assert rates[0].value >= rates[1].value > 5 * rates[2].value
+
+
+def test_time_to_first_token_grows_faster_than_the_prompt():
+    times = plan(air(**INT4), machine(ram_gib=96), Wants()).forecast.time_to_first_token_s
+    assert sorted(times) == [1024, 32768]
+    assert times[32768].value > 33 * times[1024].value
+    assert times[1024].low < times[1024].value < times[1024].high
+
+
+def test_ranges_bracket_and_are_wider_where_nothing_was_measured():
+    model, hardware = air(**INT4), machine(ram_gib=96)
+    measured = replace(
+        hardware, ram=replace(hardware.ram, basis="measured"), cpu=replace(hardware.cpu, basis="measured")
+    )
+    wide, narrow = (plan(model, each, Wants()).forecast.decode_tokens_per_s[0] for each in (hardware, measured))
+    assert wide.low < narrow.low < narrow.value == wide.value < narrow.high < wide.high
+    assert (wide.basis, narrow.basis) == ("modelled", "measured")
+
+
+def test_drafts_pay_where_experts_are_few_and_not_where_they_add_up():
+    rates = plan(glm45(), machine(*[H100] * 16), Wants()).forecast
+    assert sorted(rates.drafts_tokens_per_s) == [1, 2, 3]
+    plain = rates.decode_tokens_per_s[0].value
+    for drafts, rate in rates.drafts_tokens_per_s.items():
+        assert rate.value < plain * (1 + sum(ACCEPTANCE[:drafts]))
+    assert rates.drafts_tokens_per_s[1].value > 1.2 * plain
+    on_nvme = plan(air(**INT4), machine(ram_gib=22, nvme=Nvme(2 * 10**12, 7.0)), Wants()).forecast
+    assert on_nvme.drafts_tokens_per_s[3].value < on_nvme.decode_tokens_per_s[0].value
+    assert plan(air(has_mtp=False, **INT4), machine(ram_gib=96), Wants()).forecast.drafts_tokens_per_s == {}
+
+
+def test_a_window_bounds_what_long_contexts_cost_but_for_the_index():
+    model = air(**INT4)
+    windowed = replace(
+        model,
+        attention_window=2048,
+        index_kv_bytes={dtype: (256,) * 46 for dtype in model.kv_bytes},
+        index_flops=(1000,) * 46,
+    )
+    found = plan(windowed, machine(ram_gib=96, ram_gb_per_s=60), Wants())
+    full, short = (ideal(found, each).decode_tokens_per_s for each in (model, windowed))
+    assert short[0].value == pytest.approx(full[0].value, rel=1e-3)
+    assert short[32768].value > 1.3 * full[32768].value
+    slower = 1 / short[32768].value - 1 / short[8192].value
+    assert slower == pytest.approx(46 * (32768 - 8192) * 256 / 60e9)  # reading the index; scoring takes less
