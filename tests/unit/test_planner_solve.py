@@ -184,6 +184,14 @@ def test_nvme_takes_experts_that_ram_cannot_hold():
     assert not plan(air(**INT4), replace(small, nvme=Nvme(10**9, 7.0)), Wants()).fits
 
 
+def test_a_pack_has_aligned_records():
+    model = air(scheme="int4 group 32", bits=4.501)
+    found = plan(model, machine(ram_gib=22, nvme=DISK), Wants())
+    record = -(-model.layers[1].expert.nbytes // 4096) * 4096
+    assert record > model.layers[1].expert.nbytes
+    assert on(found, "nvme") == {"expert pack": 45 * 128 * record}
+
+
 def test_one_small_gpu_holds_what_every_token_needs_and_some_experts():
     found = plan(air(**INT4), machine(RTX4090, ram_gib=64), Wants())
     place = found.placement
