@@ -178,6 +178,8 @@ def test_nvme_takes_experts_that_ram_cannot_hold():
     assert found.placement.nvme_experts == (0,) + (128,) * 45
     assert sum(found.placement.ram_experts) == 0
     assert 0 < min(found.placement.ram_slots[1:]) <= max(found.placement.ram_slots) < 128
+    assert on(found, "ram")["read buffers"] == 2 * 8 * air(**INT4).layers[1].expert.nbytes
+    assert found.max_context >= 32768
     assert found.disk_bytes == found.download_bytes + on(found, "nvme")["expert pack"]
     assert found.forecast.decode_tokens_per_s[0].bound_by == "nvme"
     assert not plan(air(**INT4), replace(small, nvme=DISK), Wants(offload=False)).fits
@@ -209,6 +211,32 @@ def test_layers_that_fit_on_no_gpu_stay_on_the_cpu():
     assert {0, CPU} == set(found.placement.layer_device)
     assert list(found.placement.layer_device) == sorted(found.placement.layer_device, reverse=True)
     assert found.placement.head_device == CPU
+
+
+def test_a_gpu_too_small_to_help_does_not_hinder():
+    """It would need staging in RAM, which is full."""
+    model, small = air(**INT4), replace(RTX4090, memory_bytes=4 * GIB)
+    needed = plan(model, machine(ram_gib=256), Wants(context=64, batch=1)).devices[0].used_bytes
+    without, with_gpu = (
+        plan(model, machine(*gpus, ram_gib=needed / GIB + 0.3), Wants(context=64, batch=1)) for gpus in ((), (small,))
+    )
+    assert without.fits
+    assert with_gpu.fits
+    assert set(with_gpu.placement.layer_device) == {CPU}
+
+
+def test_a_table_that_is_held_is_counted_once():
+    model = air(**INT4)
+    held = replace(model, top=(replace(model.top[0], nbytes=GIB), *model.top[1:]))
+    for gpus in ((), (RTX4090,)):
+        plain, with_table = (plan(each, machine(*gpus, ram_gib=96), Wants(context=4096)) for each in (model, held))
+        assert on(with_table, "ram")["embeddings"] == GIB
+        used = [sum(d.used_bytes for d in each.devices) for each in (plain, with_table)]
+        kv = [
+            sum(line.nbytes for d in each.devices for line in d.lines if "KV" in line.what)
+            for each in (plain, with_table)
+        ]
+        assert used[1] - kv[1] == used[0] - kv[0] + GIB
 
 
 def test_vram_limits_each_gpu():
