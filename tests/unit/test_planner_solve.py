@@ -186,6 +186,29 @@ def test_nvme_takes_experts_that_ram_cannot_hold():
     assert not plan(air(**INT4), replace(small, nvme=Nvme(10**9, 7.0)), Wants()).fits
 
 
+def test_less_than_2048_tokens_are_not_promised():
+    model, hardware = air(**INT4), machine(ram_gib=22, nvme=DISK)
+    lines = on(plan(model, hardware, Wants(context=1024)), "ram")
+    needed = sum(nbytes for what, nbytes in lines.items() if not what.startswith("expert slots"))
+    tight = replace(hardware, ram=replace(hardware.ram, available_bytes=needed + GIB // 4))
+    assert plan(model, tight, Wants(context=1024)).fits
+    found = plan(model, tight, Wants())
+    assert not found.fits
+    assert 1024 <= found.max_context < 2048
+    assert found.advice[0].option == f"--context {found.max_context}"
+
+
+def test_mtp_does_not_cost_context():
+    model = air(**FP8)
+    limits = (gib * GIB for gib in range(100, 140))
+    least = next(
+        n for n in limits if plan(model, machine(H200), Wants(vram_bytes=n, draft=0)).resolved.context == 131072
+    )
+    found, roomier = (plan(model, machine(H200), Wants(vram_bytes=n)) for n in (least, least + 6 * GIB))
+    assert (found.resolved.context, found.resolved.num_drafts) == (131072, 0)
+    assert (roomier.resolved.context, roomier.resolved.num_drafts) == (131072, 1)
+
+
 def test_a_pack_has_aligned_records():
     model = air(scheme="int4 group 32", bits=4.501)
     found = plan(model, machine(ram_gib=22, nvme=DISK), Wants())
@@ -231,12 +254,11 @@ def test_a_table_that_is_held_is_counted_once():
     for gpus in ((), (RTX4090,)):
         plain, with_table = (plan(each, machine(*gpus, ram_gib=96), Wants(context=4096)) for each in (model, held))
         assert on(with_table, "ram")["embeddings"] == GIB
-        used = [sum(d.used_bytes for d in each.devices) for each in (plain, with_table)]
-        kv = [
-            sum(line.nbytes for d in each.devices for line in d.lines if "KV" in line.what)
-            for each in (plain, with_table)
+        lines = [
+            [line for d in each.devices for line in d.lines if "KV" not in line.what] for each in (plain, with_table)
         ]
-        assert used[1] - kv[1] == used[0] - kv[0] + GIB
+        used = [sum(line.nbytes for line in each) for each in lines]
+        assert used[1] == used[0] + GIB
 
 
 def test_vram_limits_each_gpu():
