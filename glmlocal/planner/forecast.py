@@ -141,8 +141,8 @@ class _Model:
         return clock
 
     def _decode_on_cpu(self, clock: _Clock, s: Speeds, step: _Step, count: int, context: int, rows: int) -> None:
-        fixed = sum(self._cpu_part(s, part, part.nbytes, part.params, rows) for part in step.layer.parts)
-        clock.add("cpu memory", count * fixed)
+        for part in step.layer.parts:
+            self._add_cpu(clock, s, part, count, part.nbytes, part.params * rows)
         attention = rows * self._attention_flops(step, context) / s.attention_decode
         keys = self._kv_read(step, context) / s.cpu_read
         clock.add("cpu arithmetic" if attention > keys else "cpu memory", count * max(attention, keys))
@@ -151,16 +151,17 @@ class _Model:
         if expert is None:
             return
         wanted = self._experts(step.layer, rows)
-        compute = self._cpu_part(s, expert, expert.nbytes, expert.params, self._rows_each(step.layer, rows))
         if step.near == 1.0:
-            clock.add("cpu memory", count * wanted * compute)
+            macs = expert.params * rows * self._per_token(step.layer)
+            self._add_cpu(clock, s, expert, count, wanted * expert.nbytes, macs)
             return
+        compute, resource = self._one_expert(s, step.layer, expert, rows)
         read = expert.nbytes / s.nvme
         longer = expected_wait(wanted, 0.0, step.near, wanted * compute, 0.0, read)
         both = wanted * compute + wanted * (1 - step.near) * read
         shorter = max(0.0, both - longer)  # E[min] = E[a] + E[b] − E[max]
         overlap = s.time(s.e.io_overlap)
-        clock.add("nvme" if read * (1 - step.near) > compute else "cpu memory", count * longer)
+        clock.add("nvme" if read * (1 - step.near) > compute else resource, count * longer)
         clock.add("nvme", count * (1 - overlap) * shorter)
 
     def _decode_on_gpu(self, clock: _Clock, s: Speeds, step: _Step, count: int, context: int, rows: int) -> None:
@@ -176,11 +177,11 @@ class _Model:
         if step.near == 1.0:
             clock.add("gpu memory", count * busy)
             return
-        compute = self._cpu_part(s, expert, expert.nbytes, expert.params, self._rows_each(step.layer, rows))
+        compute, resource = self._one_expert(s, step.layer, expert, rows)
         read = expert.nbytes / s.nvme
         wait = expected_wait(wanted, step.near, step.there, busy, compute, read)
         clock.add("gpu memory", count * busy)
-        slowest = "nvme" if read * (1 - step.there) > compute * (1 - step.near) else "cpu memory"
+        slowest = "nvme" if read * (1 - step.there) > compute * (1 - step.near) else resource
         clock.add(slowest, count * (wait - busy))
         clock.add("overhead", count * s.time(s.e.sync_s) * (1 - step.near**wanted))
 
@@ -194,7 +195,7 @@ class _Model:
         device = self.placement.head_device
         if device == CPU:
             for part in self.head:
-                clock.add("cpu memory", self._cpu_part(s, part, part.nbytes, part.params, rows))
+                self._add_cpu(clock, s, part, 1, part.nbytes, part.params * rows)
         else:
             nbytes = sum(part.nbytes for part in self.head)
             clock.add("gpu memory", nbytes / s.gpu_read(self.machine.gpus[device]))
@@ -293,8 +294,11 @@ class _Model:
         clock.add("gpu memory" if memory > arithmetic else "gpu arithmetic", count * max(memory, arithmetic))
         return max(memory, arithmetic)
 
-    def _cpu_part(self, s: Speeds, part: Part, nbytes: float, macs_per_row: float, rows: float) -> float:
-        return max(self._seconds_on_cpu(s, part, nbytes, macs_per_row * rows))
+    def _one_expert(self, s: Speeds, layer: Layer, expert: Part, rows: int) -> tuple[float, str]:
+        """Seconds that the CPU takes for one of the experts that so many tokens touch, and what binds it."""
+        rows_each = rows * self._per_token(layer) / self._experts(layer, rows)
+        memory, arithmetic = self._seconds_on_cpu(s, expert, expert.nbytes, expert.params * rows_each)
+        return max(memory, arithmetic), "cpu memory" if memory > arithmetic else "cpu arithmetic"
 
     def _seconds_on_cpu(self, s: Speeds, part: Part, nbytes: float, macs: float) -> tuple[float, float]:
         """Reading and computing."""
@@ -307,10 +311,6 @@ class _Model:
     def _experts(self, layer: Layer, rows: int) -> float:
         """Distinct experts that so many tokens touch."""
         return distinct_experts(layer.num_experts, self._per_token(layer), rows)
-
-    def _rows_each(self, layer: Layer, rows: int) -> float:
-        """Tokens that one of those experts meets."""
-        return rows * self._per_token(layer) / self._experts(layer, rows)
 
     def _positions(self, context: int) -> int:
         """That a query attends to, itself among them."""

@@ -176,3 +176,38 @@ def test_a_window_bounds_what_long_contexts_cost_but_for_the_index():
     assert short[32768].value > 1.3 * full[32768].value
     slower = 1 / short[32768].value - 1 / short[8192].value
     assert slower == pytest.approx(46 * (32768 - 8192) * 256 / 60e9)  # reading the index; scoring takes less
+
+
+def test_prefill_on_one_gpu_by_hand():
+    model, slow = air("fp8_channel", 8), replace(H200, bf16_tflop_per_s=10.0, fp8_tflop_per_s=20.0)
+    found = plan(model, machine(slow), Wants(draft=0))
+    tokens, in_fp8, in_bf16 = 2048, 45 * 8 * model.layers[1].expert.params, 0
+    for part in (part for layer in model.layers for part in layer.parts):
+        in_fp8 += part.params if part.scheme == "fp8_channel" else 0
+        in_bf16 += part.params if part.scheme == "f32" else 0
+    attention = 46 * 4 * 96 * 128 * tokens * (tokens + 1) / 2
+    seconds = 2 * tokens * in_fp8 / 20e12 + (2 * tokens * in_bf16 + attention) / 10e12
+    assert tokens / ideal(found, model).prefill_tokens_per_s.value == pytest.approx(seconds, rel=0.01)
+
+
+def test_a_window_bounds_the_attention_of_prompts():
+    model = air(**INT4)
+    windowed = replace(model, attention_window=64)
+    found = plan(model, machine(ram_gib=96), Wants())
+    seconds = [2048 / ideal(found, each).prefill_tokens_per_s.value for each in (model, windowed)]
+    pairs = 2048 * 2049 // 2 - (64 * 65 // 2 + (2048 - 64) * 64)
+    assert seconds[0] - seconds[1] == pytest.approx(46 * 4 * 96 * 128 * pairs / 1500e9, rel=1e-6)
+
+
+def test_every_draft_costs_a_pass_of_mtp_layer_and_head():
+    model = air("fp8_channel", 8)
+    found = plan(model, machine(H200), Wants(draft=3))
+    seconds = {
+        drafts: (1 + sum(ACCEPTANCE[:drafts])) / rate.value
+        for drafts, rate in ideal(found, model).drafts_tokens_per_s.items()
+    }
+    mtp = (model.mtp.resident_bytes + 8 * model.mtp.expert.nbytes + 2048) / 4800e9  # with its own head
+    expert = model.layers[1].expert.nbytes / 4800e9
+    for drafts, rows in ((1, 2), (2, 3)):
+        more = [45 * 128 * (1 - (1 - 8 / 128) ** count) * expert for count in (rows, rows + 1)]
+        assert seconds[drafts + 1] - seconds[drafts] == pytest.approx(mtp + more[1] - more[0])

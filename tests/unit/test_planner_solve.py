@@ -178,10 +178,43 @@ def test_nvme_takes_experts_that_ram_cannot_hold():
     assert found.placement.nvme_experts == (0,) + (128,) * 45
     assert sum(found.placement.ram_experts) == 0
     assert 0 < min(found.placement.ram_slots[1:]) <= max(found.placement.ram_slots) < 128
+    assert on(found, "ram")["read buffers"] == 2 * 8 * air(**INT4).layers[1].expert.nbytes
+    assert found.max_context >= 32768
     assert found.disk_bytes == found.download_bytes + on(found, "nvme")["expert pack"]
     assert found.forecast.decode_tokens_per_s[0].bound_by == "nvme"
     assert not plan(air(**INT4), replace(small, nvme=DISK), Wants(offload=False)).fits
     assert not plan(air(**INT4), replace(small, nvme=Nvme(10**9, 7.0)), Wants()).fits
+
+
+def test_less_than_2048_tokens_are_not_promised():
+    model, hardware = air(**INT4), machine(ram_gib=22, nvme=DISK)
+    lines = on(plan(model, hardware, Wants(context=1024)), "ram")
+    needed = sum(nbytes for what, nbytes in lines.items() if not what.startswith("expert slots"))
+    tight = replace(hardware, ram=replace(hardware.ram, available_bytes=needed + GIB // 4))
+    assert plan(model, tight, Wants(context=1024)).fits
+    found = plan(model, tight, Wants())
+    assert not found.fits
+    assert 1024 <= found.max_context < 2048
+    assert found.advice[0].option == f"--context {found.max_context}"
+
+
+def test_mtp_does_not_cost_context():
+    model = air(**FP8)
+    limits = (gib * GIB for gib in range(100, 140))
+    least = next(
+        n for n in limits if plan(model, machine(H200), Wants(vram_bytes=n, draft=0)).resolved.context == 131072
+    )
+    found, roomier = (plan(model, machine(H200), Wants(vram_bytes=n)) for n in (least, least + 6 * GIB))
+    assert (found.resolved.context, found.resolved.num_drafts) == (131072, 0)
+    assert (roomier.resolved.context, roomier.resolved.num_drafts) == (131072, 1)
+
+
+def test_a_pack_has_aligned_records():
+    model = air(scheme="int4 group 32", bits=4.501)
+    found = plan(model, machine(ram_gib=22, nvme=DISK), Wants())
+    record = -(-model.layers[1].expert.nbytes // 4096) * 4096
+    assert record > model.layers[1].expert.nbytes
+    assert on(found, "nvme") == {"expert pack": 45 * 128 * record}
 
 
 def test_one_small_gpu_holds_what_every_token_needs_and_some_experts():
@@ -201,6 +234,31 @@ def test_layers_that_fit_on_no_gpu_stay_on_the_cpu():
     assert {0, CPU} == set(found.placement.layer_device)
     assert list(found.placement.layer_device) == sorted(found.placement.layer_device, reverse=True)
     assert found.placement.head_device == CPU
+
+
+def test_a_gpu_too_small_to_help_does_not_hinder():
+    """It would need staging in RAM, which is full."""
+    model, small = air(**INT4), replace(RTX4090, memory_bytes=4 * GIB)
+    needed = plan(model, machine(ram_gib=256), Wants(context=64, batch=1)).devices[0].used_bytes
+    without, with_gpu = (
+        plan(model, machine(*gpus, ram_gib=needed / GIB + 0.3), Wants(context=64, batch=1)) for gpus in ((), (small,))
+    )
+    assert without.fits
+    assert with_gpu.fits
+    assert set(with_gpu.placement.layer_device) == {CPU}
+
+
+def test_a_table_that_is_held_is_counted_once():
+    model = air(**INT4)
+    held = replace(model, top=(replace(model.top[0], nbytes=GIB), *model.top[1:]))
+    for gpus in ((), (RTX4090,)):
+        plain, with_table = (plan(each, machine(*gpus, ram_gib=96), Wants(context=4096)) for each in (model, held))
+        assert on(with_table, "ram")["embeddings"] == GIB
+        lines = [
+            [line for d in each.devices for line in d.lines if "KV" not in line.what] for each in (plain, with_table)
+        ]
+        used = [sum(line.nbytes for line in each) for each in lines]
+        assert used[1] == used[0] + GIB
 
 
 def test_vram_limits_each_gpu():
