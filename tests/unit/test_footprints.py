@@ -161,11 +161,11 @@ def test_quantizing_at_load_leaves_what_is_quantized_and_keeps_8_bits_where_4_wo
 
 
 def test_blocks_of_a_gguf_are_numbered_with_mtp() -> None:
-    """llama.cpp gives more bits to some of Air's 47 blocks, the MTP block among the last six."""
-    footprint = of_release(release("GLM-4.5-Air:Q4_K_M"))
+    """llama.cpp gives more bits to some of GLM-4.5's 93 blocks, the MTP block among the last twelve."""
+    footprint = of_release(release("GLM-4.5:Q4_K_M"))
     layers = [*footprint.layers, footprint.mtp]
-    more = [i for i, layer in enumerate(layers) if layer and layer.expert and "Q8_0" in layer.expert.scheme]
-    assert more == [*range(1, 5), *range(7, 41, 3), *range(41, 47)]
+    more = [i for i, layer in enumerate(layers) if layer and layer.expert and "Q6_K" in layer.expert.scheme]
+    assert more == [*range(3, 11), *range(13, 81, 3), *range(81, 93)]
 
 
 def test_a_recipe_says_what_each_matrix_is_stored_in() -> None:
