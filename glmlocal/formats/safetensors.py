@@ -48,7 +48,7 @@ def read_directory(directory: Path) -> tuple[dict[str, TensorRef], tuple[Path, .
         raise CheckpointError(
             f"{directory} has {quoted(found)} but neither {SINGLE_FILE} nor {INDEX_FILE}; download the missing file"
         )
-    weight_map = _read_weight_map(index)
+    weight_map = read_weight_map(index)
     shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         shards.setdefault(shard, set()).add(name)
@@ -133,7 +133,7 @@ def _add(refs: dict[str, TensorRef], ref: TensorRef) -> None:
     refs[ref.name] = ref
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; download it again")
