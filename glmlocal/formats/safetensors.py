@@ -19,7 +19,7 @@ from glmlocal.formats.index import TensorRef, not_the_file_itself, quoted, read_
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 _MAX_TENSOR_BYTES = 1 << 62
 MAX_EXPERTS = 4096
 _DTYPES_OF_BITS = {
@@ -80,9 +80,9 @@ def read_file(path: Path) -> dict[str, TensorRef]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length == 0:
             raise CheckpointError(f"{path} is not a safetensors file: it has no header; download it again")
-        if length > _MAX_HEADER_BYTES:
+        if length > MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"{path} claims a header of {length:,} bytes, {_MAX_HEADER_BYTES:,} is the limit"
+                f"{path} claims a header of {length:,} bytes, {MAX_HEADER_BYTES:,} is the limit"
                 f"{not_the_file_itself(prefix)}"
             )
         if length > size - 8:

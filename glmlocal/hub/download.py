@@ -38,7 +38,7 @@ class Options:
 
     connections: int = 8
     range_bytes: int = 64 * MIB  # of one request
-    commit_every_s: float = 1.0  # so much is fetched again at most after a kill
+    commit_every_s: float = 1.0  # at most so much is fetched again after a kill
     limit_bytes_per_s: int | None = None
     patience: Patience = DEFAULT_PATIENCE
 

@@ -42,7 +42,10 @@ class Catalogue(Protocol):
     """What is known of names that are no hub ids."""
 
     def find(self, name: str, hub: HubName) -> str | None:
-        """The ``org/name`` or ``org/name:QUANT`` of a release on that hub, whatever the case; None if unknown."""
+        """The ``org/name`` or ``org/name:QUANT`` of a release on that hub, whatever the case; None if unknown.
+
+        ``name`` is a release, a family, a repository of either hub, or one of these with ``:QUANT``.
+        """
         ...
 
     def near_misses(self, name: str) -> Sequence[str]: ...
@@ -59,7 +62,9 @@ def parse_source(
             "or a release such as GLM-4.5-Air-FP8"
         )
     parts = written.groupdict()
-    known = catalogue.find(parts.get("repo") or parts["name"], hub)
+    name = parts.get("repo") or parts["name"]
+    known = catalogue.find(f"{name}:{parts['quant']}", hub) if parts["quant"] else None
+    known = known or catalogue.find(name, hub)
     if known is None and "repo" not in parts:
         raise _unknown(model, parts["name"], catalogue)
     found = _HUB_ID.fullmatch(known) if known else None

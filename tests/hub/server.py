@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import socket
 import threading
@@ -190,8 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Hugging Face
 
-    def _huggingface_api(self, rest: str, query: dict[str, str]) -> None:
-        org, name, kind, revision = [unquote(part) for part in (rest.split("/") + ["", ""])[:4]]
+    def _huggingface_api(self, rest: str, asked: dict[str, str]) -> None:
+        org, name, kind, revision = [unquote(part) for part in [*rest.split("/"), "", ""][:4]]
         found = self._find(f"{org}/{name}", revision or "main")
         if found is None:
             return
@@ -200,11 +199,13 @@ class _Handler(BaseHTTPRequestHandler):
         if kind in ("", "revision"):
             siblings = [{"rfilename": path} for path in files]
             return self._json({"id": f"{org}/{name}", "sha": commit, "siblings": siblings, "private": False})
-        start = int(query.get("cursor", "0"))
+        start = int(asked.get("cursor", "0"))
         page = sorted(files)[start : start + hub.page_size]
         headers = {}
         if start + hub.page_size < len(files):
-            following = f"{hub.url}/api/models/{org}/{name}/tree/{revision}?recursive=true&cursor={start + hub.page_size}"
+            following = (
+                f"{hub.url}/api/models/{org}/{name}/tree/{revision}?recursive=true&cursor={start + hub.page_size}"
+            )
             headers["Link"] = f'<{following}>; rel="next"'
         self._json([self._entry(path, files[path]) for path in page], headers)
 
@@ -371,7 +372,7 @@ def _chunks(content: Content, begin: int, end: int, fault: Fault, connection: so
     if isinstance(content, Path):
         with open(content, "rb") as file:
             while begin < end:
-                sent = os.sendfile(connection.fileno(), file.fileno(), begin, min(end - begin, 8 << 20))
+                sent = connection.sendfile(file, begin, min(end - begin, 8 << 20))
                 begin += sent
                 yield sent
         return
