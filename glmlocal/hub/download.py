@@ -85,6 +85,7 @@ class _Task:
     fetch: _Fetch
     begin: int
     end: int
+    is_whole: bool = False  # asked for without a range
 
 
 @dataclass(eq=False)
@@ -221,9 +222,12 @@ class _Download:
             return self.tasks.popleft() if self.tasks and not self.stopped.is_set() else None
 
     def _tasks(self, fetch: _Fetch) -> Iterator[_Task]:
-        step = fetch.file.size_bytes if fetch.ranges_ignored else self.options.range_bytes
+        if fetch.ranges_ignored:
+            yield _Task(fetch, 0, fetch.file.size_bytes, is_whole=True)
+            return
+        step = self.options.range_bytes
         for begin, end in fetch.partial.missing():
-            for start in range(begin, end, max(step, 1)):
+            for start in range(begin, end, step):
                 yield _Task(fetch, start, min(start + step, end))
 
     def _fetch_whole(self, fetch: _Fetch) -> None:
@@ -233,7 +237,7 @@ class _Download:
                 return
             fetch.ranges_ignored = True
             self.tasks = deque(task for task in self.tasks if task.fetch is not fetch)
-            self.tasks.appendleft(_Task(fetch, 0, fetch.file.size_bytes))
+            self.tasks.extendleft(self._tasks(fetch))
             self.changed.notify_all()
 
     def _fetch(self, task: _Task) -> None:
@@ -242,7 +246,7 @@ class _Download:
         position, failures = task.begin, 0
         while position < task.end:
             try:
-                for chunk in self._receive(task.fetch, position, task.end):
+                for chunk in self._receive(task, position):
                     task.fetch.partial.write(position, chunk)
                     position, failures = position + len(chunk), 0
                     self._sleep(self.pace.delay_s(len(chunk)))
@@ -251,29 +255,30 @@ class _Download:
             except (TryAgain, httpx.TransportError) as error:
                 failures += 1
                 self._back_off(task, error, failures)
-                if task.fetch.ranges_ignored:
+                if task.is_whole:
                     position = task.begin
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise DownloadError(explain(error)) from error
         with self.changed:
             self.changed.notify_all()
 
-    def _receive(self, fetch: _Fetch, begin: int, end: int) -> Iterator[bytes]:
+    def _receive(self, task: _Task, begin: int) -> Iterator[bytes]:
         """The bytes of one request, from ``begin``; they may end early, never late."""
+        fetch = task.fetch
         self._sleep(self.pace.resume_s - time.monotonic())
         location = fetch.location
         url = location or self.hub.url(self.listing, fetch.file.path)
         headers = {} if location else dict(self.hub.headers)  # nobody but the hub itself is shown the token
-        if not fetch.ranges_ignored:
-            headers["Range"] = f"bytes={begin}-{end - 1}"
+        if not task.is_whole:
+            headers["Range"] = f"bytes={begin}-{task.end - 1}"
         with self.client.stream("GET", url, headers=headers) as response:
-            if location and response.status_code in (401, 403, 404, 410):
+            is_elsewhere = bool(location) or (response.history and response.url.host != response.history[0].url.host)
+            if is_elsewhere and response.status_code in (401, 403, 404, 410):
                 fetch.location = None  # a signed address that has expired
-                raise TryAgain(f"{response.url.host} no longer serves {fetch.file.path}", 0.0)
-            self._check(response, fetch, begin)
-            if not location and response.history:
-                fetch.location = str(response.url)
-            wanted = end - begin
+                raise TryAgain(f"{response.url.host} no longer serves {fetch.file.path}")
+            self._check(response, task, begin)
+            fetch.location = str(response.url) if is_elsewhere else None
+            wanted = task.end - begin
             for chunk in response.iter_raw():
                 self._check_running()
                 if len(chunk) > wanted:
@@ -281,9 +286,9 @@ class _Download:
                 wanted -= len(chunk)
                 yield chunk
 
-    def _check(self, response: httpx.Response, fetch: _Fetch, begin: int) -> None:
+    def _check(self, response: httpx.Response, task: _Task, begin: int) -> None:
         """Raise unless the answer is the part, or the whole, that was asked for."""
-        size, status = fetch.file.size_bytes, response.status_code
+        fetch, size, status = task.fetch, task.fetch.file.size_bytes, response.status_code
         if status == 416:
             raise self._has_changed(fetch, "fewer bytes")
         what = f"{self.listing.repo_id}/{fetch.file.path}"
@@ -304,7 +309,7 @@ class _Download:
         length = response.headers.get("Content-Length", str(size))
         if length != str(size):
             raise self._has_changed(fetch, f"{length[:20]} bytes")
-        if not fetch.ranges_ignored:
+        if not task.is_whole:
             raise _RangeIgnored
 
     def _has_changed(self, fetch: _Fetch, found: str) -> DownloadError:

@@ -100,9 +100,9 @@ class PartialFile:
 
     def finish(self, target: Path) -> None:
         """Put the whole, verified file in its place: data first, then the name, then the journal goes."""
+        if self._data < 0:
+            self._open()
         with self._commit_lock:
-            if self._data < 0:
-                self._open()
             os.fsync(self._data)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(self.path, target)

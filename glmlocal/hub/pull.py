@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmlocal.errors import DownloadError
-from glmlocal.formats.safetensors import INDEX_FILE, SINGLE_FILE
+from glmlocal.formats.safetensors import INDEX_FILE, SINGLE_FILE, read_weight_map
 from glmlocal.hub import huggingface, modelscope
-from glmlocal.hub.cache import RepoCache, blocks_bytes, shards_of
+from glmlocal.hub.cache import RepoCache, blocks_bytes
 from glmlocal.hub.download import DEFAULTS, OnProgress, Options, download
 from glmlocal.hub.http import DEFAULT_PATIENCE, Patience
 from glmlocal.hub.listing import Hub, HubFile, Listing
@@ -75,7 +75,7 @@ def prepare(source: Source, hub: Hub, options: Options = DEFAULTS) -> Pull:
             if not cache.has(index):
                 with cache.locked():
                     _fetch([index], cache, listing, hub, options)
-            shards = shards_of(cache.blob(index))
+            shards = frozenset(read_weight_map(cache.blob(index)).values())
     return Pull(source, hub, cache, listing, select(listing.files, source.repo_id, source.quant, shards))
 
 

@@ -150,10 +150,13 @@ def _choose_quant(models: dict[str, list[HubFile]], repo_id: str, quant: str | N
 def _safetensors(at_top: dict[str, HubFile], repo_id: str, shards: Iterable[str]) -> list[HubFile]:
     if "config.json" not in at_top:
         raise DownloadError(f"{repo_id} has safetensors but no config.json; it is not a whole model")
+    shards = set(shards)
+    if SINGLE_FILE not in at_top and not shards:
+        raise DownloadError(f"{repo_id} has an index of safetensors that names no file; tell its owners")
     names = {SINGLE_FILE} if SINGLE_FILE in at_top else {INDEX_FILE, *shards}
     absent = sorted(names - at_top.keys())
     if absent:
-        raise DownloadError(f"{repo_id} lacks {quoted(absent[0])}, which its index names; tell its owners")
+        raise DownloadError(f"{repo_id} lacks {quoted(absent[0])}, which its index names; it is not a whole model")
     return [file for name, file in at_top.items() if name in names or name in _TEXT_FILES]
 
 

@@ -111,10 +111,12 @@ class HubServer:
     def fail(self, path: str, *, times: int = 1, **what: Any) -> None:
         self.faults[path].append(Fault(times, **what))
 
-    def fault(self, path: str, *, cdn: bool = True) -> Fault | None:
-        """The next fault of a path, used up."""
+    def fault(self, path: str, *, cdn: bool = True, part: tuple[int, int] = (0, 1 << 60)) -> Fault | None:
+        """The next fault of a path (of bytes ``part`` of it), used up."""
         with self.lock:
             for fault in self.faults.get(path, ()):
+                if fault.flip_at is not None and not part[0] <= fault.flip_at < part[1]:
+                    continue
                 if fault.times > 0 and (fault.matches_cdn() if cdn else not fault.matches_cdn()):
                     if fault.after > 0:
                         fault.after -= 1
@@ -130,6 +132,10 @@ class HubServer:
             with open(content, "rb") as file:
                 self.hashes[content] = hashlib.file_digest(file, "sha256").hexdigest()
         return self.hashes[content]
+
+    def forget_served(self) -> None:
+        """Count from here; what is still on its way belongs to before."""
+        self.served = defaultdict(list)
 
     def served_bytes(self, path: str) -> int:
         return sum(end - begin for begin, end in self.served[path])
@@ -331,12 +337,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, path: str, content: Content, headers: Mapping[str, str]) -> None:
         hub = self.server.hub
-        fault = (hub.fault(path) if self.command == "GET" else None) or Fault(0)
+        served = hub.served
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        part = (int(wanted[1]), int(wanted[2] or 1 << 60) + 1) if wanted else (0, 1 << 60)
+        fault = (hub.fault(path, part=part) if self.command == "GET" else None) or Fault(0)
         if fault.expired_signature:
             return self._error(403, "", "Request has expired")
         size = size_of(content) + fault.extra_bytes
         begin, end, status = 0, size, 200
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         headers = {"Accept-Ranges": "bytes", **headers}
         if wanted and not fault.ignore_range:
             begin, end, status = int(wanted[1]), min(int(wanted[2] or size - 1) + 1, size), 206
@@ -361,7 +369,7 @@ class _Handler(BaseHTTPRequestHandler):
                     time.sleep(len(chunk) / fault.bytes_per_s)
         finally:
             with hub.lock:
-                hub.served[path].append((begin, position))
+                served[path].append((begin, position))
         if position < end:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
