@@ -152,6 +152,27 @@ def fetch(
     return path
 
 
+def offer_to_pull(model: str) -> None:
+    """For the commands that run a model: where it is a hub's and not here, offer a person at a terminal to fetch it.
+
+    Without a terminal nothing happens: what opens the model then raises NotPulled. Raises that too for a no.
+    """
+    from glmlocal.resolve import DEMO, resolve
+
+    if model == DEMO or not somebody_is_there():
+        return
+    from glmlocal.hub.local import NotPulled
+
+    try:
+        resolve(model, progress=False)
+    except NotPulled as error:
+        from glmlocal.hub.download import DEFAULTS
+
+        print(f"{error.source} is not on this disk yet.", file=sys.stderr)
+        if fetch(error.source, DEFAULTS, must_ask=True) is None:
+            raise
+
+
 def _summary(plan: Pull) -> str:
     files, selection = plan.selection.files, plan.selection
     here = selection.size_bytes - plan.bytes_to_fetch()
