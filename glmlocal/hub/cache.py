@@ -84,6 +84,12 @@ class RepoCache:
             return snapshots[0].name
         return None
 
+    def is_published(self, listing: Listing, files: Iterable[HubFile]) -> bool:
+        """Whether ``publish`` would find nothing to do."""
+        snapshot = self.snapshot(listing.commit)
+        links = all((snapshot / f.path).exists() and (snapshot / f.path).samefile(self.blob(f)) for f in files)
+        return links and self.commit_of(listing.revision) == listing.commit
+
     def publish(self, listing: Listing, files: Iterable[HubFile]) -> Path:
         """Make complete files visible under their names: the links first, then the ref. Returns the snapshot."""
         snapshot = self.snapshot(listing.commit)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email.utils
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -67,22 +66,23 @@ def new_client(patience: Patience, connections: int = 4) -> httpx.Client:
         raise DownloadError(f"cannot use the network settings of the environment: {one_line(error)}") from error
 
 
-def retry(attempt: Callable[[], T], patience: Patience, stop: threading.Event | None = None) -> T:
+def retry(attempt: Callable[[], T], patience: Patience) -> T:
     """The result of ``attempt``, which is called again while what goes wrong may pass. Raises DownloadError."""
     import httpx
 
-    problem = ""
-    for number in range(patience.attempts):
+    number = 0
+    while True:
         try:
             return attempt()
         except (TryAgain, httpx.TransportError) as error:
-            problem = explain(error)
-            wait_s = wait_before(number, error, patience)
+            number += 1
+            # Nobody has answered yet: half a minute of silence would not change that.
+            most = min(patience.attempts, 2) if isinstance(error, httpx.ConnectError) else patience.attempts
+            if number >= most:
+                raise DownloadError(f"{explain(error)} (tried {number} times)") from error
+            time.sleep(wait_before(number - 1, error, patience))
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise DownloadError(explain(error)) from error
-        if number + 1 < patience.attempts and (stop or threading.Event()).wait(wait_s):
-            break
-    raise DownloadError(f"{problem} (tried {patience.attempts} times)")
 
 
 def wait_before(number: int, error: Exception, patience: Patience) -> float:

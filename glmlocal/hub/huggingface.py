@@ -116,6 +116,6 @@ def connect(patience: Patience = DEFAULT_PATIENCE) -> HuggingFace:
         endpoint=constants.ENDPOINT,
         cache_dir=Path(constants.HF_HUB_CACHE),
         token=token,
-        offline=constants.is_offline_mode(),
+        offline=constants.HF_HUB_OFFLINE,
         patience=patience,
     )

@@ -55,10 +55,20 @@ def find(source: Source) -> LocalModel:
     """The model, if it is here and whole. Raises NotPulled; ConfigError where a quantization must be chosen."""
     cache = RepoCache(cache_dir(source.hub), source.repo_id)
     commit = cache.commit_of(source.revision)
-    snapshot = cache.snapshot(commit) if commit else None
-    if snapshot is None or not snapshot.is_dir():
-        begun = " (a download has begun)" if cache.partial_bytes() else ""
-        raise NotPulled(source, f"is not on this disk{begun}")
+    snapshots = [cache.snapshot(commit)] if commit and cache.snapshot(commit).is_dir() else []
+    if source.revision is None:  # a quantization that was pulled before the branch moved is no less the model
+        snapshots += [snapshot for snapshot in cache.snapshots() if snapshot not in snapshots]
+    problem: NotPulled | None = None
+    for snapshot in snapshots:
+        try:
+            return _in(snapshot, cache, source)
+        except NotPulled as error:
+            problem = problem or error
+    begun = " (a download has begun)" if cache.partial_bytes() else ""
+    raise problem or NotPulled(source, f"is not on this disk{begun}")
+
+
+def _in(snapshot: Path, cache: RepoCache, source: Source) -> LocalModel:
     try:
         return LocalModel(source, cache, snapshot, local_selection(snapshot, source.repo_id, source.quant))
     except ConfigError:

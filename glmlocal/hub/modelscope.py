@@ -116,7 +116,7 @@ def connect(patience: Patience = DEFAULT_PATIENCE) -> ModelScope:
         endpoint=(endpoint if "://" in endpoint else f"https://{endpoint}").rstrip("/"),
         cache_dir=cache_home() / "modelscope",
         token=os.environ.get("MODELSCOPE_API_TOKEN") or None,
-        offline=constants.is_offline_mode(),
+        offline=constants.HF_HUB_OFFLINE,
         patience=patience,
     )
 

@@ -89,6 +89,9 @@ def pull(
 
     Raises DownloadError. Whatever ends it, the next call goes on from there.
     """
+    with _storing(plan.cache):
+        if not plan.missing and plan.cache.is_published(plan.listing, plan.selection.files):
+            return plan.path  # nothing to write, so a cache that cannot be written will do
     with _storing(plan.cache), plan.cache.locked(on_wait):
         missing = plan.missing  # another process may have brought some while this one waited
         check_space({plan.cache.directory: _bytes_to_write(plan.cache, missing)})

@@ -43,6 +43,7 @@ class Fault:
     bytes_per_s: int | None = None
     ignore_range: bool = False
     redirect_to_itself: bool = False
+    overlong_range: bool = False  # sends more than was asked for
     wrong_range: bool = False  # sends another part than was asked for
     expired_signature: bool = False  # the CDN refuses the address that it gave out
     after: int = 0  # requests for it that go well before
@@ -352,6 +353,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._error(416, "", "", {"Content-Range": f"bytes */{size}"})
             if fault.wrong_range:
                 begin, end = begin + 1, min(end + 1, size)
+            if fault.overlong_range:
+                end = min(end + 10, size)
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
         self._head(status, {"Content-Length": str(end - begin), **headers})
         if self.command == "HEAD":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -100,6 +101,45 @@ def test_revisions_are_kept_apart(server: HubServer, caches: Path) -> None:
     assert resolve(f"{ST}@v2/x") == new != old
     with pytest.raises(local.NotPulled):
         resolve(f"{ST}@v3")
+
+
+def test_a_quantization_of_before_the_branch_moved_is_still_the_model(server: HubServer, caches: Path) -> None:
+    hub = huggingface(server, caches)
+    old = fetch(hub, Source("huggingface", GGUF, "F32"))
+    server.add(GGUF, server.repos[GGUF].commits[old.parent.name] | {"README.md": b"new"})
+    new = fetch(hub, Source("huggingface", GGUF, "Q8_0"))
+    assert old.parent != new.parent.parent
+    assert resolve(f"{GGUF}:F32") == old
+    assert resolve(f"{GGUF}:Q8_0") == new
+    with pytest.raises(local.NotPulled):
+        resolve(f"{GGUF}:F32@main")
+
+
+def test_what_is_there_needs_no_writable_cache(
+    server: HubServer, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = fetch(huggingface(server, caches), Source("huggingface", ST))
+    monkeypatch.setattr(RepoCache, "locked", lambda *args: pytest.fail("wanted to write"))
+    assert fetch(huggingface(server, caches), Source("huggingface", ST)) == snapshot
+
+
+def test_nothing_of_the_hub_imports_torch() -> None:
+    modules = [
+        "cache",
+        "download",
+        "headers",
+        "known",
+        "local",
+        "modelscope",
+        "names",
+        "partial",
+        "pull",
+        "select",
+        "verify",
+    ]
+    imports = "; ".join(f"import glmlocal.hub.{module}" for module in modules)
+    check = f"{imports}; import glmlocal.cli.pull, glmlocal.cli.ls, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 
 def test_modelscope_has_a_cache_of_its_own(server: HubServer, caches: Path, tmp_path: Path) -> None:

@@ -143,3 +143,9 @@ def test_starting_over_forgets_everything(tmp_path: Path) -> None:
     file.commit()
     file.close()
     assert open_partial(tmp_path).missing() == [(0, 5), (6, 100)]
+    resumed = open_partial(tmp_path)  # one that believed a journal
+    resumed.start_over()
+    resumed.write(7, b"z")
+    resumed.commit()
+    resumed.close()
+    assert open_partial(tmp_path).missing() == [(0, 7), (8, 100)]
