@@ -248,7 +248,8 @@ class _Download:
             try:
                 for chunk in self._receive(task, position):
                     task.fetch.partial.write(position, chunk)
-                    position, failures = position + len(chunk), 0
+                    position += len(chunk)
+                    failures = failures if task.is_whole else 0  # one that starts over each time gets nowhere
                     self._sleep(self.pace.delay_s(len(chunk)))
                 if position < task.end:
                     raise TryAgain(f"{task.fetch.file.path} ended after {position:,} of {task.end:,} bytes")

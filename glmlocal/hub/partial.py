@@ -94,9 +94,11 @@ class PartialFile:
                 return
             os.fdatasync(self._data)
             line = "".join(f"{begin} {end}\n" for begin, end in extents).encode("ascii")
+            os.ftruncate(self._journal, self._journal_bytes)  # an unfinished line must not join the next one
             if os.write(self._journal, line) != len(line):
                 raise OSError(28, "the journal could not be written in full", str(self._journal_path))
             os.fdatasync(self._journal)
+            self._journal_bytes += len(line)
 
     def finish(self, target: Path) -> None:
         """Put the whole, verified file in its place: data first, then the name, then the journal goes."""
@@ -135,13 +137,13 @@ class PartialFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             data = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self._journal, self._journal_bytes)  # an unfinished line must not join the next one
             if not self._journal_bytes:
                 # In this order: a journal that can be read means that the file has its length.
                 os.ftruncate(data, 0)
                 os.ftruncate(data, self.size_bytes)
                 os.fsync(data)
-                os.write(self._journal, self._header.encode("ascii"))
+                os.ftruncate(self._journal, 0)
+                self._journal_bytes = os.write(self._journal, self._header.encode("ascii"))
                 os.fsync(self._journal)
                 sync(self.path.parent)
             self._data = data

@@ -91,6 +91,24 @@ def test_a_journal_is_believed_up_to_its_first_bad_line(torn: bytes, tmp_path: P
     assert open_partial(tmp_path).missing() == [(20, 60), (70, 100)]
 
 
+def test_a_line_that_was_written_in_part_does_not_join_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    file = open_partial(tmp_path)
+    file.write(0, b"x")
+    file.commit()
+    file.write(12, b"x" * 18)
+    with monkeypatch.context() as patch:
+        patch.setattr(partial.os, "write", lambda descriptor, data: write(descriptor, data[:1]))
+        with pytest.raises(OSError, match="could not be written in full"):
+            file.commit()
+    file.write(2, b"x" * 18)  # "2 20" after "1" would be a claim that nobody made
+    file.commit()
+    file.close()
+    assert open_partial(tmp_path).written == [(0, 1), (2, 20)]
+
+
 @pytest.mark.parametrize("damage", ["other digest", "other size", "no data", "shorter data", "header cut", "garbage"])
 def test_a_journal_of_something_else_is_not_believed(damage: str, tmp_path: Path) -> None:
     file = open_partial(tmp_path)
