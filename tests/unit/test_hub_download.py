@@ -152,11 +152,12 @@ def test_what_passes_is_tried_again(fault: dict[str, Any], server: HubServer, ca
 
 def test_retry_after_is_honoured_by_all_connections(server: HubServer, cache: Path) -> None:
     server.fail(BIG, status=429, headers={"Retry-After": "1"})
+    server.fail(BIG, bytes_per_s=50_000, times=8)  # so that the others are still at it
     times: list[float] = []
     server.on_request = lambda handler: times.append(time.monotonic()) if BIG in handler.path else None
     fetch(huggingface(server, cache), options=replace(QUICK, range_bytes=10_000))
     # What was under way when the first was told to wait may still come.
-    assert not [when - times[0] for when in times if 0.3 < when - times[0] < 0.95]
+    assert not [when - times[0] for when in times if 0.4 < when - times[0] < 0.95]
     assert times[-1] - times[0] > 0.95
 
 
