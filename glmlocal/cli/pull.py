@@ -25,7 +25,8 @@ from glmlocal.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
     from glmlocal.hub.download import Options
-    from glmlocal.hub.names import Source
+    from glmlocal.hub.known import Choose
+    from glmlocal.hub.names import HubName, Source
     from glmlocal.hub.pull import Pull
 
 _MOST_CONNECTIONS = 64
@@ -82,23 +83,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_source(args: argparse.Namespace) -> tuple[Source, bool]:
-    """What the arguments name, and whether it was chosen for them: only a family was named."""
+def find_source(args: argparse.Namespace, choose: Choose | None = None) -> tuple[Source, bool]:
+    """What the arguments name, and whether it was chosen for them: only a family was named. ``choose`` does that
+    (default: ``choose_release``)."""
     from glmlocal.hub.known import KnownReleases
-    from glmlocal.hub.names import HubName, parse_source
+    from glmlocal.hub.names import parse_source
 
     was_chosen = False
 
-    def choose(family: str, hub: HubName) -> str:
+    def choose_and_say_so(family: str, hub: HubName) -> str:
         nonlocal was_chosen
         was_chosen = True
-        return choose_release(family, hub)
+        return (choose or choose_release)(family, hub)
 
-    source = parse_source(args.model, KnownReleases(choose), hub=args.hub, revision=args.revision)
+    source = parse_source(args.model, KnownReleases(choose_and_say_so), hub=args.hub, revision=args.revision)
     return source, was_chosen
 
 
-def choose_release(family: str, hub: Any) -> str:
+def choose_release(family: str, hub: HubName) -> str:
     """The release of a family that suits this machine, as ``org/name[:QUANT]``. The planner's place: until it can say,
     the user is told what there is (ConfigError)."""
     from glmlocal.hub.known import list_releases

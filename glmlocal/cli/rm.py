@@ -41,7 +41,7 @@ def _of_hub(args: argparse.Namespace) -> tuple[str, int, Callable[[], int]]:
     from glmlocal.hub import local
     from glmlocal.hub.cache import RepoCache, blocks_bytes, remove, snapshot_files
 
-    source, _ = find_source(args)
+    source, _ = find_source(args, local.the_one_here)
     cache = RepoCache(local.cache_dir(source.hub), source.repo_id)
     if not cache.directory.is_dir():
         raise ConfigError(f"{source} is not on this disk; `glmlocal ls` shows what is")

@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from glmlocal.hub import verify
+    from glmlocal.hub import local, verify
     from glmlocal.progress import byte_bar
 
     if args.model == "demo":
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         ensure_demo(check_hash=True)
         print("the demo model is whole")
         return 0
-    source, _ = find_source(args)
+    source, _ = find_source(args, local.the_one_here)
     kept = verify.kept_files(source)
     with byte_bar("hashing", kept.size_bytes, show=not args.json) as on_bytes:
         damaged = verify.damaged(kept, on_bytes)

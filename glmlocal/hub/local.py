@@ -84,14 +84,14 @@ def find_by_name(model: str) -> LocalModel:
     problem: ConfigError | None = None
     for hub in HUBS:
         try:
-            return find(parse_source(model, KnownReleases(_the_one_here), hub=hub))
+            return find(parse_source(model, KnownReleases(the_one_here), hub=hub))
         except ConfigError as error:  # the first hub's is the one to tell
             problem = problem or error
     assert problem is not None
     raise problem
 
 
-def _the_one_here(family: str, hub: HubName) -> str:
+def the_one_here(family: str, hub: HubName) -> str:
     """A ``known.Choose``: the family's release that was pulled."""
     here = []
     for hub_id in hub_ids(family, hub):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmlocal.errors import GlmlocalError
+from glmlocal.errors import CheckpointError, DownloadError
 from glmlocal.hub.cache import RepoCache, local_selection, snapshot_files
 from glmlocal.hub.listing import HubFile
 from glmlocal.hub.local import NotPulled, cache_dir
@@ -40,7 +40,7 @@ class Kept:
 
 
 def kept_files(source: Source) -> Kept:
-    """Raises NotPulled where there is nothing at all."""
+    """Raises NotPulled where there is nothing at all, ConfigError where a quantization must be named or is not here."""
     cache = RepoCache(cache_dir(source.hub), source.repo_id)
     commit = cache.commit_of(source.revision)
     snapshot = cache.snapshot(commit) if commit else None
@@ -49,8 +49,11 @@ def kept_files(source: Source) -> Kept:
     present = snapshot_files(snapshot)
     missing = _broken_links(snapshot)
     try:
-        files: Sequence[HubFile] = local_selection(snapshot, source.repo_id, source.quant).files
-    except GlmlocalError as error:  # not whole: what there is, then the rest is fetched
+        selection = local_selection(snapshot, source.repo_id, source.quant)
+        files: Sequence[HubFile] = selection.files
+        if selection.format == "gguf":
+            missing = []  # whole; what is missing is another quantization's
+    except (CheckpointError, DownloadError) as error:  # not whole: what there is, then the rest is fetched
         files, missing = present, missing or [f"something ({error})"]
     # A commit of Hugging Face's can be asked for again; ModelScope's snapshots are named by their content.
     revision = commit if source.hub == "huggingface" else source.revision

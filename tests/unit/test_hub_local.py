@@ -15,7 +15,7 @@ from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
 
 import crafted
 from glmlocal.errors import ConfigError, DownloadError
-from glmlocal.hub import local, pull
+from glmlocal.hub import local, pull, verify
 from glmlocal.hub.cache import RepoCache, remove, snapshot_files
 from glmlocal.hub.names import Source
 from glmlocal.resolve import resolve
@@ -148,6 +148,24 @@ def test_modelscope_has_a_cache_of_its_own(server: HubServer, caches: Path, tmp_
     assert tmp_path / "glm" in snapshot.parents
     assert not caches.exists()
     assert resolve(ST) == snapshot
+
+
+def test_verifying_one_quantization_does_not_mind_the_other(server: HubServer, caches: Path) -> None:
+    hub = huggingface(server, caches)
+    first = fetch(hub, Source("huggingface", GGUF, "F32"))
+    second = fetch(hub, Source("huggingface", GGUF, "Q8_0"))
+    first.resolve().unlink()
+    kept = verify.kept_files(Source("huggingface", GGUF, "Q8_0"))
+    assert (kept.missing, [file.path for file in kept.files]) == ((), ["sub/X-Q8_0-00001-of-00001.gguf"])
+    hashed: list[int] = []
+    assert verify.damaged(kept, hashed.append) == []
+    assert hashed[-1] == kept.size_bytes
+    data = bytearray(second.read_bytes())
+    data[-1] ^= 1
+    second.resolve().write_bytes(data)
+    (damaged,) = verify.damaged(kept)
+    verify.discard(kept, [damaged])
+    assert not second.exists()
 
 
 def test_removing_one_quantization_leaves_the_other(server: HubServer, caches: Path) -> None:
