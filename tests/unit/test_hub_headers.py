@@ -94,6 +94,17 @@ def test_hostile_headers_are_refused_without_fetching_them(
     assert server.served_bytes("model.safetensors") < 1_500_000
 
 
+def test_a_server_without_ranges_does_not_send_the_weights(server: HubServer, tmp_path: Path) -> None:
+    server.add("org/name", {"config.json": b"{}", "model.safetensors": bytes(60_000_000)})
+    server.fail("model.safetensors", ignore_range=True, times=10)
+    with (
+        pytest.raises(CheckpointError, match="has no header"),
+        remote_checkpoint(Source("huggingface", "org/name"), huggingface(server, tmp_path), PATIENCE),
+    ):
+        pass
+    assert server.served_bytes("model.safetensors") < 30_000_000  # what the sockets hold, and no more
+
+
 def test_faults_on_the_way(server: HubServer, tmp_path: Path) -> None:
     directory = crafted.write_checkpoint(tmp_path / "x", crafted.TINY, TENSORS | BALLAST)
     server.add("org/name", {path.name: path.read_bytes() for path in directory.iterdir()})
