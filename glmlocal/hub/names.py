@@ -78,11 +78,6 @@ def parse_source(
     return replace(source, revision=_checked_revision(chosen)) if chosen else source
 
 
-def is_hub_name(model: str) -> bool:
-    """Whether it could be meant as a name on a hub."""
-    return bool(_HUB_ID.fullmatch(model) or _NAME.fullmatch(model))
-
-
 def _unknown(model: str, name: str, catalogue: Catalogue) -> ConfigError:
     near = [*catalogue.near_misses(name), *difflib.get_close_matches(name.lower(), ["demo"], n=1)]
     question = f"did you mean {' or '.join(near[:3])}?" if near else "write org/name for a repository of a hub"
