@@ -11,17 +11,18 @@ from glmlocal.errors import ConfigError
 
 DEMO = "demo"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
-_FAMILY_NAME = re.compile(r"(z-?ai-?)?(chat)?glm-?\d[\w.-]*(:[\w.-]+)?", re.IGNORECASE)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?(@[\w./-]+)?")
+_FAMILY_NAME = re.compile(r"(z-?ai-?)?(chat)?glm-?\d[\w.-]*(:[\w.-]+)?(@[\w./-]+)?", re.IGNORECASE)
 _MAX_SIBLINGS = 10_000  # looked at for a near miss
 
 
 def resolve(model: str | Path, *, progress: bool = True) -> Path:
-    """A directory, a ``.gguf`` file or ``demo`` → the path to open.
+    """A directory, a ``.gguf`` file, ``demo``, or a name of a hub that was pulled → the path to open.
 
     ``demo`` is the built-in demonstration model, fetched on first use (DownloadError when that fails), even where a
     directory of that name exists: write ``./demo``, or pass a Path, for the directory. Whether what lies at the path is
-    a model is for ``formats`` to say. Raises ConfigError for anything else.
+    a model is for ``formats`` to say. Nothing of a hub is fetched here: what has not been pulled is NotPulled, a
+    ConfigError. Raises ConfigError for anything else.
     """
     if isinstance(model, str):
         if model == DEMO:
@@ -36,6 +37,8 @@ def resolve(model: str | Path, *, progress: bool = True) -> Path:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
+        if isinstance(model, str) and _is_hub_name(model, path):
+            return _pulled(model, path)
         raise _not_found(str(model), path) from None
     except (OSError, ValueError) as error:  # no permission, name too long, NUL
         reason = getattr(error, "strerror", None) or str(error)
@@ -49,18 +52,26 @@ def resolve(model: str | Path, *, progress: bool = True) -> Path:
     raise ConfigError(f"{str(model)!r} is {what}; give a directory, a .gguf file or `demo`{hint}")
 
 
-def _not_found(name: str, path: Path) -> ConfigError:
+def _is_hub_name(name: str, path: Path) -> bool:
     beside = path.parent != Path() and path.parent.exists()  # then `models/Air` is a path and no hub id
     is_path = beside or name.startswith((".", "/", "~")) or path.suffix.lower() == ".gguf"
-    is_name = not is_path and (_FAMILY_NAME.fullmatch(name) or _HUB_ID.fullmatch(name))
-    near = _near_misses(path, offer_demo=not is_name and len(path.parts) == 1)
+    return not is_path and bool(_FAMILY_NAME.fullmatch(name) or _HUB_ID.fullmatch(name))
+
+
+def _pulled(name: str, path: Path) -> Path:
+    """Where a model of a hub is on this disk. Raises NotPulled, which says how to fetch it."""
+    from glmlocal.hub import local
+
+    try:
+        return local.find_by_name(name).path
+    except local.NotPulled as error:
+        near = _near_misses(path, offer_demo=False)
+        raise (local.NotPulled(error.source, f"is not here (did you mean {near[0]}?)") if near else error) from None
+
+
+def _not_found(name: str, path: Path) -> ConfigError:
+    near = _near_misses(path, offer_demo=len(path.parts) == 1)
     question = f"did you mean {' or '.join(near)}?" if near else ""
-    if is_name:
-        return ConfigError(
-            f"{name!r} is not a file or directory here, and fetching models by name comes with `glmlocal pull` in a "
-            "later version; download it yourself and give its directory or .gguf file, or try `demo`"
-            + (f" ({question})" if near else "")
-        )
     return ConfigError(f"there is no {name!r}; {question or 'give a directory, a .gguf file or `demo`'}")
 
 

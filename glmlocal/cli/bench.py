@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from glmlocal.cli.options import add_engine_options, at_least, engine_options
+from glmlocal.cli.pull import offer_to_pull
 from glmlocal.cli.terminal import Console, bar, one_line
 from glmlocal.errors import PlanError
 from glmlocal.units import format_bytes
@@ -106,6 +107,7 @@ class Run:
 
 def run(args: argparse.Namespace) -> int:
     """Load, measure, print. Raises what loading raises, and PlanError where nothing that was asked for fits."""
+    offer_to_pull(args.model)
     from glmlocal import bench
 
     wanted = bench.rows(args.prefill, args.decode, args.context)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from glmlocal.cli.options import add_engine_options, at_least, engine_options
+from glmlocal.cli.pull import offer_to_pull
 from glmlocal.cli.stdin import SILENCE_S, clean_argument, read_ready_stdin, read_stdin, stdin_is_screen
 from glmlocal.cli.terminal import Console
 from glmlocal.errors import ConfigError
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         joins_stdin = not interactive and not stdin_is_screen()
 
+    offer_to_pull(args.model)
     from glmlocal.kernels import cpu
     from glmlocal.llm import LLM
 

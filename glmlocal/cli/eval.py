@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmlocal.cli.options import add_engine_options, at_least, engine_options
+from glmlocal.cli.pull import offer_to_pull
 from glmlocal.cli.stdin import decode_text
 from glmlocal.cli.terminal import Console, bar, safe_text
 from glmlocal.errors import ConfigError
@@ -108,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
             f"--stride {stride} leaves no overlap in windows of {context} tokens; wanted 1 … {context - 1}"
         )
 
+    offer_to_pull(args.model)
     from glmlocal.llm import LLM
 
     def load(model: str, options: dict[str, Any]) -> LLM:

@@ -27,7 +27,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,25 +61,44 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "show",
         help="say what a model is",
         description="Say what a model is: parameters, layers, experts, quantization, context, bytes. "
-        "Only the files' headers are read.",
+        "Only the files' headers are read, over the network if the model was not pulled.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or demo")
+    parser.add_argument("model", metavar="MODEL", help="a directory, a .gguf file, a name of a hub, or demo")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the description of ``args.model``. Raises CheckpointError for what is no checkpoint at all."""
-    from glmlocal.formats.index import open_checkpoint
-    from glmlocal.resolve import resolve
-
-    checkpoint = open_checkpoint(resolve(args.model))
-    facts = describe(checkpoint)
-    checkpoint.tensors.close()
+    with _opened(args.model) as (checkpoint, path):
+        facts = describe(checkpoint) | {"path": path}
     if args.json:
         print(json.dumps(facts, indent=2))  # ASCII: control characters of names come out as \u escapes
     else:
         _print(facts)
     return 0
+
+
+@contextmanager
+def _opened(model: str) -> Iterator[tuple[Checkpoint, str]]:
+    """The checkpoint on this disk, else its headers from the hub that has it; and where that is."""
+    from glmlocal.formats.index import open_checkpoint
+    from glmlocal.hub.local import NotPulled
+    from glmlocal.resolve import resolve
+
+    try:
+        path = resolve(model)
+    except NotPulled as error:
+        from glmlocal.hub import headers, pull
+
+        hub = pull.connect(error.source.hub)
+        with headers.remote_checkpoint(error.source, hub) as checkpoint:
+            yield checkpoint, hub.page(error.source.repo_id)
+        return
+    checkpoint = open_checkpoint(path)
+    try:
+        yield checkpoint, str(checkpoint.path)
+    finally:
+        checkpoint.tensors.close()
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:

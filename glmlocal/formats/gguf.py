@@ -24,8 +24,8 @@ from glmlocal.formats.safetensors import MAX_EXPERTS, split_tensor
 
 ARCHITECTURE = "glm4moe"
 _SIGMOID = 2  # gguf.ExpertGatingFuncType.SIGMOID
-_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
-_COMPANIONS = ("mmproj", "mtp-", "imatrix")  # files that sit beside a model without being one
+SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+COMPANIONS = ("mmproj", "mtp-", "imatrix")  # files that sit beside a model without being one
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(.+)")
 
 _MODEL_TENSORS = {
@@ -102,10 +102,10 @@ def read_model(path: Path) -> GGUFModel:
 def choose_file(directory: Path, names: list[str]) -> str:
     """The one model among a directory's files: its file, or the first part of its only split set."""
     models = [name for name in names if name.lower().endswith(".gguf")]
-    models = [name for name in models if not name.lower().startswith(_COMPANIONS)] or models
+    models = [name for name in models if not name.lower().startswith(COMPANIONS)] or models
     sets: dict[str, str] = {}  # what identifies a model → its first file, as names are sorted
     for name in models:
-        split = _SPLIT_NAME.fullmatch(name)
+        split = SPLIT_NAME.fullmatch(name)
         sets.setdefault(f"{split['stem']}-of-{split['count']}" if split else name, name)
     if len(sets) > 1:
         listed = ", ".join(map(quoted, list(sets.values())[:5])) + (" …" if len(sets) > 5 else "")
@@ -115,7 +115,7 @@ def choose_file(directory: Path, names: list[str]) -> str:
 
 def _read_parts(path: Path) -> list[GGUFFile]:
     """The file, or all files of its split set: ``NAME-00001-of-00003.gguf`` and so on, first part first."""
-    name = _SPLIT_NAME.fullmatch(path.name)
+    name = SPLIT_NAME.fullmatch(path.name)
     if name is None:
         file = read_gguf(path)
         if _split_number(file, "split.count", default=1) > 1:

@@ -27,6 +27,7 @@ _MAX_ARRAY_ELEMENTS = 1 << 24  # of all arrays of a file together
 _MAX_DIMS = 4
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
+_SMALLEST_FILE = 4 + 4 + 8 + 8
 _SMALLEST_KEY, _SMALLEST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8  # bytes in the file
 # Types that the gguf package does not know: retired ones, and those of ik_llama.cpp.
 # fmt: off
@@ -51,13 +52,25 @@ class GGUFFile:
 def read_gguf(path: Path) -> GGUFFile:
     """Parse and check one file. Raises CheckpointError (OSError is the caller's to translate)."""
     size = path.stat().st_size
-    if size < 24:
+    if size < _SMALLEST_FILE:
         raise CheckpointError(f"{path} has {size} bytes, too few for a GGUF file; download it again")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            return _parse(path, data)
-        except _Bad as error:
-            raise CheckpointError(f"{path}: {error}") from None
+        return parse_gguf(path, data, size)
+
+
+def parse_gguf(path: Path, data: bytes | mmap.mmap, size: int) -> GGUFFile:
+    """Parse and check a file of ``size`` bytes from its first ones. Raises CheckpointError, and HeaderIncomplete where
+    ``data`` ends before the header does although the file goes on."""
+    if len(data) < min(size, _SMALLEST_FILE):
+        raise HeaderIncomplete
+    try:
+        return _parse(path, data, size)
+    except _Bad as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+class HeaderIncomplete(Exception):
+    """More of the file's beginning is needed."""
 
 
 class _Bad(Exception):
@@ -67,8 +80,9 @@ class _Bad(Exception):
 class _Cursor:
     """Reads forward through the header and never past it."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: bytes | mmap.mmap, size: int) -> None:
         self.data = data
+        self.size = size  # of the file, of which ``data`` may be the beginning only
         self.position = 0
         self.end = min(len(data), _MAX_HEADER_BYTES)
         self.elements_left = _MAX_ARRAY_ELEMENTS
@@ -77,7 +91,9 @@ class _Cursor:
         """Step over ``nbytes`` and return where they start."""
         start = self.position
         if nbytes > self.end - start:
-            if start + nbytes > len(self.data):
+            if start + nbytes > len(self.data) and start + nbytes <= min(self.size, _MAX_HEADER_BYTES):
+                raise HeaderIncomplete
+            if start + nbytes > self.size:
                 raise _Bad(f"the file ends inside {what} ({nbytes:,} bytes from byte {start:,}); download it again")
             raise _Bad(f"metadata and tensor table are larger than {_MAX_HEADER_BYTES:,} bytes at {what}")
         self.position = start + nbytes
@@ -139,8 +155,8 @@ class _Cursor:
         return strings
 
 
-def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
-    cursor = _Cursor(data)
+def _parse(path: Path, data: bytes | mmap.mmap, size: int) -> GGUFFile:
+    cursor = _Cursor(data, size)
     tensor_count, key_count = _check_preamble(cursor)
     metadata: dict[str, Any] = {}
     for i in range(key_count):
@@ -154,7 +170,7 @@ def _parse(path: Path, data: mmap.mmap) -> GGUFFile:
         raise _Bad(f"general.alignment is {quoted(alignment)}; a power of two was expected")
     infos = [_read_tensor_info(cursor, i, tensor_count) for i in range(tensor_count)]
     data_start = -(-cursor.position // alignment) * alignment
-    return GGUFFile(path, metadata, _place_tensors(path, infos, data_start, alignment, len(data)))
+    return GGUFFile(path, metadata, _place_tensors(path, infos, data_start, alignment, size))
 
 
 def _check_preamble(cursor: _Cursor) -> tuple[int, int]:
@@ -168,7 +184,7 @@ def _check_preamble(cursor: _Cursor) -> tuple[int, int]:
     if version not in (2, 3):
         raise _Bad(f"GGUF version {version}; versions 2 and 3 are supported: convert the model again")
     tensor_count, key_count = cursor.number("Q", "the counts"), cursor.number("Q", "the counts")
-    room = len(cursor.data) - cursor.position
+    room = cursor.size - cursor.position
     if tensor_count * _SMALLEST_TENSOR + key_count * _SMALLEST_KEY > room:
         raise _Bad(
             f"claims {tensor_count:,} tensors and {key_count:,} keys, more than its {room:,} bytes can hold; "

@@ -19,7 +19,7 @@ from glmlocal.formats.index import TensorRef, not_the_file_itself, quoted, read_
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 _MAX_TENSOR_BYTES = 1 << 62
 MAX_EXPERTS = 4096
 _DTYPES_OF_BITS = {
@@ -48,7 +48,7 @@ def read_directory(directory: Path) -> tuple[dict[str, TensorRef], tuple[Path, .
         raise CheckpointError(
             f"{directory} has {quoted(found)} but neither {SINGLE_FILE} nor {INDEX_FILE}; download the missing file"
         )
-    weight_map = _read_weight_map(index)
+    weight_map = read_weight_map(index)
     shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         shards.setdefault(shard, set()).add(name)
@@ -80,9 +80,9 @@ def read_file(path: Path) -> dict[str, TensorRef]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length == 0:
             raise CheckpointError(f"{path} is not a safetensors file: it has no header; download it again")
-        if length > _MAX_HEADER_BYTES:
+        if length > MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"{path} claims a header of {length:,} bytes, {_MAX_HEADER_BYTES:,} is the limit"
+                f"{path} claims a header of {length:,} bytes, {MAX_HEADER_BYTES:,} is the limit"
                 f"{not_the_file_itself(prefix)}"
             )
         if length > size - 8:
@@ -133,7 +133,7 @@ def _add(refs: dict[str, TensorRef], ref: TensorRef) -> None:
     refs[ref.name] = ref
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map; download it again")

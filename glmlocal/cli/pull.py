@@ -1,0 +1,220 @@
+"""``glmlocal pull MODEL``: fetch a model from a hub, once and verified.
+
+``--json`` prints one object per line:
+
+    {"event": "plan", name, hub, repo_id, revision, commit, format, quant, total_bytes, to_fetch_bytes, directory,
+     "files": [{path, size_bytes, digest, present}]}
+    {"event": "waiting"}                                            another process is at the same repository
+    {"event": "progress", done_bytes, total_bytes, bytes_per_s, eta_s (or null), "files": [{path, done_bytes,
+     size_bytes}]}                                                  of files on their way
+    {"event": "file", path, size_bytes}                             verified and in its place
+    {"event": "done", path}                                         what to open
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glmlocal.cli.ask import confirm, somebody_is_there
+from glmlocal.cli.options import at_least
+from glmlocal.errors import ConfigError
+from glmlocal.units import format_bytes, parse_size
+
+if TYPE_CHECKING:
+    from glmlocal.hub.download import Options
+    from glmlocal.hub.known import Choose
+    from glmlocal.hub.names import HubName, Source
+    from glmlocal.hub.pull import Pull
+
+_MOST_CONNECTIONS = 64
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    parser = subparsers.add_parser(
+        "pull",
+        help="fetch a model from a hub",
+        description="Fetch a model from Hugging Face or ModelScope: only the files that are needed, in parallel, "
+        "verified by SHA-256, and never twice. An interrupted pull goes on where it stopped.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="org/name, org/name:QUANT for GGUF, a release such as GLM-4.5-Air-FP8, or demo"
+    )
+    add_hub_options(parser)
+    parser.add_argument("--yes", "-y", action="store_true", help="do not ask before fetching")
+    parser.add_argument("--json", action="store_true", help="print progress as JSON, one object per line")
+    add_transfer_options(parser)
+
+
+def add_hub_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hub",
+        choices=("huggingface", "modelscope"),
+        default="huggingface",
+        help="where to look (default: huggingface)",
+    )
+    parser.add_argument("--revision", metavar="REV", help="a branch, tag or commit (default: the main branch)")
+
+
+def add_transfer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--limit-rate", metavar="RATE", type=_rate, help="bytes per second at most, such as 20MB")
+    parser.add_argument(
+        "--connections", metavar="N", type=at_least(1), default=8, help="requests at the same time (default: 8)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.model == "demo":
+        from glmlocal.demo.cache import ensure_demo
+
+        print(ensure_demo(progress=not args.json))
+        return 0
+    if Path(args.model).exists() and not _looks_like_hub_id(args.model):
+        raise ConfigError(f"{args.model!r} is on this disk already; nothing to pull")
+    source, is_chosen_for_you = find_source(args)
+    path = fetch(source, transfer_options(args), as_json=args.json, ask=not args.yes, must_ask=is_chosen_for_you)
+    if path is None:
+        print("nothing was fetched", file=sys.stderr)
+        return 0
+    if not args.json:
+        print(path)
+    return 0
+
+
+def find_source(args: argparse.Namespace, choose: Choose | None = None) -> tuple[Source, bool]:
+    """What the arguments name, and whether it was chosen for them: only a family was named. ``choose`` does that
+    (default: ``choose_release``)."""
+    from glmlocal.hub.known import KnownReleases
+    from glmlocal.hub.names import parse_source
+
+    was_chosen = False
+
+    def choose_and_say_so(family: str, hub: HubName) -> str:
+        nonlocal was_chosen
+        was_chosen = True
+        return (choose or choose_release)(family, hub)
+
+    source = parse_source(args.model, KnownReleases(choose_and_say_so), hub=args.hub, revision=args.revision)
+    return source, was_chosen
+
+
+def choose_release(family: str, hub: HubName) -> str:
+    """The release of a family that suits this machine, as ``org/name[:QUANT]``. The planner's place: until it can say,
+    the user is told what there is (ConfigError)."""
+    from glmlocal.hub.known import list_releases
+
+    return list_releases(family, hub)
+
+
+def transfer_options(args: argparse.Namespace) -> Options:
+    from glmlocal.hub.download import Options
+
+    if args.connections > _MOST_CONNECTIONS:
+        raise ConfigError(
+            f"--connections {args.connections} is more than any hub allows; {_MOST_CONNECTIONS} is the limit"
+        )
+    return Options(connections=args.connections, limit_bytes_per_s=args.limit_rate)
+
+
+def fetch(
+    source: Source, options: Options, *, as_json: bool = False, ask: bool = True, must_ask: bool = False
+) -> Path | None:
+    """Look up, ask, download, tell. Returns what to open, or None if the person said no.
+
+    Asks at a terminal only; elsewhere what was named exactly is fetched, and what was not (``must_ask``) is refused.
+    """
+    from glmlocal.cli.pull_progress import emit, shown
+    from glmlocal.hub import pull
+
+    plan = pull.prepare(source, pull.connect(source.hub), options)
+    if as_json:
+        emit("plan", **_facts(plan))
+    else:
+        print(_summary(plan), file=sys.stderr, flush=True)
+    may_ask = ask and not as_json and somebody_is_there()
+    if plan.missing and ((ask and must_ask) or may_ask) and not confirm("Fetch it?", default=True):
+        return None
+
+    def on_wait() -> None:
+        if as_json:
+            emit("waiting")
+        else:
+            print(f"waiting for another process that fetches {source.repo_id}", file=sys.stderr, flush=True)
+
+    try:
+        with shown(as_json=as_json) as on_progress:
+            path = pull.pull(plan, options, on_progress, on_wait)
+    except KeyboardInterrupt:
+        print(f"\nstopped; `{source.pull_command}` goes on from here", file=sys.stderr)
+        raise
+    if as_json:
+        emit("done", path=str(path))
+    return path
+
+
+def offer_to_pull(model: str) -> None:
+    """For the commands that run a model: where it is a hub's and not here, offer a person at a terminal to fetch it.
+
+    Without a terminal nothing happens: what opens the model then raises NotPulled. Raises that too for a no.
+    """
+    from glmlocal.resolve import DEMO, resolve
+
+    if model == DEMO or not somebody_is_there():
+        return
+    from glmlocal.hub.local import NotPulled
+
+    try:
+        resolve(model, progress=False)
+    except NotPulled as error:
+        from glmlocal.hub.download import DEFAULTS
+
+        print(f"{error.source} is not on this disk yet.", file=sys.stderr)
+        if fetch(error.source, DEFAULTS, must_ask=True) is None:
+            raise
+
+
+def _summary(plan: Pull) -> str:
+    files, selection = plan.selection.files, plan.selection
+    here = selection.size_bytes - plan.bytes_to_fetch()
+    present = f", {format_bytes(here)} of it here already" if here else ""
+    quant = f" {selection.quant}" if selection.quant else ""
+    return (
+        f"{plan.source.repo_id}@{plan.listing.commit[:12]} ({selection.format}{quant}): {len(files)} files, "
+        f"{format_bytes(selection.size_bytes)}{present}; into {plan.cache.directory}"
+    )
+
+
+def _facts(plan: Pull) -> dict[str, Any]:
+    missing = {file.path for file in plan.missing}
+    return {
+        "name": str(plan.source),
+        "hub": plan.hub.name,
+        "repo_id": plan.source.repo_id,
+        "revision": plan.listing.revision,
+        "commit": plan.listing.commit,
+        "format": plan.selection.format,
+        "quant": plan.selection.quant,
+        "total_bytes": plan.selection.size_bytes,
+        "to_fetch_bytes": plan.bytes_to_fetch(),
+        "directory": str(plan.cache.directory),
+        "files": [
+            {"path": f.path, "size_bytes": f.size_bytes, "digest": f.digest, "present": f.path not in missing}
+            for f in plan.selection.files
+        ],
+    }
+
+
+def _looks_like_hub_id(model: str) -> bool:
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+
+
+def _rate(text: str) -> int:
+    try:
+        rate = parse_size(text.removesuffix("/s"))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if rate < 1000:
+        raise argparse.ArgumentTypeError(f"wanted at least 1KB per second, found {text!r}")
+    return rate

@@ -1,0 +1,1 @@
+"""A small hub on loopback, for tests and benchmarks: ``hub.server``."""

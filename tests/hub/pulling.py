@@ -1,0 +1,43 @@
+"""Pulls against a HubServer, with little patience and small ranges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from glmlocal.hub import pull
+from glmlocal.hub.download import Options
+from glmlocal.hub.http import Patience
+from glmlocal.hub.huggingface import HuggingFace
+from glmlocal.hub.listing import Hub
+from glmlocal.hub.modelscope import ModelScope
+from glmlocal.hub.names import Source
+from hub.server import HubServer
+
+REPO = "zai-org/GLM-test"
+SOURCE = Source("huggingface", REPO)
+PATIENCE = Patience(connect_s=5, read_s=5, attempts=3, backoff_s=0.01, max_wait_s=2)
+QUICK = Options(connections=4, range_bytes=64 << 10, commit_every_s=0.02, patience=PATIENCE)
+
+
+def huggingface(server: HubServer, cache: Path, token: str | None = None, **settings: Any) -> HuggingFace:
+    return HuggingFace(server.url, cache, token, **{"offline": False, "patience": PATIENCE, **settings})
+
+
+def modelscope(server: HubServer, cache: Path, token: str | None = None, **settings: Any) -> ModelScope:
+    return ModelScope(server.url, cache, token, patience=PATIENCE, **settings)
+
+
+def fetch(hub: Hub, source: Source = SOURCE, options: Options = QUICK, **more: Any) -> Path:
+    """List, select and download; returns what to open."""
+    return pull.pull(pull.prepare(source, hub, options), options, **more)
+
+
+def visible_files(cache: Path) -> dict[str, bytes]:
+    """What any other tool would find in the snapshots of a cache, by path in the repository."""
+    return {
+        "/".join(path.relative_to(snapshot).parts): path.read_bytes()
+        for snapshot in cache.glob("models--*/snapshots/*")
+        for path in snapshot.rglob("*")
+        if path.is_file()
+    }
