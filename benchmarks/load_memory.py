@@ -36,20 +36,19 @@ def load(path: Path, quant: str) -> dict[str, Any]:
     import glmlocal.llm
     from glmlocal import kernels
     from glmlocal.engine.loader import load_engine
+    from glmlocal.engine.planning import plan_here
     from glmlocal.formats.index import open_checkpoint
-    from glmlocal.models.weights import check_quant, loaded_bytes
+    from glmlocal.models.held import held_bytes
+    from glmlocal.planner.plan import Wants
 
     kernels.set_num_threads(None)
     torch.zeros(1).add(1)
     before = peak_bytes()
     checkpoint = open_checkpoint(path)
-    model = (
-        loaded_bytes(checkpoint.tensors, check_quant(quant)) - checkpoint.tensors["model.embed_tokens.weight"].nbytes
-    )
     start = glmlocal.llm.time.perf_counter()
-    engine = load_engine(checkpoint, context=64, max_batch=1, quant=check_quant(quant))
+    engine = load_engine(checkpoint, plan_here(checkpoint, quant, Wants(context=64, batch=1)))
     seconds = glmlocal.llm.time.perf_counter() - start
-    assert engine.runner is not None
+    model = sum(held_bytes(engine.runner.model).values())
     return {"model_bytes": model, "start_bytes": before, "peak_bytes": peak_bytes(), "load_s": round(seconds, 2)}
 
 

@@ -16,11 +16,13 @@ from glmlocal import kernels
 from glmlocal.completion import Completion, CompletionBuilder, CompletionDelta
 from glmlocal.engine.engine import Engine
 from glmlocal.engine.loader import load_engine
+from glmlocal.engine.planning import plan_here
 from glmlocal.engine.request import Request, RequestOutput, SamplingParams
 from glmlocal.errors import CheckpointError, RequestError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.models.config import ModelConfig
 from glmlocal.models.weights import check_quant, quantized_already
+from glmlocal.planner.plan import Plan, Wants
 from glmlocal.progress import byte_bar
 from glmlocal.resolve import resolve
 from glmlocal.text.model_text import load_model_text
@@ -35,9 +37,11 @@ class LLM:
     (None: the model's limit or what memory allows); ``kv_dtype`` is what the KV cache stores: fp32, bf16, fp8 (e4m3),
     int8 (with a scale per token and head), or auto: fp32 for small and for fp32 checkpoints, else bf16; ``threads``
     limits the CPU threads; ``max_batch`` is how many requests run at once. ``quant`` "int8" or "int4" quantizes linear
-    weights that are not quantized yet while they are loaded; "keep" leaves them as stored. ``activations`` is what
-    quantized weights are multiplied with: "int8", rounded in groups of 32, which is several times faster, "fp32",
-    exact, or auto: fp32 for small checkpoints, else int8 (``models/precision.py``).
+    weights that are not quantized yet while they are loaded; "keep" leaves them as stored; "auto" takes what the
+    planner would. ``activations`` is what quantized weights are multiplied with: "int8", rounded in groups of 32, which
+    is several times faster, "fp32", exact, or auto: fp32 for small checkpoints, else int8 (``models/precision.py``).
+    ``ram`` ("16GiB") limits the memory that is planned with. ``plan``, from ``glmlocal plan --save``, is executed as it
+    stands; the other wishes have then been said already and must not be said again.
     Raises CheckpointError, ConfigError, DownloadError or PlanError.
     """
 
@@ -51,10 +55,13 @@ class LLM:
         max_batch: int = 8,
         quant: str = "keep",
         activations: str = "auto",
+        ram: str | None = None,
+        plan: Plan | None = None,
         progress: bool = False,
     ) -> None:
         start_s = time.perf_counter()
-        checked_quant = check_quant(quant)
+        if quant != "auto":
+            check_quant(quant)
         kernels.set_num_threads(threads)
         self.model_name = str(model)
         self._checkpoint = checkpoint = open_checkpoint(resolve(model, progress=progress))
@@ -64,19 +71,15 @@ class LLM:
         )
         self._tokenizer, self.chat_template = text.tokenizer, text.chat_template
         self._defaults, self._eos_token_ids = text.defaults, text.eos_token_ids
+        if plan is None:
+            wants = Wants(context=context, batch=max_batch, kv_dtype=kv_dtype, activations=activations, threads=threads)
+            plan = plan_here(checkpoint, quant, wants, ram=ram)
+        #: What is executed: where every byte is, and how fast it should be.
+        self.plan = plan
         with byte_bar("loading", checkpoint.tensors.nbytes, show=progress) as on_bytes:
-            self._engine = load_engine(
-                checkpoint,
-                context=context,
-                kv_dtype=kv_dtype,
-                max_batch=max_batch,
-                quant=checked_quant,
-                activations=activations,
-                num_threads=threads,
-                on_bytes=on_bytes,
-            )
+            self._engine = load_engine(checkpoint, plan, on_bytes)
         #: What of the caller's wishes did not apply, in a line for people; None when all did.
-        self.note = None if checked_quant == "keep" else quantized_already(checkpoint.tensors)
+        self.note = None if plan.resolved.quant == "keep" else quantized_already(checkpoint.tensors)
         self._lock = threading.Lock()  # guards the engine and the queues
         self._queues: dict[str, deque[RequestOutput]] = {}
         self._num_requests = 0

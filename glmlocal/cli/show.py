@@ -110,7 +110,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         mtp_problem,
         optional_mtp_tensors,
     )
-    from glmlocal.models.precision import choose_kv_dtype
+    from glmlocal.models.precision import auto_kv_dtype
 
     config = ModelConfig.from_hf(checkpoint.config)
     tensors = checkpoint.tensors
@@ -122,7 +122,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     no_mtp = mtp_problem(config, tensors)
     copies = [name for name in optional_mtp_tensors(config) if name in tensors]
     kinds = _tensor_kinds(config, checkpoint)
-    kv_dtype = choose_kv_dtype("auto", tensors)
+    keys = tensors.get("model.layers.0.self_attn.k_proj.weight")
+    kv_dtype = auto_kv_dtype(tensors.nbytes, keys.dtype if keys else "")
     files = [{"name": file.name, "bytes": file.stat().st_size} for file in tensors.files]
     return {
         "name": _name(checkpoint),

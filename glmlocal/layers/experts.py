@@ -21,6 +21,11 @@ class Pending(Protocol):
 class Experts(Protocol):
     """Routed experts of one MoE layer. Where the weights live is not the caller's business."""
 
+    @property
+    def nbytes(self) -> int:
+        """Held in memory."""
+        ...
+
     def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending: ...
 
 
@@ -37,6 +42,10 @@ class ResidentExperts:
     """All experts of the layer in memory."""
 
     weights: kernels.ExpertWeights
+
+    @property
+    def nbytes(self) -> int:
+        return self.weights.nbytes
 
     def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending:
         return _Done(kernels.experts_ffn(x, topk_ids, topk_weights, self.weights))

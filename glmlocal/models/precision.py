@@ -7,39 +7,31 @@ most (routers that are nearly undecided turn over), and is what people check an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import get_args
 
 from glmlocal.errors import ConfigError
-from glmlocal.formats.index import TensorRef, quoted
+from glmlocal.formats.index import quoted
 from glmlocal.formats.quant import Activations
-from glmlocal.models.config import KV_DTYPES
 
 EXACT_BELOW_BYTES = 1 << 30
 
 
-def choose_activations(wanted: str, tensors: Mapping[str, TensorRef]) -> Activations:
-    """What integer codes are multiplied with: ``auto`` → fp32 below 1 GiB, else int8. Raises ConfigError."""
-    if wanted == "auto":
-        return "fp32" if _is_small(tensors) else "int8"
+def auto_activations(weights_bytes: int) -> Activations:
+    """What integer codes are multiplied with: fp32 for checkpoints below 1 GiB, else int8."""
+    return "fp32" if weights_bytes < EXACT_BELOW_BYTES else "int8"
+
+
+def auto_kv_dtype(weights_bytes: int, key_dtype: str) -> str:
+    """fp32 for checkpoints below 1 GiB or of fp32 weights (told by ``key_dtype``, of those that make keys), else bf16.
+
+    The name is vLLM's, and so is the idea that the checkpoint decides.
+    """
+    return "fp32" if weights_bytes < EXACT_BELOW_BYTES or key_dtype.upper() == "F32" else "bf16"
+
+
+def check_activations(wanted: str) -> Activations:
+    """Raises ConfigError for what is neither int8 nor fp32."""
     for known in get_args(Activations):
         if wanted == known:
             return known  # type: ignore[no-any-return]
     raise ConfigError(f"--activations is {quoted(wanted)}, wanted auto, {', '.join(get_args(Activations))}")
-
-
-def choose_kv_dtype(wanted: str, tensors: Mapping[str, TensorRef]) -> str:
-    """``auto`` → fp32 for checkpoints below 1 GiB or of fp32 weights (told by those that make keys), else bf16.
-
-    The name is vLLM's, and so is the idea that the checkpoint decides. Raises ConfigError for another dtype.
-    """
-    if wanted == "auto":
-        ref = tensors.get("model.layers.0.self_attn.k_proj.weight")
-        return "fp32" if _is_small(tensors) or (ref is not None and ref.dtype == "F32") else "bf16"
-    if wanted not in KV_DTYPES:
-        raise ConfigError(f"--kv-dtype is {quoted(wanted)}, wanted auto, {', '.join(KV_DTYPES)}")
-    return wanted
-
-
-def _is_small(tensors: Mapping[str, TensorRef]) -> bool:
-    return sum(ref.nbytes for ref in tensors.values()) < EXACT_BELOW_BYTES

@@ -36,22 +36,6 @@ def check_quant(quant: str) -> Quant:
     raise ConfigError(f"quant is {quant!r}, wanted one of {', '.join(QUANTS)}")
 
 
-def loaded_bytes(tensors: TensorIndex, quant: Quant) -> int:
-    """Bytes that the tensors take once they are loaded, padding not counted."""
-    scheme = _SCHEMES.get(quant)
-    if scheme is None:
-        return tensors.nbytes
-    mtp = tuple(name.removesuffix("eh_proj.weight") for name in tensors if name.endswith(".eh_proj.weight"))
-    total = 0
-    for name, ref in tensors.items():
-        if not _is_linear(name) or ref.dtype in QUANTIZED_DTYPES:
-            total += ref.nbytes
-            continue
-        own = INT8 if name == "lm_head.weight" or name.startswith(mtp) else scheme
-        total += ref.num_elements * (own.bits * own.group_size + 16) // (8 * own.group_size)
-    return total
-
-
 def quantized_already(tensors: TensorIndex) -> str | None:
     """What quantizing leaves as it is, in a line for people; None if that is nothing."""
     linear = [ref for name, ref in tensors.items() if _is_linear(name)]

@@ -54,10 +54,10 @@ def with_link(gpu: Gpu, gb_per_s: float) -> Gpu:
     return gpu if gpu.is_unified else replace(gpu, link_gb_per_s=gb_per_s)
 
 
-def parse_ram(text: str) -> Ram:
-    """``128GiB@60``; without a rate DEFAULT_RAM_GB_PER_S."""
+def parse_ram(text: str, *, is_limit: bool = False) -> Ram:
+    """``128GiB@60``; without a rate DEFAULT_RAM_GB_PER_S. Of a limit nothing is the system's, of a machine a part."""
     total, rate = _size_and_rate(text, "--ram", "128GiB@60")
-    available = total - reserve_bytes(total)
+    available = total - (0 if is_limit else reserve_bytes(total))
     if available <= 0:
         raise ConfigError(
             f"--ram {text[:80]!r} leaves nothing after the {format_bytes(RESERVE_LEAST_BYTES)} that the system keeps; "

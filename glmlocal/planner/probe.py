@@ -23,6 +23,7 @@ from glmlocal.machine.disk import nearest_directory
 from glmlocal.machine.measurements import Measurements
 from glmlocal.paths import cache_home
 from glmlocal.planner import gpus as known
+from glmlocal.planner.advise import TIERS_RUN
 from glmlocal.planner.hardware import DEFAULT_NVME_GB_PER_S, parse_gpus, parse_nvme, parse_ram, reserve_bytes, with_link
 from glmlocal.planner.machine import Cpu, Gpu, Machine, Nvme, Ram
 from glmlocal.units import GIB, format_bytes
@@ -76,7 +77,7 @@ def machine(
         found = parse_gpus(gpus, link_rate)
         if limits_of_this_machine:
             found = _present(gpus, found, _gpus(link_rate)[0])
-    chosen_ram = own_ram if ram is None else parse_ram(ram)
+    chosen_ram = own_ram if ram is None else parse_ram(ram, is_limit=limits_of_this_machine)
     own_nvme = _nvme(measured)
     has_described_gpus = not is_auto and bool(found) and not limits_of_this_machine
     chosen_nvme = parse_nvme(nvme) if nvme is not None else None if has_described_gpus else own_nvme
@@ -94,6 +95,19 @@ def machine(
         nvme=chosen_nvme,
         is_this_machine=is_own or limits_of_this_machine,
         notes=tuple(notes),
+    )
+
+
+def runtime_machine(ram: str | None = None) -> Machine:
+    """This machine as this version runs models on it: without the tiers that it only plans for (``TIERS_RUN``).
+
+    ``ram`` is ``--ram``, a limit. Raises ConfigError, as ``machine``.
+    """
+    return machine(
+        gpus="auto" if "gpu" in TIERS_RUN else "none",
+        ram=ram,
+        nvme=None if "nvme" in TIERS_RUN else "none",
+        limits_of_this_machine=True,
     )
 
 

@@ -14,7 +14,7 @@ from glmlocal.errors import ConfigError, PlanError
 from glmlocal.formats.index import quoted
 from glmlocal.models.config import KV_DTYPES
 from glmlocal.models.footprint import Footprint
-from glmlocal.models.precision import EXACT_BELOW_BYTES
+from glmlocal.models.precision import auto_activations, auto_kv_dtype, check_activations
 from glmlocal.planner import advise
 from glmlocal.planner.efficiency import DEFAULT, Efficiency
 from glmlocal.planner.forecast import MOST_DRAFTS, forecast
@@ -22,7 +22,7 @@ from glmlocal.planner.ledger import MAX_NUM_BATCHED_TOKENS, Demand, Layout, hold
 from glmlocal.planner.machine import Machine
 from glmlocal.planner.plan import Plan, Resolved, Wants
 
-BLOCK_SIZE = 32  # tokens of a KV block, as in engine/loader.py
+BLOCK_SIZE = 32  # tokens of a KV block
 KV_FRACTION = 0.5  # without GPUs: of the memory that weights leave, what KV takes unless more was asked for
 LEAST_CONTEXT = 2048  # promised without a wish: for less, experts rather leave the fastest tier, or it does not fit
 POOL_CONTEXT = 8192  # of every sequence of the batch, what the pool has room for at the least
@@ -202,7 +202,7 @@ def _largest(limit: int, accepts: Callable[[int], bool]) -> int:
 
 
 def _kv_dtype(footprint: Footprint, machine: Machine, wants: Wants) -> str:
-    """``auto``: as models/precision.py; on GPUs FP8 for FP8 weights, as the official recipes."""
+    """``auto``: on GPUs FP8 for FP8 weights, as the official recipes; else what models/precision.py says."""
     if wants.kv_dtype != "auto":
         if wants.kv_dtype not in footprint.kv_bytes:
             known = ", ".join(footprint.kv_bytes)
@@ -211,19 +211,19 @@ def _kv_dtype(footprint: Footprint, machine: Machine, wants: Wants) -> str:
     keys = max(
         (p for p in footprint.layers[0].parts if p.component == "attention"), key=lambda p: p.params, default=None
     )
-    if footprint.weights_bytes < EXACT_BELOW_BYTES or (keys is not None and keys.scheme == "f32"):
-        return "fp32"
+    kv_dtype = auto_kv_dtype(footprint.weights_bytes, keys.scheme if keys else "")
+    if kv_dtype == "fp32":
+        return kv_dtype
     expert = next((layer.expert for layer in footprint.layers if layer.expert is not None), None)
     if machine.gpus and expert is not None and expert.scheme.startswith("fp8") and "fp8" in footprint.kv_bytes:
         return "fp8"
-    return "bf16"
+    return kv_dtype
 
 
 def _activations(footprint: Footprint, wants: Wants) -> str:
-    """``auto``: as models/precision.py."""
     if wants.activations != "auto":
-        return wants.activations
-    return "fp32" if footprint.weights_bytes < EXACT_BELOW_BYTES else "int8"
+        return check_activations(wants.activations)
+    return auto_activations(footprint.weights_bytes)
 
 
 def _check(footprint: Footprint, wants: Wants) -> None:
@@ -240,8 +240,6 @@ def _check(footprint: Footprint, wants: Wants) -> None:
         raise ConfigError(f"--draft is {wants.draft}, but {model} has no MTP layer that could be loaded; leave it out")
     if wants.kv_dtype not in ("auto", *KV_DTYPES):
         raise ConfigError(f"--kv-dtype is {quoted(wants.kv_dtype)}, wanted auto, {', '.join(KV_DTYPES)}")
-    if wants.activations not in ("auto", "int8", "fp32"):
-        raise ConfigError(f"--activations is {quoted(wants.activations)}, wanted auto, int8, fp32")
     if wants.threads is not None and not 1 <= wants.threads <= MOST_THREADS:
         raise ConfigError(f"--threads is {wants.threads}, wanted 1 to {MOST_THREADS}")
     limits = {"--vram": wants.vram_bytes, "--ram": wants.ram_bytes, "--cpu-offload-gb": wants.cpu_offload_bytes}

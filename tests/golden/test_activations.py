@@ -14,11 +14,11 @@ import torch
 import tiny
 import tiny_gguf
 from glmlocal import LLM
-from glmlocal.engine.loader import load_engine
 from glmlocal.errors import ConfigError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.kernels import cpu
 from glmlocal.models import precision
+from loading import load_engine
 from test_logits_glm4_moe import TOKENS, load, relative_error
 
 TOLERANCE = 3e-2

@@ -16,13 +16,15 @@ import tiny
 import tiny_gguf
 from glmlocal import LLM
 from glmlocal.demo.cache import cached_demo
-from glmlocal.engine.loader import load_engine
+from glmlocal.engine.planning import plan_here
 from glmlocal.errors import ConfigError, PlanError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.kernels import cpu
 from glmlocal.models import precision
 from glmlocal.models.config import KV_DTYPES
 from glmlocal.paths import demo_dir
+from glmlocal.planner.plan import Wants
+from loading import load_engine
 from test_logits_glm4_moe import TOKENS, load, relative_error
 
 TOLERANCE = {"bf16": 4e-3, "int8": 8e-3, "fp8": 5e-2}
@@ -103,14 +105,14 @@ def test_a_dtype_that_there_is_not_is_refused(dense: Path) -> None:
 def test_a_context_that_only_a_narrower_cache_holds_is_refused_with_its_name(
     dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights_bytes = open_checkpoint(dense).tensors.nbytes
-    per_token = 3 * 2 * 2 * 16 * 4  # fp32
-    monkeypatch.setattr("glmlocal.memory.available_bytes", lambda: weights_bytes + 512 * per_token // 2)
-    with pytest.raises(PlanError, match=r"--context 512 needs .* would fit, or --kv-dtype bf16$"):
+    checkpoint = open_checkpoint(dense)
+    used = plan_here(checkpoint, "keep", Wants(context=512, kv_dtype="bf16")).devices[0].used_bytes
+    monkeypatch.setattr("glmlocal.memory.available_bytes", lambda root=None: used)
+    with pytest.raises(PlanError, match=r"would fit: .*--kv-dtype bf16"):
         load(dense, context=512)
     assert load(dense, context=512, kv_dtype="bf16").scheduler.context == 512
-    monkeypatch.setattr("glmlocal.memory.available_bytes", lambda: weights_bytes + 512 * per_token // 10)
-    with pytest.raises(PlanError, match=r"would fit$"):
+    monkeypatch.setattr("glmlocal.memory.available_bytes", lambda root=None: used - 1)
+    with pytest.raises(PlanError, match=r"would fit: .*--kv-dtype int8"):
         load(dense, context=512)
 
 

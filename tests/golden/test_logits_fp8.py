@@ -14,11 +14,10 @@ from transformers import Glm4MoeForCausalLM
 
 import tiny
 from glmlocal.engine.engine import Engine
-from glmlocal.engine.loader import load_engine
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.kernels import cpu
-from glmlocal.llm import LLM
+from loading import load_engine
 
 TOKENS = torch.randint(0, 384, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 TOLERANCE = 1e-4  # of the logit range
@@ -266,6 +265,6 @@ def test_an_mtp_layer_in_fp8_is_loaded(style: str, tmp_path: Path) -> None:
     source = tiny.save(tiny.build_model(**tiny.FP8_SIZES), tmp_path / "source", mtp=True)
     directory = tmp_path / "fp8"
     directory.mkdir()
-    with LLM(tiny.quantize_fp8(source, directory, style=style), context=64) as llm:
-        (mtp,) = llm._engine.runner.model.mtp
+    checkpoint = open_checkpoint(tiny.quantize_fp8(source, directory, style=style))
+    (mtp,) = load_engine(checkpoint, context=64, draft=1).runner.model.mtp
     assert mtp.layer.experts.weights.up[0].kind.startswith("fp8")

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 import tiny
 import tiny_gguf
-from glmlocal.engine.loader import load_engine
 from glmlocal.formats.index import open_checkpoint
+from loading import load_engine
 from test_logits_glm4_moe import TOKENS, TOLERANCE, reference_logits, relative_error
 
 
@@ -43,7 +43,7 @@ def test_split_gguf_and_its_mtp_layer(tmp_path: Path) -> None:
     tiny_gguf.convert(directory, tmp_path / "tiny.gguf", split_bytes=200_000)
     parts = sorted(tmp_path.glob("tiny-*.gguf"))
     assert len(parts) > 1
-    engine = load_engine(open_checkpoint(parts[0]))
+    engine = load_engine(open_checkpoint(parts[0]), draft=1)
     assert relative_error(engine.logits(TOKENS), reference_logits(model, TOKENS)) < TOLERANCE
     assert len(engine.runner.model.mtp) == 1
 

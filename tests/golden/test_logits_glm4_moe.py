@@ -13,10 +13,10 @@ from transformers import Glm4MoeForCausalLM
 
 import tiny
 from glmlocal.engine.engine import Engine
-from glmlocal.engine.loader import load_engine
 from glmlocal.engine.request import Request, SamplingParams
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.kernels import cpu
+from loading import load_engine
 
 TOKENS = torch.randint(0, 384, (70,), generator=torch.Generator().manual_seed(3)).tolist()
 TOLERANCE = 1e-4  # of the logit range, fp32
@@ -142,9 +142,11 @@ def test_bf16_and_f16_weights_are_widened_exactly(tmp_path: Path) -> None:
         assert relative_error(load(directory, kv_dtype="fp32").logits(TOKENS), want) < TOLERANCE
 
 
-def test_the_mtp_layer_is_loaded_and_changes_nothing_yet(tmp_path: Path) -> None:
+def test_the_mtp_layer_is_loaded_for_drafts_only_and_changes_nothing_yet(tmp_path: Path) -> None:
     model = tiny.build_model(**tiny.CONFIGS["glm45"])
-    engine = load(tiny.save(model, tmp_path, mtp=True))
+    plain, engine = load(tiny.save(model, tmp_path, mtp=True)), load(tmp_path, draft=1)
+    assert plain.runner.model.mtp == ()
+    assert torch.equal(plain.logits(TOKENS), engine.logits(TOKENS))
     (mtp,) = engine.runner.model.mtp
     tensors = load_file(tmp_path / "model.safetensors")
     assert torch.equal(mtp.enorm.weight, tensors["model.layers.4.enorm.weight"])

@@ -25,8 +25,10 @@ from synthetic.model import SHAPES, Bigram, build_bigram, popularity
 from synthetic.text import build_vocabulary
 
 from glmlocal.errors import ConfigError
+from glmlocal.formats.index import open_checkpoint
 from glmlocal.kernels import reference
 from glmlocal.llm import LLM
+from loading import load_engine
 
 FORMATS = ("gguf-q4_0", "gguf-q8_0", "safetensors-bf16", "safetensors-fp8")
 TABLE_CODECS = [storage.BF16(), storage.Q4_0(), storage.Q8_0()]
@@ -229,7 +231,7 @@ def test_fp8_runs_as_fp8_and_gives_the_logits_of_its_weights(tmp_path: Path) -> 
     tokens = torch.randint(0, 1000, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     with LLM(path, context=64) as llm:
         got = llm.logits(tokens)
-        model = llm._engine.runner.model
+    model = load_engine(open_checkpoint(path), context=64, draft=1).runner.model
     assert model.layers[1].experts.weights.up[3].kind == "fp8_channel"
     assert model.mtp[0].layer.experts.weights.up[0].kind == "fp8_channel"
     assert {model.lm_head.weight.kind, model.mtp[0].eh_proj.weight.kind} == {"bf16"}

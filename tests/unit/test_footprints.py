@@ -19,7 +19,8 @@ import tiny_gguf
 from glmlocal import catalogue
 from glmlocal.catalogue import Family, Release
 from glmlocal.demo.cache import cached_demo
-from glmlocal.engine.loader import load_engine
+from glmlocal.engine import loader
+from glmlocal.engine.planning import plan_here
 from glmlocal.errors import CheckpointError, ConfigError
 from glmlocal.formats.forms import FORMS, Form
 from glmlocal.formats.index import open_checkpoint
@@ -29,7 +30,9 @@ from glmlocal.kernels.reference import takes_int8
 from glmlocal.models.config import ModelConfig, expected_mtp_tensors, expected_tensors, optional_mtp_tensors
 from glmlocal.models.footprint import COMPONENTS, Footprint, Layer, Part
 from glmlocal.models.footprints import of_checkpoint, of_release
+from glmlocal.models.held import held_bytes
 from glmlocal.paths import demo_dir
+from glmlocal.planner.plan import Wants
 
 needs_native = pytest.mark.skipif(not cpu.available, reason="sizes are those of the native kernels")
 
@@ -196,63 +199,35 @@ def test_forms_that_are_multiplied_as_integers(form: Form) -> None:
 # What a loaded model holds
 
 
-def held(model: Any) -> dict[str, int]:
-    """Bytes of the buffers of a loaded model, by component; of MTP layers with "mtp " before it."""
-    counts: Counter[str] = Counter()
-
-    def layer(one: Any, prefix: str) -> None:
-        weights = tiny.attention_weights(one)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_bias", "k_bias", "v_bias"):
-            counts[f"{prefix}attention"] += _nbytes(getattr(weights, name))
-        for name in ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"):
-            counts[f"{prefix}norms"] += _nbytes(getattr(weights, name))
-        if weights.router is not None:
-            counts[f"{prefix}router"] += _nbytes(weights.router.weight, weights.router.e_score_correction_bias)
-            counts[f"{prefix}routed"] += one.experts.weights.nbytes
-        counts[f"{prefix}dense"] += _nbytes(*(one.mlp or ()))
-        counts[f"{prefix}shared"] += _nbytes(*(one.shared_experts or ()))
-
-    for one in model.layers:
-        layer(one, "")
-    counts["head"] += _nbytes(model.lm_head.weight)
-    counts["norms"] += _nbytes(model.norm.weight)
-    for mtp in model.mtp:
-        layer(mtp.layer, "mtp ")
-        counts["mtp norms"] += _nbytes(mtp.enorm.weight, mtp.hnorm.weight, mtp.shared_head_norm.weight)
-        counts["mtp mtp"] += _nbytes(mtp.eh_proj.weight)
-        counts["mtp head"] += _nbytes(mtp.head.weight) if mtp.head is not None else 0
-    return {name: count for name, count in counts.items() if count}
-
-
-def _nbytes(*things: Any) -> int:
-    return sum(thing.nbytes for thing in things if thing is not None)
-
-
 def planned(footprint: Footprint) -> dict[str, int]:
     counts: Counter[str] = Counter()
 
     def add(parts: Iterable[Part], prefix: str = "") -> None:
         for part in parts:
-            counts[prefix + part.component] += part.nbytes
+            counts[prefix + ("weights" if part.component == "mtp" else part.component)] += part.nbytes
 
     def layer(one: Layer, prefix: str = "") -> None:
         add(one.parts, prefix)
         if one.expert is not None:
-            counts[f"{prefix}routed"] += one.expert.nbytes * one.num_experts
+            counts[f"{prefix}routed experts"] += one.expert.nbytes * one.num_experts
 
     add(footprint.top)
     for one in footprint.layers:
         layer(one)
     if footprint.mtp is not None:
-        layer(footprint.mtp, "mtp ")
+        layer(footprint.mtp, "MTP ")
     return {name: count for name, count in counts.items() if count}
 
 
 def compare(path: Path, quant: Any) -> Footprint:
     checkpoint = open_checkpoint(path)
     footprint = of_checkpoint(checkpoint, quant)
-    engine = load_engine(checkpoint, context=64, quant=quant)
-    assert planned(footprint) == held(engine.runner.model)
+    plan = plan_here(checkpoint, quant, Wants(context=64, draft=1 if footprint.holds_mtp else 0))
+    engine = loader.load_engine(checkpoint, plan)
+    assert planned(footprint) == held_bytes(engine.runner.model)
+    for allocation in loader.allocations(plan, engine.runner.model, engine.runner.kv_cache):
+        # The draft layer's keys and values have no cache before there is speculation.
+        assert allocation.planned_bytes == allocation.actual_bytes, allocation
     assert footprint.is_exact
     assert footprint.weights_bytes == checkpoint.tensors.nbytes
     assert footprint.file_bytes == sum(file.stat().st_size for file in checkpoint.tensors.files)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,11 @@ import tiny
 from glmlocal import LLM
 from glmlocal.errors import CheckpointError, ConfigError, PlanError, RequestError
 from glmlocal.formats.index import open_checkpoint
+from glmlocal.models.footprints import of_checkpoint
+from glmlocal.planner.gpus import find
+from glmlocal.planner.plan import Wants
+from glmlocal.planner.plan_json import as_json, from_json
+from glmlocal.planner.solve import plan
 
 MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
 GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
@@ -206,13 +213,54 @@ def test_a_context_beyond_the_model_is_refused(directory: Path, context: int) ->
 
 
 def test_memory_that_is_not_there_is_a_plan_error(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights_bytes = open_checkpoint(directory).tensors.nbytes
-    monkeypatch.setattr("glmlocal.memory.available_bytes", lambda: weights_bytes + 100_000)
-    with pytest.raises(PlanError, match=r"--context 512 needs .* --context \d+ would fit"):
+    with LLM(directory, context=512) as llm:
+        used = llm.plan.devices[0].used_bytes
+    monkeypatch.setattr("glmlocal.memory.available_bytes", lambda root=None: used - 100_000)
+    with pytest.raises(PlanError, match=r"97.66 KiB are missing; would fit: --context \d+ .*--batch 4"):
         LLM(directory, context=512)
-    monkeypatch.setattr("glmlocal.memory.available_bytes", lambda: 1000)
+    LLM(directory, context=256).close()
+    LLM(directory, context=512, max_batch=4).close()
+    monkeypatch.setattr("glmlocal.memory.available_bytes", lambda root=None: 1000)
     with pytest.raises(PlanError, match="does not fit"):
         LLM(directory)
+
+
+def test_a_saved_plan_is_executed_as_it_stands(directory: Path) -> None:
+    with LLM(directory, context=96, kv_dtype="bf16", max_batch=2, quant="int8") as llm:
+        saved = from_json(json.dumps(as_json(llm.plan)))
+        answer = llm.generate("fox", **GREEDY)
+    with LLM(directory, plan=saved) as llm:
+        assert llm.plan == saved
+        assert llm.context == 96
+        assert llm.engine.scheduler.max_batch == 2
+        assert llm.engine.runner.kv_cache.keys[0].dtype == torch.bfloat16
+        assert llm.engine.runner.model.layers[2].experts.weights.up[0].kind == "int8"
+        assert llm.generate("fox", **GREEDY).token_ids == answer.token_ids
+    with pytest.raises(PlanError, match="uses GPUs, but this version runs models in RAM only"):
+        LLM(
+            directory,
+            plan=plan(
+                of_checkpoint(open_checkpoint(directory)),
+                replace(saved.machine, gpus=(find("H100"),)),
+                Wants(context=96),
+            ),
+        )
+
+
+def test_auto_quantizes_where_it_has_to(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(directory, context=64, quant="int4") as llm:
+        used = llm.plan.devices[0].used_bytes
+    monkeypatch.setattr("glmlocal.memory.available_bytes", lambda root=None: used)
+    with LLM(directory, context=64, quant="auto") as llm:
+        assert llm.plan.resolved.quant == llm.plan.quant == "int4"
+        assert llm.engine.runner.model.layers[2].experts.weights.up[0].kind == "int4"
+
+
+def test_a_limit_of_memory_is_planned_with(directory: Path) -> None:
+    with pytest.raises(PlanError, match="does not fit"):
+        LLM(directory, ram="200MiB")
+    with pytest.raises(ConfigError, match="--ram '100TiB' is more than"):
+        LLM(directory, ram="100TiB")
 
 
 def test_importing_the_package_leaves_torch_unloaded() -> None:

@@ -13,7 +13,7 @@ from glmlocal import catalogue
 from glmlocal.errors import ConfigError, PlanError
 from glmlocal.models.footprint import Footprint
 from glmlocal.models.footprints import of_release
-from glmlocal.planner import ledger, solve
+from glmlocal.planner import solve
 from glmlocal.planner.machine import Nvme
 from glmlocal.planner.plan import CPU, Plan, Wants
 from glmlocal.planner.solve import choose, plan
@@ -352,13 +352,6 @@ def test_drafts_need_an_mtp_layer():
     with pytest.raises(ConfigError, match="no MTP"):
         plan(air(has_mtp=False), machine(), Wants(draft=1))
     assert plan(air(has_mtp=False), machine(*[H100] * 4), Wants()).resolved.num_drafts == 0
-
-
-def test_constants_are_the_engines():
-    loader = pytest.importorskip("glmlocal.engine.loader")
-    assert solve.BLOCK_SIZE == loader.BLOCK_SIZE
-    assert solve.KV_FRACTION == loader.KV_FRACTION
-    assert ledger.MAX_NUM_BATCHED_TOKENS == loader.MAX_NUM_BATCHED_TOKENS
 
 
 def test_planning_needs_no_torch():
