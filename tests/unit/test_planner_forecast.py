@@ -211,3 +211,17 @@ def test_every_draft_costs_a_pass_of_mtp_layer_and_head():
     for drafts, rows in ((1, 2), (2, 3)):
         more = [45 * 128 * (1 - (1 - 8 / 128) ** count) * expert for count in (rows, rows + 1)]
         assert seconds[drafts + 1] - seconds[drafts] == pytest.approx(mtp + more[1] - more[0])
+
+
+def test_hops_and_waiting_for_the_cpu_are_paid_for():
+    two = plan(air("fp8_channel", 8), machine(H100, H100), Wants(draft=0))
+    model = air(**INT4)
+    hybrid = plan(model, machine(RTX4090, ram_gib=64), Wants())
+    nears = [hit_rate(number / 128) for number in hybrid.placement.gpu_experts[1:]]
+    for found, of, name, expected in (
+        (two, air("fp8_channel", 8), "hop_s", 3.0),  # to the first GPU, to the second, back
+        (hybrid, model, "sync_s", sum(1 - near**8 for near in nears)),
+    ):
+        costly = replace(IDEAL, **{name: (1.0, 1.0, 1.0)})
+        seconds = [1 / ideal(found, of, each).decode_tokens_per_s[0].value for each in (IDEAL, costly)]
+        assert seconds[1] - seconds[0] == pytest.approx(expected)
