@@ -160,6 +160,29 @@ def test_quantizing_at_load_leaves_what_is_quantized_and_keeps_8_bits_where_4_wo
     assert of_release(release("GLM-4.5-Air:Q4_K_M"), "int8").layers == kept.layers
 
 
+def test_blocks_of_a_gguf_are_numbered_with_mtp() -> None:
+    """llama.cpp gives more bits to some of GLM-4.5's 93 blocks, the MTP block among the last twelve."""
+    footprint = of_release(release("GLM-4.5:Q4_K_M"))
+    layers = [*footprint.layers, footprint.mtp]
+    more = [i for i, layer in enumerate(layers) if layer and layer.expert and "Q6_K" in layer.expert.scheme]
+    assert more == [*range(3, 11), *range(13, 81, 3), *range(81, 93)]
+
+
+def test_a_recipe_says_what_each_matrix_is_stored_in() -> None:
+    footprint = of_release(release("GLM-5.2-Int4-Int8Mix"))
+    layer, mtp = footprint.layers[6], footprint.mtp  # one with an indexer
+    assert layer.expert is not None
+    assert layer.expert.scheme == "compressed int4 group 128"
+    attention = {part.scheme: part.params for part in layer.parts if part.component == "attention"}
+    assert attention["bf16"] == 4096 * 2048 + 128 * 6144 + 32 * 6144  # the indexer
+    assert set(attention) == {"bf16", "compressed int8 group 128"}
+    assert mtp is not None
+    assert mtp.expert is not None
+    assert mtp.expert.scheme == "compressed int8 per row"
+    assert {part.scheme for part in mtp.parts if part.component == "mtp"} == {"bf16"}
+    assert [part.scheme for part in footprint.top] == ["bf16", "f32", "bf16"]
+
+
 def test_unknown_quant_is_refused() -> None:
     with pytest.raises(ConfigError, match="'int3'"):
         of_release(release("GLM-4.5-Air-FP8"), "int3")
@@ -373,6 +396,16 @@ def test_experts_that_differ_are_counted_as_the_largest(tmp_path: Path) -> None:
     assert second is not None
     assert first.nbytes == second.nbytes + 2 * 32 * 64
     assert not footprint.is_exact
+
+
+@needs_native
+def test_an_expert_is_of_integers_only_if_all_its_matrices_are(tmp_path: Path) -> None:
+    source = tiny.save(tiny.build_model(), tmp_path / "source")
+    types = {"down_proj": "BF16"}
+    tiny_gguf.convert(source, tmp_path / "m.gguf", "Q8_0", type_of=lambda name, columns: types.get(name.split(".")[-2]))
+    expert = compare(tmp_path / "m.gguf", "keep").layers[1].expert
+    assert expert is not None
+    assert (expert.scheme, expert.is_integer) == ("Q8_0 + bf16", False)
 
 
 def test_a_checkpoint_that_cannot_be_loaded_has_no_footprint(tmp_path: Path) -> None:
