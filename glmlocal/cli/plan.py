@@ -5,6 +5,7 @@
     name, quant, fits, runs, where, max_context, decode_tokens_per_s, low, high, download_bytes
 
 where ``runs`` says whether this version of glmlocal runs the release, and the speeds are null for what does not fit.
+Releases that a wish rules out, such as a context beyond their limit, are left out.
 
 The exit code is 0 when the model fits (or, with --compare, one of its forms does) and 2 when it does not, so that a
 script can ask; a list without MODEL is always 0.
@@ -16,7 +17,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ from glmlocal.errors import ConfigError
 
 if TYPE_CHECKING:
     from glmlocal.catalogue import Release
+    from glmlocal.models.footprint import Footprint
+    from glmlocal.planner.handover import Served
     from glmlocal.planner.machine import Machine
     from glmlocal.planner.plan import Plan, Wants
 
@@ -69,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     if args.model is not None and args.model.endswith(".json") and Path(args.model).is_file():
+        if args.compare or args.engine:
+            raise ConfigError("a saved plan is shown as it is; give the MODEL that it was made for")
         return _report(_saved(Path(args.model)), (), args)
     there, wants = machine(args.gpus, args.ram, args.nvme, args.link), wishes(args)
     if args.model is None:
@@ -161,18 +166,15 @@ def _hand_over(machine: Machine, wants: Wants, args: argparse.Namespace) -> int:
     from glmlocal.planner.subject import engine_releases
 
     served = [_served(release) for release in engine_releases(args.model)]
-    tries = [
-        (each, replace(wants, offload=False)) for each in served if len(served) > 1 and not wants.cpu_offload_bytes
-    ]
-    for each, wish in tries:
+    for each in served if len(served) > 1 else []:
         with suppress(ConfigError):
-            print(launch_command(args.engine, each, machine, wish))
+            print(launch_command(args.engine, each, machine, replace(wants, offload=False)))
             return 0
     print(launch_command(args.engine, served[0], machine, wants))
     return 0
 
 
-def _served(release: Release) -> Any:
+def _served(release: Release) -> Served:
     from glmlocal.models.footprints import of_release
     from glmlocal.planner.handover import Served
 
@@ -191,49 +193,65 @@ def _served(release: Release) -> Any:
 
 
 def _compare(machine: Machine, wants: Wants, args: argparse.Namespace) -> int:
-    from glmlocal.planner.solve import plan
+    from glmlocal.cli.plan_content import title
     from glmlocal.planner.subject import all_forms
 
     found = all_forms(args.model)
-    plans = [plan(footprint, machine, wants, with_advice=False) for footprint in found.footprints]
-    _print_table(plans, machine, found.notes)
-    return 0 if any(each.fits for each in plans) else _DOES_NOT_FIT
+    plans, left_out = _plans(found.footprints, machine, wants)
+    kept = [each for each in plans if each is not None]
+    _print_table(kept, [title(each) for each in kept], machine, (*found.notes, *left_out))
+    return 0 if any(each.fits for each in kept) else _DOES_NOT_FIT
 
 
 def _list(machine: Machine, wants: Wants, args: argparse.Namespace) -> int:
+    """Every release as it is stored, unless all are to be quantized while loading."""
     from glmlocal import catalogue
+    from glmlocal.models.footprints import of_release
 
+    quant = "keep" if args.quant == "auto" else args.quant
     releases = catalogue.releases()
-    plans = list(_each(releases, machine, wants, args.quant))
+    plans, left_out = _plans([of_release(release, quant) for release in releases], machine, wants)
+    kept = [(plan, release.runs) for plan, release in zip(plans, releases, strict=True) if plan is not None]
+    shown, runs = [plan for plan, _ in kept], [is_run for _, is_run in kept]
+    names = [plan.name if is_run else f"[{plan.name}]" for plan, is_run in kept]
     if args.json:
-        _print_json_list(plans, [release.runs for release in releases])
-        return 0
-    notes = ("releases in brackets are planned for, but this version of glmlocal does not run them",)
-    names = [plan.name if release.runs else f"[{plan.name}]" for plan, release in zip(plans, releases, strict=True)]
-    if args.markdown:
+        _print_json_list(shown, runs)
+    elif args.markdown:
         from glmlocal.cli.plan_markdown import table
 
-        print("\n".join(table(_HEADINGS, _rows(plans, names), left=2)))
-        return 0
-    _print_table(plans, machine, notes, names)
+        print("\n".join(table(_HEADINGS, _rows(shown, names), left=2)))
+    else:
+        note = "releases in brackets are planned for, but this version of glmlocal does not run them"
+        _print_table(shown, names, machine, (note, *left_out))
     return 0
 
 
-def _each(releases: tuple[Release, ...], machine: Machine, wants: Wants, quant: str) -> Iterator[Plan]:
-    """Every release as it is stored, unless all are to be quantized while loading."""
-    from glmlocal.models.footprints import of_release
+def _plans(
+    footprints: Sequence[Footprint], machine: Machine, wants: Wants
+) -> tuple[list[Plan | None], tuple[str, ...]]:
+    """A plan for each, None where a wish rules it out, and a note on those. Raises ConfigError where none is left."""
     from glmlocal.planner.solve import plan
 
-    for release in releases:
-        yield plan(of_release(release, "keep" if quant == "auto" else quant), machine, wants, with_advice=False)
+    plans: list[Plan | None] = []
+    refused: list[ConfigError] = []
+    for footprint in footprints:
+        try:
+            plans.append(plan(footprint, machine, wants, with_advice=False))
+        except ConfigError as error:  # a context beyond its limit, drafts without an MTP layer
+            plans.append(None)
+            refused.append(error)
+    if len(refused) == len(plans):
+        raise refused[0]
+    return plans, (f"{len(refused)} left out, for example: {refused[0]}",) if refused else ()
 
 
-def _print_table(plans: list[Plan], machine: Machine, notes: tuple[str, ...], names: list[str] | None = None) -> None:
-    from glmlocal.cli.plan_content import machine_name, title
+def _print_table(plans: list[Plan], names: list[str], machine: Machine, notes: tuple[str, ...]) -> None:
+    from glmlocal.cli.plan_content import machine_name
     from glmlocal.cli.plan_report import console, show_many
+    from glmlocal.cli.terminal import one_line
 
     lines = [f"on {machine_name(machine)}; tok/s of one sequence at an empty context, GPU speeds are modelled", *notes]
-    show_many(_HEADINGS, _rows(plans, names or [title(plan) for plan in plans]), console(), lines)
+    show_many(_HEADINGS, _rows(plans, names), console(), map(one_line, lines))
 
 
 def _rows(plans: list[Plan], names: list[str]) -> Iterator[tuple[str, ...]]:

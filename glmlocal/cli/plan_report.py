@@ -85,12 +85,12 @@ def _print_bars(bars: Iterable[Bar], out: Console) -> None:
         line.append_text(bar_text(bar))
         line.append("▏" + bar.text)
         out.print(line, no_wrap=True, crop=True)
-    legend = Text(" " * (_NAME_CELLS + 2))
+    legend = Text("  ")
     for name in CATEGORIES:
         if name in used:
             legend.append(_GLYPHS[name], _STYLES[name])
             legend.append(f" {name}  ")
-    out.print(legend)
+    out.print(legend, no_wrap=True, crop=True)
 
 
 def _ledger(plan: Plan) -> Table:

@@ -33,6 +33,7 @@ from glmlocal.planner.plan import (
     Shortfall,
     Wants,
 )
+from glmlocal.planner.subject import subject
 from glmlocal.units import GIB, MIB
 
 CARD = Gpu("RTX 4090", 24 * GIB, 1008, 26, 165, 660, 330)
@@ -153,6 +154,7 @@ def test_bars_and_ledger_account_for_every_byte() -> None:
         ("buffers", 512 * MIB),
         ("margin", 512 * MIB),
     )
+    assert ram.segments == (("experts", 30 * GIB), ("buffers", GIB))
     assert (gpu.used_bytes, ram.used_bytes) == (PLAN.devices[0].used_bytes, PLAN.devices[1].used_bytes)
     ledger = content.ledger(PLAN)
     assert ledger.columns == ("gpu:0 RTX 4090", "RAM")
@@ -244,6 +246,13 @@ def test_a_report_fits_eighty_columns_and_only_draws(plan: Plan) -> None:
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
 
 
+def test_bars_begin_in_one_column_and_their_legend_is_one_line() -> None:
+    lines = _rendered(replace(STRANGE, devices=(*STRANGE.devices[:1], PLAN.devices[1]))).splitlines()
+    bars = [line for line in lines if "▕" in line]
+    assert [cell_len(line.partition("▕")[0]) for line in bars] == [17, 17]
+    assert "  █ experts  ▓ other weights  ▒ KV cache  ▞ MTP  ▄ buffers  ░ margin" in [line.rstrip() for line in lines]
+
+
 def test_a_report_says_everything() -> None:
     text = _rendered(PLAN)
     for words in (
@@ -256,6 +265,11 @@ def test_a_report_says_everything() -> None:
     assert "2 × 1 GiB" not in text
     assert "2 × 1 GiB (exact)" in _rendered(PLAN, 200, explain=True)
     assert "2,147,483,648 B" in _rendered(PLAN, 200, explain=True)
+
+
+def test_a_pack_on_the_disk_is_told_from_the_download() -> None:
+    assert "161 GiB: the download and the pack of experts" in _rendered(replace(PLAN, disk_bytes=161 * GIB))
+    assert "the pack" not in _rendered(PLAN)
 
 
 def test_a_report_of_what_does_not_fit_begins_with_what_is_missing() -> None:
@@ -288,6 +302,7 @@ def test_every_figure_is_explained() -> None:
 def test_markdown_is_whole_tables(plan: Plan) -> None:
     text = plan_markdown.document(plan, explain=True)
     assert text.count("# ") >= 4
+    assert ("**Model needs 19 GiB" in text) == (plan is TOO_LARGE)
     tables = [block.split("\n") for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) >= 3
     for table in tables:
@@ -295,6 +310,7 @@ def test_markdown_is_whole_tables(plan: Plan) -> None:
         assert len(columns) == 1, table
     assert "<b>" not in re.sub("`[^`]*`", "", text)  # in code it is text
     assert "\x1b" not in text
+    assert ("\\*x\\*" in text) == (plan is STRANGE)
 
 
 @pytest.mark.parametrize("plan", [PLAN, TOO_LARGE, STRANGE], ids=["fits", "does not fit", "strange"])
@@ -312,6 +328,8 @@ def test_the_picture_is_well_formed_and_in_proportion(plan: Plan) -> None:
     whole = max(plan.devices[0].capacity_bytes, plan.devices[0].used_bytes)
     kv = next(width for title, width in drawn if title.startswith("KV cache: 4 GiB"))
     assert kv == pytest.approx(4 * GIB / whole * 530, abs=0.01)
+    left = next(float(e.get("x", 0)) for e in root.iter(f"{name}rect") if len(e) and "KV cache" in (e[0].text or ""))
+    assert left == pytest.approx(180 + 14 * GIB / whole * 530, abs=0.01)
     assert bool(list(root.iter(f"{name}line"))) == (plan is TOO_LARGE)
 
 
@@ -361,7 +379,18 @@ def test_json_saved_and_read_back(capsys: pytest.CaptureFixture[str], tmp_path: 
     report = capsys.readouterr().out
     assert main(["plan", str(file)]) == 0
     assert capsys.readouterr().out == report
+    assert main(["plan", str(file), "--compare"]) == 2
+    assert "as it is" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "计划.svg"]
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    assert main(["plan", "GLM-4.5-Air-FP8", *H100S, "--svg", str(tmp_path / "there")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 def test_a_damaged_plan_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -422,6 +451,37 @@ def test_without_a_model_every_known_release_is_listed(capsys: pytest.CaptureFix
     assert "[GLM-5-BF16]" in text
     assert main(["plan", *H100S, "--markdown"]) == 0
     assert "| GLM-4.5-Air-FP8 | GPU | 131,072 |" in capsys.readouterr().out
+
+
+def test_releases_that_a_wish_rules_out_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--gpus", "8xB200", "--ram", "1TB", "--context", "150000", "--json"]) == 0
+    names = {row["name"] for row in json.loads(capsys.readouterr().out)}
+    assert "GLM-4.6-FP8" in names
+    assert "GLM-4.5-FP8" not in names  # 131,072 at most
+    assert main(["plan", "GLM-4.6", *H100S, "--draft", "1", "--compare"]) == 0
+    out = capsys.readouterr().out
+    assert "GLM-4.6-FP8" in out
+    assert "left out, for example: --draft is 1" in out.replace("\n", " ")
+    assert main(["plan", *H100S, "--context", "9999999"]) == 2
+    assert "--context is 9999999" in capsys.readouterr().err
+
+
+def test_what_can_be_loaded_in_one_way_only_is_planned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [f.quant for f in subject("GLM-4.5-Air-GGUF:Q4_K_M").footprints] == ["keep"]
+    assert [f.quant for f in subject("GLM-4.5-Air-FP8").footprints] == ["keep", "int4"]
+    assert [f.quant for f in subject("zai-org/GLM-4.5-Air").footprints] == ["keep", "int8", "int4"]
+    monkeypatch.chdir(tmp_path)
+    model = tiny.save(tiny.build_model(), Path("GLM-4.5-Ai"))  # what exists counts, not what it is near to
+    made = subject(str(model)).footprints
+    assert made[0].name == "GLM-4.5-Ai"
+    assert len({sum(layer.nbytes for layer in f.layers) for f in made}) == len(made)
+
+
+def test_what_this_version_does_not_run_is_planned_and_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "GLM-5-FP8", "--gpus", "8xH200"]) == 0
+    assert "the architecture of GLM-5 but does not run it" in capsys.readouterr().out
+    assert main(["plan", "GLM-4.5-Air-AWQ-FP16Mix", *H100S]) == 0
+    assert "the awq format but does not run it" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

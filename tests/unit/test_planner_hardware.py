@@ -265,7 +265,7 @@ def test_a_machine_that_was_not_measured_is_modelled_and_says_so(own: pytest.Mon
     machine = probe.machine()
     assert machine.is_this_machine
     assert machine.gpus == ()
-    assert (machine.cpu.threads, machine.cpu.fp32_gflop_per_s, machine.cpu.int8_gop_per_s) == (8, 8 * 48.0, 8 * 96.0)
+    assert (machine.cpu.threads, machine.cpu.fp32_gflop_per_s, machine.cpu.int8_gop_per_s) == (8, 8 * 96.0, 8 * 128.0)
     assert machine.ram == Ram(64 * GIB, 40 * GIB, 36.0)  # two channels of DDR4
     assert machine.nvme is not None
     assert machine.nvme.read_gb_per_s == hardware.DEFAULT_NVME_GB_PER_S
@@ -278,7 +278,7 @@ def test_what_a_processor_is_decides_its_modelled_rates(own: pytest.MonkeyPatch)
         probe.cpu_probe, "probe", lambda: _facts("avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16", 96, 2)
     )
     machine = probe.machine()
-    assert machine.cpu.int8_gop_per_s == 96 * 384
+    assert machine.cpu.int8_gop_per_s == 96 * 576
     assert machine.ram.read_gb_per_s == 2 * 8 * 30  # two sockets of eight channels of DDR5
     own.setattr(probe.cpu_probe, "probe", lambda: _facts("sse2"))
     assert probe.machine().cpu.int8_gop_per_s is None
