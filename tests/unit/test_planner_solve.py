@@ -295,8 +295,11 @@ def test_advice_ranks_small_changes_first_and_each_fits():
     order = ["--cpu-offload-gb", "--context", "--kv-dtype", "--batch", "--draft", "--quant", "--ram", "--gpus"]
     assert options == [name for name in order if name in options]
     assert {"--context", "--kv-dtype", "--batch", "--draft", "--quant", "--ram", "--gpus"} <= set(options)
+    assert "--cpu-offload-gb" not in options  # RAM is what is missing, and most of the model would be there
     for advice in found.advice:
         assert follow(model, hardware, wants, advice.option, others).fits, advice
+    count = int(found.advice[-1].option.split()[1].split("x")[0])
+    assert not follow(model, hardware, wants, f"--gpus {count - 1}xRTX4090", others).fits
 
 
 def test_advised_context_is_the_largest_that_fits():
