@@ -302,6 +302,16 @@ def test_advice_ranks_small_changes_first_and_each_fits():
     assert not follow(model, hardware, wants, f"--gpus {count - 1}xRTX4090", others).fits
 
 
+@pytest.mark.parametrize("ram_gib", [8, 24, 128])
+def test_the_ram_that_would_do_is_always_named(ram_gib):
+    for model in (glm45(), air(**INT4)):
+        hardware = machine(RTX4090, ram_gib=ram_gib)
+        found = plan(model, hardware, Wants())
+        if not found.fits:
+            (option,) = (advice.option for advice in found.advice if advice.option.startswith("--ram"))
+            assert follow(model, hardware, Wants(), option).fits
+
+
 def test_advised_context_is_the_largest_that_fits():
     hardware, wants = machine(ram_gib=66), Wants(context=131072, batch=1)
     found = plan(air(**INT4), hardware, wants)
