@@ -166,11 +166,14 @@ def _quant(plan: Plan, alternatives: Sequence[Footprint], solve: Solve) -> Itera
 
 
 def _ram(plan: Plan, footprint: Footprint, solve: Solve) -> Iterator[Advice]:
+    """What of an endless RAM would be used: the margin grows with it."""
     if not any(device.kind == "ram" and device.used_bytes > device.capacity_bytes for device in plan.devices):
         return
-    needed = sum(device.used_bytes for device in plan.devices if device.kind == "ram")
-    gib = _ram_gib(needed)
-    if solve(footprint, _with_ram(plan.machine, gib * GIB), replace(plan.wants, ram_bytes=None)).fits:
+    wants = replace(plan.wants, ram_bytes=None)
+    endless = _with_ram(plan.machine, sum(device.used_bytes for device in plan.devices) * 2)
+    there = solve(footprint, replace(endless, nvme=None), wants)
+    gib = _ram_gib(sum(device.used_bytes for device in there.devices if device.kind == "ram"))
+    if solve(footprint, _with_ram(plan.machine, gib * GIB), wants).fits:
         yield Advice(f"a machine with {gib} GiB of RAM would do", f"--ram {gib}GiB")
 
 

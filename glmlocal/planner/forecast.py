@@ -109,8 +109,8 @@ class _Model:
         self.speeds = [Speeds(machine, efficiency, guess) for guess in range(GUESSES)]
         self.steps: Counter[_Step] = Counter(_steps(footprint, placement, resolved.kv_dtype))
         self.head = [part for part in footprint.top if part.component != "embeddings"]
-        owners = placement.layer_device[: len(footprint.layers)]
-        self.hops = sum(a != b for a, b in zip((CPU, *owners), (*owners, CPU), strict=True))
+        # As if every GPU had layers: more memory may spread them over more GPUs, and is not to cost a hop for that.
+        self.hops = len(machine.gpus) + 1 if set(placement.layer_device) != {CPU} else 0
 
     @property
     def hit_rate(self) -> float | None:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -170,23 +170,33 @@ def pace(demand: Demand, kv_tokens: int) -> float:
     rates = {number: gpu.read_gb_per_s for number, gpu in demand.gpus}
     if len(set(rates.values())) < 2:
         return 0.0
-    owners, _, _ = _on_gpus(demand, _bytes(demand, kv_tokens), demand.gpus)
+    owners, _, _ = _on_gpus(demand, _bytes(demand, kv_tokens), demand.gpus, whole=False)
     on_head = owners[-1]  # and the MTP layer
     return sum(1 / rates[owner] for owner in (*owners[: len(demand.footprint.layers)], on_head) if owner != CPU)
 
 
 def lay_out(demand: Demand, kv_tokens: int) -> Layout:
     """Place everything beside a KV pool of so many tokens. What does not fit shows as a device with too much."""
+    found = list(layouts(demand, kv_tokens))
+    return next((layout for layout in found if layout.fits), found[0])
+
+
+def layouts(demand: Demand, kv_tokens: int) -> Iterator[Layout]:
+    """Ways to place everything; more than one only where experts have to leave the GPUs.
+
+    Staging costs memory on both sides: whole layers on the GPUs need none, nor does doing without GPUs.
+    """
     layout = _lay_out(demand, kv_tokens, demand.gpus)
-    if layout.fits or not demand.gpus or demand.needs_gpus:
-        return layout
-    without = _lay_out(demand, kv_tokens, [])  # GPUs cost RAM for staging, which small ones do not give back
-    return replace(without, is_fast=False) if without.fits else layout
+    yield layout
+    if demand.gpus and not demand.needs_gpus and not (layout.fits and layout.is_fast):
+        for other in (_lay_out(demand, kv_tokens, demand.gpus, whole=True), _lay_out(demand, kv_tokens, [])):
+            yield replace(other, is_fast=False)
 
 
-def _lay_out(demand: Demand, kv_tokens: int, gpus: list[tuple[int, Gpu]]) -> Layout:
+def _lay_out(demand: Demand, kv_tokens: int, gpus: list[tuple[int, Gpu]], *, whole: bool = False) -> Layout:
+    """``whole``: where not everything fits, as many layers on the GPUs as fit with all of their experts."""
     sizes = _bytes(demand, kv_tokens)
-    owners, gpu_experts, is_fast = _on_gpus(demand, sizes, gpus)
+    owners, gpu_experts, is_fast = _on_gpus(demand, sizes, gpus, whole=whole)
     left = [count - given for count, given in zip(sizes.num_experts, gpu_experts, strict=True)]
     on_cpu = [i for i, owner in enumerate(owners) if owner == CPU]
     ram_lines = [
@@ -223,7 +233,9 @@ def _lay_out(demand: Demand, kv_tokens: int, gpus: list[tuple[int, Gpu]]) -> Lay
     return Layout(placement, devices, is_fast and not any(nvme))
 
 
-def _on_gpus(demand: Demand, sizes: _Bytes, gpus: list[tuple[int, Gpu]]) -> tuple[list[int], list[int], bool]:
+def _on_gpus(
+    demand: Demand, sizes: _Bytes, gpus: list[tuple[int, Gpu]], *, whole: bool
+) -> tuple[list[int], list[int], bool]:
     """Owner and experts on it of each layer, and whether nothing had to leave the GPUs."""
     nothing = [0] * len(sizes.expert)
     if not gpus and demand.needs_gpus:
@@ -239,7 +251,8 @@ def _on_gpus(demand: Demand, sizes: _Bytes, gpus: list[tuple[int, Gpu]]) -> tupl
         owners = layers.level(sizes.full, free)
         return [gpus[owner][0] for owner in owners], sizes.num_experts, False
     if owners is None or not is_fast:
-        owners = _split_for_offload(sizes, [max(0, each - 2 * demand.staging_bytes) for each in free])
+        staged = [max(0, each - 2 * demand.staging_bytes) for each in free]
+        owners = _pack_or_cpu(sizes.full, free) if whole else _split_for_offload(sizes, staged)
     given = list(nothing)
     for place, budget in enumerate(free):
         mine = [i for i, owner in enumerate(owners) if owner == place]
@@ -260,9 +273,14 @@ def _split_for_offload(sizes: _Bytes, free: list[int]) -> list[int]:
         owners = layers.level(loads, free)
         if not layers.over(sizes.resident, owners, free):
             return owners
-    rest = layers.pack(sizes.resident, [*free, float("inf")])
-    assert rest is not None, "the last device takes what is left"
-    return rest
+    return _pack_or_cpu(sizes.resident, free)
+
+
+def _pack_or_cpu(loads: list[int], free: list[int]) -> list[int]:
+    """As many layers as fit in order; for the others the number behind the last GPU's, which is the CPU."""
+    owners = layers.pack(loads, [*free, float("inf")])
+    assert owners is not None, "the last device takes what is left"
+    return owners
 
 
 def _relief(demand: Demand, offload_bytes: int) -> int:

@@ -211,3 +211,36 @@ def test_every_draft_costs_a_pass_of_mtp_layer_and_head():
     for drafts, rows in ((1, 2), (2, 3)):
         more = [45 * 128 * (1 - (1 - 8 / 128) ** count) * expert for count in (rows, rows + 1)]
         assert seconds[drafts + 1] - seconds[drafts] == pytest.approx(mtp + more[1] - more[0])
+
+
+def test_hops_and_waiting_for_the_cpu_are_paid_for():
+    two = plan(air("fp8_channel", 8), machine(H100, H100), Wants(draft=0))
+    model = air(**INT4)
+    hybrid = plan(model, machine(RTX4090, ram_gib=64), Wants())
+    nears = [hit_rate(number / 128) for number in hybrid.placement.gpu_experts[1:]]
+    for found, of, name, expected in (
+        (two, air("fp8_channel", 8), "hop_s", 3.0),  # to the first GPU, to the second, back
+        (hybrid, model, "sync_s", sum(1 - near**8 for near in nears)),
+    ):
+        costly = replace(IDEAL, **{name: (1.0, 1.0, 1.0)})
+        seconds = [1 / ideal(found, of, each).decode_tokens_per_s[0].value for each in (IDEAL, costly)]
+        assert seconds[1] - seconds[0] == pytest.approx(expected)
+
+
+def test_prefill_streams_only_what_is_missing():
+    model = air(**INT4)
+    found = plan(model, machine(RTX4090, ram_gib=64), Wants())
+    slow_cpu = replace(found.machine, cpu=replace(found.machine.cpu, fp32_gflop_per_s=0.1, int8_gop_per_s=0.1))
+    rate = forecast(model, found.placement, slow_cpu, found.resolved, IDEAL).prefill_tokens_per_s
+    missing = sum(found.placement.ram_experts[1:]) * model.layers[1].expert.nbytes / 25e9  # 512 tokens touch all
+    assert rate.bound_by == "link"
+    assert 2048 / rate.value == pytest.approx(4 * missing, rel=0.05)
+
+
+def test_prefill_reads_from_nvme_only_what_has_no_slot():
+    model = air(**INT4)
+    found = plan(model, machine(ram_gib=22, nvme=Nvme(2 * 10**12, 0.5)), Wants())
+    away = sum(128 - slots for slots in found.placement.ram_slots[1:]) * model.layers[1].expert.nbytes / 0.5e9
+    rate = ideal(found, model).prefill_tokens_per_s
+    assert rate.bound_by == "nvme"
+    assert 2048 / rate.value == pytest.approx(4 * away, rel=0.05)

@@ -245,7 +245,7 @@ def test_a_gpu_too_small_to_help_does_not_hinder():
     )
     assert without.fits
     assert with_gpu.fits
-    assert set(with_gpu.placement.layer_device) == {CPU}
+    assert "staging" not in on(with_gpu, "ram")
 
 
 def test_a_table_that_is_held_is_counted_once():
@@ -295,8 +295,21 @@ def test_advice_ranks_small_changes_first_and_each_fits():
     order = ["--cpu-offload-gb", "--context", "--kv-dtype", "--batch", "--draft", "--quant", "--ram", "--gpus"]
     assert options == [name for name in order if name in options]
     assert {"--context", "--kv-dtype", "--batch", "--draft", "--quant", "--ram", "--gpus"} <= set(options)
+    assert "--cpu-offload-gb" not in options  # RAM is what is missing, and most of the model would be there
     for advice in found.advice:
         assert follow(model, hardware, wants, advice.option, others).fits, advice
+    count = int(found.advice[-1].option.split()[1].split("x")[0])
+    assert not follow(model, hardware, wants, f"--gpus {count - 1}xRTX4090", others).fits
+
+
+@pytest.mark.parametrize("ram_gib", [8, 24, 128])
+def test_the_ram_that_would_do_is_always_named(ram_gib):
+    for model in (glm45(), air(**INT4)):
+        hardware = machine(RTX4090, ram_gib=ram_gib)
+        found = plan(model, hardware, Wants())
+        if not found.fits:
+            (option,) = (advice.option for advice in found.advice if advice.option.startswith("--ram"))
+            assert follow(model, hardware, Wants(), option).fits
 
 
 def test_advised_context_is_the_largest_that_fits():
