@@ -147,7 +147,13 @@ def split(wanted: Iterable[Row], context: int, model_limit: int) -> tuple[list[R
 def load(
     model: str, wanted: Sequence[Row], *, progress: bool = False, **engine_options: Any
 ) -> tuple[LLM, list[Row], list[Skipped]]:
-    """The model with the context that the rows need, or the largest there is; which rows fit and which do not."""
+    """The model with the context that the rows need, or the largest there is; which rows fit and which do not.
+
+    With a ``plan`` among the options it is the plan's context.
+    """
+    if "plan" in engine_options:
+        llm = LLM(model, progress=progress, **engine_options)
+        return llm, *split(wanted, llm.context, llm.config.max_position_embeddings)
     needed = max(row.positions for row in wanted)
     try:
         llm = LLM(model, context=needed, max_batch=1, progress=progress, **engine_options)

@@ -62,7 +62,7 @@ class LLM:
         start_s = time.perf_counter()
         if quant != "auto":
             check_quant(quant)
-        kernels.set_num_threads(threads)
+        kernels.set_num_threads(threads if plan is None else plan.resolved.threads)
         self.model_name = str(model)
         self._checkpoint = checkpoint = open_checkpoint(resolve(model, progress=progress))
         self.config = ModelConfig.from_hf(checkpoint.config)

@@ -71,8 +71,11 @@ class FakeLLM:
         max_batch: int = 8,
         quant: str = "keep",
         activations: str = "auto",
+        ram: str | None = None,
+        plan: Any = None,
         progress: bool = False,
     ) -> None:
+        self.plan = plan
         self.model_name = str(model)
         self.quant = quant
         self.note = (

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from glmlocal.cli.options import add_engine_options, at_least, engine_options
+from glmlocal.cli.options import add_engine_options, add_plan_option, at_least, planned
 from glmlocal.cli.pull import offer_to_pull
 from glmlocal.cli.terminal import Console, bar, one_line
 from glmlocal.errors import PlanError
@@ -74,6 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
             f"--{name}", type=at_least(least), default=default, metavar="N", help=f"{text} (default: {default})"
         )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_plan_option(parser)
     add_engine_options(parser)
 
 
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     start_s = time.time()
     progress = console.err_is_screen and not args.json
-    llm, fitting, skipped = bench.load(args.model, wanted, progress=progress, **engine_options(args))
+    llm, fitting, skipped = bench.load(args.model, wanted, progress=progress, **planned(args))
     with llm:
         for skip in skipped:
             console.note(f"{skip.row.name} is skipped: it {skip.reason}")

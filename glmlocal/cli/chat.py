@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from glmlocal.cli.options import add_engine_options, at_least, engine_options
+from glmlocal.cli.options import add_engine_options, add_plan_option, at_least, planned
 from glmlocal.cli.pull import offer_to_pull
 from glmlocal.cli.stdin import SILENCE_S, clean_argument, read_ready_stdin, read_stdin, stdin_is_screen
 from glmlocal.cli.terminal import Console
@@ -50,6 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--no-think", action="store_true", help="answer without thinking first")
     parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, reasoning, usage, timings")
+    add_plan_option(parser)
     add_engine_options(parser)
     sampling = parser.add_argument_group("sampling", "What is not given comes from the model's own generation_config.")
     for option, field, kind, meaning in _SAMPLING:
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from glmlocal.llm import LLM
 
     console = Console()
+    options = planned(args, context=None)
     if not cpu.available:
         console.note(f"running slowly on the plain kernels: {cpu.describe()}")
     with LLM(
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         context=args.context,
         max_batch=1,
         progress=console.err_is_screen,
-        **engine_options(args),
+        **options,
     ) as llm:
         llm.tokenizer  # noqa: B018 - a checkpoint without one is refused before anything is said about it
         if llm.note is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 QUANTS = ("keep", "int8", "int4")  # models.weights.QUANTS, which would import torch
@@ -117,14 +118,15 @@ def wishes(args: argparse.Namespace) -> Any:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """How the model runs, whatever the command does with it; ``engine_options`` reads them back."""
+    """How and with what the model runs, whatever the command does with it; ``engine_options`` reads them back."""
     group = parser.add_argument_group("engine")
     group.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: one per core)")
     group.add_argument(
         "--quant",
-        choices=QUANTS,
+        choices=PLAN_QUANTS,
         default="keep",
-        help="what linear weights that are not quantized become while loading (default: keep, as stored)",
+        help="what linear weights that are not quantized become while loading (default: keep, as stored); "
+        "auto: what `glmlocal plan --quant auto` chooses",
     )
     group.add_argument(
         "--activations",
@@ -140,8 +142,67 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="what the KV cache stores; auto, as in vLLM, follows the checkpoint: fp32 where its weights are fp32 or "
         "below 1 GiB, else bf16; fp8 (e4m3) and int8 take half of bf16's memory",
     )
+    group.add_argument("--draft", type=drafts, metavar="N", help="MTP drafts per step: auto (the default) or 0 for now")
+    add_machine_options(parser)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of ``LLM`` that ``add_engine_options`` asked for."""
-    return {name: getattr(args, name) for name in ("threads", "quant", "activations", "kv_dtype")}
+    """The arguments of ``LLM`` that ``add_engine_options`` asked for.
+
+    Raises ConfigError for words about tiers that this version plans for but does not run: they are not ignored.
+    """
+    from glmlocal.errors import ConfigError
+
+    not_run = {
+        "--gpus": args.gpus.strip().casefold() not in ("auto", "none"),
+        "--nvme": args.nvme not in (None, "none"),
+        "--link": args.link,
+        "--vram": args.vram is not None,
+        "--cpu-offload-gb": args.cpu_offload_gb,
+        "--draft": args.draft,
+    }
+    word = next((option for option, given in not_run.items() if given), None)
+    if word == "--draft":
+        raise ConfigError("--draft: this version loads MTP layers but does not speculate yet; leave it out or give 0")
+    if word is not None:
+        raise ConfigError(f"{word}: this version runs models in RAM only; leave it out (`glmlocal plan` knows it)")
+    return {name: getattr(args, name) for name in ("threads", "quant", "activations", "kv_dtype", "ram")}
+
+
+def add_plan_option(parser: argparse.ArgumentParser) -> None:
+    """For commands that can run a saved plan as it stands; ``planned`` reads it."""
+    parser.add_argument(
+        "--plan", type=Path, metavar="FILE", help="run what `glmlocal plan MODEL --save FILE` wrote, as it stands"
+    )
+
+
+def planned(args: argparse.Namespace, **decided: Any) -> dict[str, Any]:
+    """``engine_options``, or the saved plan in their place. Raises ConfigError where both are given.
+
+    ``decided``: the defaults of the command's own options that a plan decides too.
+    """
+    if args.plan is None:
+        return engine_options(args)
+    from glmlocal.errors import ConfigError
+    from glmlocal.planner.plan_json import load
+
+    given = next((name for name, default in (_PLAN_DECIDES | decided).items() if getattr(args, name) != default), None)
+    if given is not None:
+        raise ConfigError(f"--{given.replace('_', '-')} is decided by --plan already; leave one of them out")
+    return {"plan": load(args.plan)}
+
+
+_PLAN_DECIDES: dict[str, Any] = {
+    "threads": None,
+    "quant": "keep",
+    "activations": "auto",
+    "kv_dtype": "auto",
+    "draft": None,
+    "gpus": "auto",
+    "ram": None,
+    "nvme": None,
+    "link": None,
+    "vram": None,
+    "cpu_offload_gb": None,
+    "no_offload": False,
+}  # option → its default

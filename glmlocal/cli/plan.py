@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from glmlocal.planner.plan import Plan, Wants
 
 _DOES_NOT_FIT = 2
-_MOST_PLAN_BYTES = 1 << 26
 _HEADINGS = ("model", "where", "context", "tok/s", "download")
 
 
@@ -74,7 +73,9 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None and args.model.endswith(".json") and Path(args.model).is_file():
         if args.compare or args.engine:
             raise ConfigError("a saved plan is shown as it is; give the MODEL that it was made for")
-        return _report(_saved(Path(args.model)), (), args)
+        from glmlocal.planner.plan_json import load
+
+        return _report(load(Path(args.model)), (), args)
     there, wants = machine(args.gpus, args.ram, args.nvme, args.link), wishes(args)
     if args.model is None:
         return _list(there, wants, args)
@@ -132,16 +133,6 @@ def _as_json(plan: Plan) -> str:
     from glmlocal.planner.plan_json import as_json
 
     return json.dumps(as_json(plan), indent=2) + "\n"
-
-
-def _saved(path: Path) -> Plan:
-    from glmlocal.planner.plan_json import from_json
-
-    with path.open("rb") as file:
-        data = file.read(_MOST_PLAN_BYTES + 1)
-    if len(data) > _MOST_PLAN_BYTES:
-        raise ConfigError(f"{str(path)!r} is too large to be a plan; give a file that --save wrote")
-    return from_json(data)
 
 
 def _write(path: Path, text: str) -> None:

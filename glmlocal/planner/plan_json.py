@@ -29,6 +29,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from glmlocal.errors import PlanError
@@ -110,6 +111,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+def load(path: Path) -> Plan:
+    """Read what ``--save`` wrote. Raises PlanError for a file that is none, OSError for one that cannot be read."""
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise PlanError(f"{str(path)!r} is too large to be a plan; give a file that --save wrote")
+    return from_json(data)
 
 
 def from_json(text: str | bytes) -> Plan:

@@ -48,6 +48,22 @@ def test_stdout_is_the_greedy_answer_of_the_python_api(directory: Path) -> None:
     assert raw.stderr == b""
 
 
+def test_a_saved_plan_is_shown_and_run(directory: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "plan.json"
+    words = ("--gpus", "none", "--nvme", "none", "--context", "96", "--batch", "1", "--quant", "int8")
+    made = glmlocal("plan", str(directory), *words, "--save", str(saved), "--json")
+    assert made.returncode == 0
+    again = glmlocal("plan", str(saved), "--json")
+    assert json.loads(again.stdout) == json.loads(made.stdout)
+    prompt = ("-p", "the quick", "--raw", "--json", "--temp", "0", "--max-tokens", "24")
+    planned = glmlocal("chat", str(directory), *prompt, "--plan", str(saved))
+    told = glmlocal("chat", str(directory), *prompt, "--context", "96", "--quant", "int8")
+    assert json.loads(planned.stdout)["text"] == json.loads(told.stdout)["text"]
+    for words in (("--plan", str(saved), "--quant", "int4"), ("--gpus", "2xH100"), ("--plan", str(directory))):
+        refused = glmlocal("chat", str(directory), *prompt, *words)
+        assert (refused.returncode, refused.stderr.count(b"\n")) == (2, 1), refused.stderr
+
+
 def test_a_context_that_is_too_small_is_one_line(directory: Path) -> None:
     done = glmlocal("chat", str(directory), "-p", "the quick brown fox", "--context", "4")
     assert (done.returncode, done.stdout) == (2, b"")

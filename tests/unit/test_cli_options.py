@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from glmlocal.cli import options
 from glmlocal.cli.main import Parser
-from glmlocal.errors import ConfigError
+from glmlocal.errors import ConfigError, PlanError
 from glmlocal.planner.plan import Wants
+from glmlocal.planner.plan_json import as_json
+from glmlocal.planner.solve import plan
 from glmlocal.units import GIB
+from planned import air, machine
 
 
 def _parse(*words: str) -> Wants:
@@ -55,3 +61,43 @@ def test_every_wish_arrives() -> None:
 def test_a_wish_that_makes_no_sense_is_refused(words: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="argument --"):
         _parse(*words)
+
+
+def _engine(*words: str) -> dict[str, object]:
+    parser = Parser(prog="test")
+    parser.add_argument("--context", type=int)
+    options.add_plan_option(parser)
+    options.add_engine_options(parser)
+    return options.planned(parser.parse_args(words), context=None)
+
+
+def test_commands_that_run_take_the_same_words() -> None:
+    defaults = {"threads": None, "quant": "keep", "activations": "auto", "kv_dtype": "auto", "ram": None}
+    assert _engine() == defaults
+    assert _engine("--gpus", "none", "--nvme", "none", "--draft", "0", "--no-offload") == defaults
+    assert _engine("--quant", "auto", "--ram", "16GiB", "--threads", "2") == defaults | {
+        "quant": "auto",
+        "ram": "16GiB",
+        "threads": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    "words", ["--gpus 2xH100", "--nvme 2TB@7", "--link pcie4x16", "--vram 20GiB", "--cpu-offload-gb 16", "--draft 1"]
+)
+def test_words_about_what_does_not_run_yet_are_not_ignored(words: str) -> None:
+    with pytest.raises(ConfigError, match=f"{words.split()[0]}: this version"):
+        _engine(*words.split())
+
+
+def test_a_saved_plan_decides_everything(tmp_path: Path) -> None:
+    saved = plan(air(), machine(ram_gib=256), Wants(context=4096, batch=1))
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(as_json(saved)))
+    assert _engine("--plan", str(path)) == {"plan": saved}
+    for words in ("--quant int8", "--ram 8GiB", "--context 100", "--gpus none"):
+        with pytest.raises(ConfigError, match=f"{words.split()[0]} is decided by --plan already"):
+            _engine("--plan", str(path), *words.split())
+    path.write_text("{}")
+    with pytest.raises(PlanError, match="damaged"):
+        _engine("--plan", str(path))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
 
 import crafted
+from glmlocal.catalogue import Family
 from glmlocal.errors import ConfigError, DownloadError
 from glmlocal.hub import local, pull, verify
 from glmlocal.hub.cache import RepoCache, remove, snapshot_files
@@ -219,9 +219,7 @@ def test_space_is_counted_per_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     pull.check_space({tmp_path: 0})
 
 
-@dataclass(frozen=True)
-class FakeFamily:
-    name: str = "GLM-9"
+FAMILY = Family("GLM-9", {"model_type": "glm4_moe"})
 
 
 @dataclass
@@ -233,7 +231,7 @@ class FakeRelease:
     published_bytes: int | None = 2 << 30
     runs: bool = True
     format: str = "bf16"
-    family: FakeFamily = FakeFamily()
+    family: Family = FAMILY
 
     @property
     def hub_ids(self) -> tuple[str, ...]:
@@ -243,12 +241,10 @@ class FakeRelease:
 def test_names_of_the_catalogue(server: HubServer, caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a catalogue of this test's own: what the names stand for is not the subject here."""
     releases = (FakeRelease("GLM-9-BF16", ST), FakeRelease("GLM-9-GGUF:Q8_0", GGUF, quant="Q8_0"))
-    by_name = {release.name.lower(): release for release in releases} | {"glm-9": FakeFamily()}
-    fake = types.ModuleType("glmlocal.catalogue")
-    fake.find = lambda name: by_name.get(name.lower())  # type: ignore[attr-defined]
-    fake.releases = lambda: releases  # type: ignore[attr-defined]
-    fake.near_misses = lambda name: ("GLM-9-BF16",)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "glmlocal.catalogue", fake)
+    by_name = {release.name.lower(): release for release in releases} | {"glm-9": FAMILY}
+    monkeypatch.setattr("glmlocal.catalogue.find", lambda name: by_name.get(name.lower()))
+    monkeypatch.setattr("glmlocal.catalogue.releases", lambda: releases)
+    monkeypatch.setattr("glmlocal.catalogue.near_misses", lambda name: ("GLM-9-BF16",))
     with pytest.raises(ConfigError, match=r"GLM-9 is a family of releases; .*GLM-9-BF16 \(2 GiB\), GLM-9-GGUF:Q8_0"):
         resolve("GLM-9")
     with pytest.raises(local.NotPulled, match=f"glmlocal pull {ST}"):
