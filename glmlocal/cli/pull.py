@@ -157,8 +157,10 @@ def fetch(
 def offer_to_pull(model: str) -> None:
     """For the commands that run a model: where it is a hub's and not here, offer a person at a terminal to fetch it.
 
-    Without a terminal nothing happens: what opens the model then raises NotPulled. Raises that too for a no.
+    Without a terminal nothing happens: what opens the model then raises NotPulled. Raises that too for a no. What is
+    wrong with a name otherwise is for what opens the model to say.
     """
+    from glmlocal.errors import ConfigError
     from glmlocal.resolve import DEMO, resolve
 
     if model == DEMO or not somebody_is_there():
@@ -173,6 +175,8 @@ def offer_to_pull(model: str) -> None:
         print(f"{error.source} is not on this disk yet.", file=sys.stderr)
         if fetch(error.source, DEFAULTS, must_ask=True) is None:
             raise
+    except ConfigError:
+        return
 
 
 def _summary(plan: Pull) -> str:

@@ -284,7 +284,7 @@ def test_without_pulling_show_reads_headers_only(server: HubServer, home: Path) 
         (("pull", "https://huggingface.co/a/b"), "is no name of a model"),
         (("pull", "a/b/c"), "is no name of a model"),
         (("pull", REPO, "--limit-rate", "fast"), "cannot read 'fast' as a size"),
-        (("pull", REPO, "--limit-rate", "1"), "at least 1KB"),
+        (("pull", REPO, "--limit-rate", "0.5KB"), "at least 1KB"),
         (("pull", REPO, "--connections", "0"), "at least 1"),
         (("pull", REPO, "--connections", "1000"), "64 is the limit"),
         (("pull", REPO, "--revision", "../x"), "is no revision"),
