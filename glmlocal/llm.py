@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, overload
@@ -29,6 +30,8 @@ from glmlocal.text.model_text import load_model_text
 from glmlocal.text.stream_parser import ReasoningParser, starts_in_reasoning
 from glmlocal.text.tokenizer import Tokenizer
 
+OnBytes = Callable[[int, int], None]
+
 
 class LLM:
     """A loaded model. Safe to use from several threads; their requests share the engine's batches.
@@ -41,7 +44,8 @@ class LLM:
     planner would. ``activations`` is what quantized weights are multiplied with: "int8", rounded in groups of 32, which
     is several times faster, "fp32", exact, or auto: fp32 for small checkpoints, else int8 (``models/precision.py``).
     ``ram`` ("16GiB") limits the memory that is planned with. ``plan``, from ``glmlocal plan --save``, is executed as it
-    stands; the other wishes have then been said already and must not be said again.
+    stands; the other wishes have then been said already and must not be said again. ``on_bytes(done, total)`` is told
+    how loading comes along, from several threads.
     Raises CheckpointError, ConfigError, DownloadError or PlanError.
     """
 
@@ -58,6 +62,7 @@ class LLM:
         ram: str | None = None,
         plan: Plan | None = None,
         progress: bool = False,
+        on_bytes: OnBytes | None = None,
     ) -> None:
         start_s = time.perf_counter()
         if quant != "auto":
@@ -69,6 +74,8 @@ class LLM:
         text = load_model_text(
             checkpoint.directory, checkpoint.config, checkpoint.gguf_metadata, self.config.vocab_size
         )
+        #: Tokenizer, template, sampling defaults and stop tokens of the checkpoint.
+        self.text = text
         self._tokenizer, self.chat_template = text.tokenizer, text.chat_template
         self._defaults, self._eos_token_ids = text.defaults, text.eos_token_ids
         if plan is None:
@@ -76,8 +83,10 @@ class LLM:
             plan = plan_here(checkpoint, quant, wants, ram=ram)
         #: What is executed: where every byte is, and how fast it should be.
         self.plan = plan
-        with byte_bar("loading", checkpoint.tensors.nbytes, show=progress) as on_bytes:
-            self._engine = load_engine(checkpoint, plan, on_bytes)
+        num_bytes = checkpoint.tensors.nbytes
+        with byte_bar("loading", num_bytes, show=progress) as bar:
+            report = bar if on_bytes is None else partial(_report, on_bytes, num_bytes)
+            self._engine = load_engine(checkpoint, plan, report)
         #: What of the caller's wishes did not apply, in a line for people; None when all did.
         self.note = None if plan.resolved.quant == "keep" else quantized_already(checkpoint.tensors)
         self._lock = threading.Lock()  # guards the engine and the queues
@@ -241,6 +250,10 @@ class LLM:
     def _abort(self, request_id: str) -> None:
         self._engine.abort(request_id)
         self._queues.pop(request_id, None)
+
+
+def _report(on_bytes: OnBytes, total_bytes: int, done_bytes: int) -> None:
+    on_bytes(done_bytes, total_bytes)
 
 
 def _ids(token_ids: Sequence[int] | Tensor) -> list[int]:
