@@ -7,7 +7,8 @@ tokenizer has GLM's special tokens, the template is GLM's in both forms (written
     python tests/scripted.py serve a --port 0 --announce        4.5/4.6's form
     python tests/scripted.py serve b …                          4.7/5's form
 
-Environment: SCRIPTED_DELAY_S per token, SCRIPTED_LOAD_S, SCRIPTED_RECORD (a file that gets every prompt as JSON lines).
+Environment: SCRIPTED_DELAY_S per token, SCRIPTED_LOAD_S, SCRIPTED_RECORD (a file that gets every prompt as a JSON line)
+and SCRIPTED_WIRE (one that gets every request with its answer, as they were on the wire).
 """
 
 from __future__ import annotations
@@ -224,6 +225,8 @@ class ScriptedClient:
                 return
             stops = token in request.eos_token_ids or token in params.stop_token_ids
             reason = FinishReason.STOP if stops else FinishReason.LENGTH if number >= room else None
+            if reason is not None:
+                self._seen.add(request.prompt_token_ids + tuple(ids[:number]))
             logprobs = () if params.logprobs is None else (_logprob(token, params.logprobs),)
             yield RequestOutput(
                 request.request_id,
@@ -236,7 +239,6 @@ class ScriptedClient:
                 cached,
             )
             if reason is not None:
-                self._seen.add(request.prompt_token_ids + tuple(ids[:number]))
                 return
 
     def _cached(self, prompt: tuple[int, ...]) -> int:
@@ -295,11 +297,45 @@ def load(options: Any, progress: LoadProgress) -> Callable[[], Awaitable[ServedM
     return start
 
 
+class Wire:
+    """ASGI middleware that writes down what went over the wire, one JSON line per request."""
+
+    def __init__(self, app: Any, path: str) -> None:
+        self._app, self._path = app, path
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body, answer = bytearray(), bytearray()
+        seen: dict[str, Any] = {"method": scope["method"], "path": scope["path"]}
+        seen["query"] = scope["query_string"].decode()
+        seen["headers"] = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in scope["headers"]]
+
+        async def receiving() -> Any:
+            message = await receive()
+            body.extend(message.get("body", b""))
+            return message
+
+        async def sending(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                seen["status"] = message["status"]
+            answer.extend(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, receiving, sending)
+        finally:
+            seen["body"], seen["response"] = body.decode("utf-8", "replace"), answer.decode("utf-8", "replace")
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(seen, ensure_ascii=False) + "\n")
+
+
 def main() -> int:
     sys.path.insert(0, str(Path(__file__).parent))
-    from glmlocal.server import loading
+    from glmlocal.server import app, loading
 
     loading.load = load
+    if path := os.environ.get("SCRIPTED_WIRE"):
+        create_app = app.create_app
+        app.create_app = lambda *args, **kwargs: Wire(create_app(*args, **kwargs), path)
     from glmlocal.cli.main import main as real_main
 
     return real_main()

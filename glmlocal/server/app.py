@@ -15,14 +15,18 @@ from starlette.types import ASGIApp
 from glmlocal import __version__
 from glmlocal.errors import GlmlocalError
 from glmlocal.server import info
+from glmlocal.server.anthropic_types import CountRequest, MessagesRequest
 from glmlocal.server.chat import chat_completions
 from glmlocal.server.context import ServerContext, StreamTimes
 from glmlocal.server.errors import ApiError, api_error, bad_request, error_body, speaks_anthropic
 from glmlocal.server.guard import Door, Guard
 from glmlocal.server.limits import parse_body
+from glmlocal.server.messages import count_tokens, messages
 from glmlocal.server.metrics import Metrics
 from glmlocal.server.model import ServerState
 from glmlocal.server.openai_types import ChatRequest
+from glmlocal.server.responses import responses
+from glmlocal.server.responses_types import ResponsesRequest
 from glmlocal.server.sse import ClientGone
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's: nobody reads it
@@ -43,6 +47,7 @@ def create_app(state: ServerState, door: Door | None = None, times: StreamTimes 
     _add_errors(app)
     _add_info(app, context)
     _add_openai(app, context)
+    _add_anthropic(app, context)
     return Guard(app, door or Door(), context.metrics.answered)
 
 
@@ -104,6 +109,10 @@ def _validation(error: RequestValidationError) -> ApiError:
 def _add_info(app: FastAPI, context: ServerContext) -> None:
     state = context.state
 
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def root() -> dict[str, Any]:
+        return {"name": "glmlocal", "version": __version__, "models": list(state.served_names)}
+
     @app.get("/health")
     async def health() -> Response:
         return info.health(state)
@@ -129,3 +138,17 @@ def _add_openai(app: FastAPI, context: ServerContext) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await chat_completions(body, request, context)
+
+    @app.post("/v1/responses")
+    async def create_response(body: ResponsesRequest, request: Request) -> Response:
+        return await responses(body, request, context)
+
+
+def _add_anthropic(app: FastAPI, context: ServerContext) -> None:
+    @app.post("/v1/messages")
+    async def create_message(body: MessagesRequest, request: Request) -> Response:
+        return await messages(body, request, context)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count(body: CountRequest) -> dict[str, int]:
+        return await count_tokens(body, context)

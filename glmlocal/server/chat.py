@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from glmlocal.server import sse
+from glmlocal.server.begin import begin
 from glmlocal.server.context import ServerContext
 from glmlocal.server.errors import api_error, error_body
 from glmlocal.server.generation import Generation, Step, ToolUse, Wanted
 from glmlocal.server.model import ServedModel
 from glmlocal.server.openai_types import ChatRequest
-from glmlocal.server.prompts import Conversation, chat_prompt
+from glmlocal.server.prompts import Conversation
 from glmlocal.server.reply import Reply, timings_dict, token_logprobs, usage_dict
-from glmlocal.server.switches import after_thinking, response_grammar, template_switches, tool_dicts, tool_use
-from glmlocal.server.tool_grammar import answer_grammar
+from glmlocal.server.switches import response_grammar, template_switches, tool_dicts, tool_use
 from glmlocal.text.stream_parser import ContentDelta, ReasoningDelta
 from glmlocal.text.tool_calls import ToolCallDelta, ToolCallStart
 
@@ -37,17 +36,6 @@ async def chat_completions(body: ChatRequest, request: Request, context: ServerC
     if body.stream:
         return context.stream(_chunks(answer, generation), generation, headers)
     return JSONResponse(await context.collected(answer.collect(generation), generation, request), headers=headers)
-
-
-async def begin(context: ServerContext, model: ServedModel, conversation: Conversation, wanted: Wanted) -> Generation:
-    """Render the prompt beside the event loop, and queue the request. Raises what makes it impossible."""
-    prompt = await asyncio.to_thread(chat_prompt, model, conversation)
-    grammar = answer_grammar(wanted.grammar, wanted.tool_use)
-    if grammar is not None:
-        grammar = replace(grammar, after_token_id=after_thinking(model, prompt.in_reasoning))
-    generation = Generation(model, prompt, replace(wanted, grammar=grammar), context.metrics)
-    await generation.start()
-    return generation
 
 
 def _conversation(body: ChatRequest) -> Conversation:
