@@ -17,6 +17,7 @@ from glmlocal.errors import GlmlocalError
 from glmlocal.server import info
 from glmlocal.server.anthropic_types import CountRequest, MessagesRequest
 from glmlocal.server.chat import chat_completions
+from glmlocal.server.completions import completions
 from glmlocal.server.context import ServerContext, StreamTimes
 from glmlocal.server.errors import ApiError, api_error, bad_request, error_body, speaks_anthropic
 from glmlocal.server.guard import Door, Guard
@@ -24,10 +25,11 @@ from glmlocal.server.limits import parse_body
 from glmlocal.server.messages import count_tokens, messages
 from glmlocal.server.metrics import Metrics
 from glmlocal.server.model import ServerState
-from glmlocal.server.openai_types import ChatRequest
+from glmlocal.server.openai_types import ChatRequest, CompletionRequest
 from glmlocal.server.responses import responses
 from glmlocal.server.responses_types import ResponsesRequest
 from glmlocal.server.sse import ClientGone
+from glmlocal.server.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's: nobody reads it
 
@@ -138,6 +140,18 @@ def _add_openai(app: FastAPI, context: ServerContext) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await chat_completions(body, request, context)
+
+    @app.post("/v1/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        return await completions(body, request, context)
+
+    @app.post("/tokenize")
+    async def text_to_ids(body: TokenizeRequest) -> dict[str, Any]:
+        return await tokenize(body, context)
+
+    @app.post("/detokenize")
+    async def ids_to_text(body: DetokenizeRequest) -> dict[str, str]:
+        return await detokenize(body, context)
 
     @app.post("/v1/responses")
     async def create_response(body: ResponsesRequest, request: Request) -> Response:

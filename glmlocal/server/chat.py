@@ -20,7 +20,7 @@ from glmlocal.server.model import ServedModel
 from glmlocal.server.openai_types import ChatRequest
 from glmlocal.server.prompts import Conversation
 from glmlocal.server.reply import Reply, timings_dict, token_logprobs, usage_dict
-from glmlocal.server.switches import response_grammar, template_switches, tool_dicts, tool_use
+from glmlocal.server.switches import message_dicts, response_grammar, template_switches, tool_dicts, tool_use
 from glmlocal.text.stream_parser import ContentDelta, ReasoningDelta
 from glmlocal.text.tool_calls import ToolCallDelta, ToolCallStart
 
@@ -39,14 +39,8 @@ async def chat_completions(body: ChatRequest, request: Request, context: ServerC
 
 
 def _conversation(body: ChatRequest) -> Conversation:
-    messages = []
-    for message in body.messages:
-        fields = message.model_dump(exclude_none=True, mode="json")
-        if fields["role"] == "developer":
-            fields["role"] = "system"
-        messages.append(fields)
     switches = template_switches(effort=body.reasoning_effort, thinking=body.thinking, kwargs=body.chat_template_kwargs)
-    return Conversation(messages, tool_dicts(body.tools), switches)
+    return Conversation(message_dicts(body.messages), tool_dicts(body.tools), switches)
 
 
 @dataclass(slots=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from starlette.requests import Request
 
 from glmlocal.server import sse
-from glmlocal.server.generation import Generation
 from glmlocal.server.metrics import Metrics
 from glmlocal.server.model import ServerState
 
@@ -24,6 +23,12 @@ class StreamTimes:
     write_s: float = 60.0
 
 
+class Stoppable(Protocol):
+    """Something that runs in the engine until it is stopped."""
+
+    async def stop(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ServerContext:
     state: ServerState
@@ -33,7 +38,7 @@ class ServerContext:
     def stream(
         self,
         events: AsyncIterator[bytes],
-        generation: Generation,
+        generation: Stoppable,
         headers: Mapping[str, str],
         ping: bytes = sse.PING,
     ) -> sse.EventStream:
@@ -47,7 +52,7 @@ class ServerContext:
             on_close=generation.stop,
         )
 
-    async def collected(self, work: Awaitable[T], generation: Generation, request: Request) -> T:
+    async def collected(self, work: Awaitable[T], generation: Stoppable, request: Request) -> T:
         """The result of a request that is not streamed; ends when its client goes away. Raises ClientGone then."""
         try:
             return await sse.until_gone(request.receive, work)

@@ -10,7 +10,7 @@ from glmlocal.engine.request import Grammar
 from glmlocal.server.errors import bad_request
 from glmlocal.server.generation import ToolUse
 from glmlocal.server.model import ServedModel
-from glmlocal.server.openai_types import NamedTool, ResponseFormat, Thinking, Tool
+from glmlocal.server.openai_types import Message, NamedTool, ResponseFormat, Thinking, Tool
 
 _NO_THINKING = ("none", "minimal")
 
@@ -35,6 +35,15 @@ def template_switches(
     if "thinking" in switches and "enable_thinking" not in (kwargs or {}):  # vLLM's other name for it
         switches["enable_thinking"] = bool(switches["thinking"])
     return switches
+
+
+def message_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as ``text.messages`` takes them; OpenAI's "developer" is the system."""
+    result = []
+    for message in messages:
+        fields = message.model_dump(exclude_none=True, mode="json")
+        result.append(fields | {"role": "system"} if message.role == "developer" else fields)
+    return result
 
 
 def tool_dicts(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
