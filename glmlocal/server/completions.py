@@ -51,7 +51,7 @@ def _prompts(model: ServedModel, prompt: str | Sequence[Any]) -> list[Prompt]:
     if isinstance(prompt, str):
         return [Prompt(tuple(model.tokenizer.encode(prompt, add_special_tokens=True)))]
     if prompt and all(isinstance(part, int) for part in prompt):
-        return [Prompt(tuple(prompt))]
+        return [Prompt(tuple(int(part) for part in prompt))]
     if not prompt:
         raise bad_request("prompt is an empty list", "prompt")
     return [each for part in prompt for each in _prompts(model, part)]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 Schema = Mapping[str, Any]
-_MAX_DEPTH, _MAX_BRANCHES = 32, 64
+_MAX_DEPTH, _MAX_BRANCHES, _MAX_STEPS = 32, 64, 1_000
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 _MAX_INTEGRAL = 2.0**53  # above, a float is not certain of its last digit
@@ -31,7 +31,7 @@ class ArgumentTypes:
     def __init__(self, parameters: object) -> None:
         """``parameters``: the tool's schema of an object; anything else says nothing about any argument."""
         self._root: Schema = parameters if isinstance(parameters, Mapping) else {}
-        self._branches = _branches(self._root, self._root, 0)
+        self._branches = _branches(self._root, _Walk(self._root), 0)
 
     @property
     def is_union(self) -> bool:
@@ -40,7 +40,9 @@ class ArgumentTypes:
 
     def streams(self, key: str) -> bool:
         """Is the argument a string and nothing else, so that it can be passed on while it is written?"""
-        return not self.is_union and _types(self._schema(key, self._branches), self._root, 0) == frozenset(("string",))
+        return not self.is_union and _types(self._schema(key, self._branches), _Walk(self._root), 0) == frozenset(
+            ("string",)
+        )
 
     def value(self, key: str, text: str, siblings: Sequence[tuple[str, str]] = ()) -> object:
         """The argument as a JSON value. ``siblings``: all arguments of the call, which choose the branch of a union."""
@@ -64,7 +66,7 @@ class ArgumentTypes:
     def _is_possible(self, branch: Sequence[Schema], siblings: Sequence[tuple[str, str]]) -> bool:
         for key, text in siblings:
             for node in branch:
-                literals = _literals(_mapping(_mapping(node.get("properties")).get(key)), self._root, 0)
+                literals = _literals(_mapping(_mapping(node.get("properties")).get(key)), _Walk(self._root), 0)
                 if literals is not None and _literal(text, literals) is _MISSING:
                     return False
         return True
@@ -81,6 +83,18 @@ def argument_types(tools: Sequence[Mapping[str, Any]]) -> dict[str, ArgumentType
 
 
 _MISSING: Final = object()
+
+
+class _Walk:
+    """One look through a schema: it ends, however the schema refers to itself or branches."""
+
+    def __init__(self, root: Schema) -> None:
+        self.root = root
+        self._num_steps = 0
+
+    def is_over(self, depth: int) -> bool:
+        self._num_steps += 1
+        return depth >= _MAX_DEPTH or self._num_steps > _MAX_STEPS
 
 
 def _mapping(value: object) -> Schema:
@@ -111,32 +125,32 @@ def _alternatives(schema: Schema) -> Iterator[list[Schema]]:
             yield [_mapping(option) for option in options]
 
 
-def _parts(schema: Schema, root: Schema) -> list[Schema]:
+def _parts(schema: Schema, walk: _Walk) -> list[Schema]:
     """Schemas that hold together with this one."""
-    target = _target(schema, root)
+    target = _target(schema, walk.root)
     all_of = schema.get("allOf")
     parts = [_mapping(part) for part in all_of] if isinstance(all_of, list) else []
     return parts if target is None else [target, *parts]
 
 
-def _branches(schema: Schema, root: Schema, depth: int) -> list[list[Schema]]:
+def _branches(schema: Schema, walk: _Walk, depth: int) -> list[list[Schema]]:
     """Every way to satisfy an object's schema, each as the schemas that then hold together."""
-    if depth == _MAX_DEPTH:
+    if walk.is_over(depth):
         return [[schema]]
-    groups = [_branches(part, root, depth + 1) for part in _parts(schema, root)]
+    groups = [_branches(part, walk, depth + 1) for part in _parts(schema, walk)]
     for options in _alternatives(schema):
-        groups.append([branch for option in options for branch in _branches(option, root, depth + 1)])
+        groups.append([branch for option in options for branch in _branches(option, walk, depth + 1)])
     ways = itertools.islice(itertools.product(*(group[:_MAX_BRANCHES] for group in groups)), _MAX_BRANCHES)
     return [[schema, *itertools.chain.from_iterable(way)] for way in ways]
 
 
-def _types(schema: Schema, root: Schema, depth: int) -> frozenset[str] | None:
+def _types(schema: Schema, walk: _Walk, depth: int) -> frozenset[str] | None:
     """The JSON types that are allowed; None: any."""
-    if depth == _MAX_DEPTH:
+    if walk.is_over(depth):
         return None
-    allowed = [_own_types(schema), *(_types(part, root, depth + 1) for part in _parts(schema, root))]
+    allowed = [_own_types(schema), *(_types(part, walk, depth + 1) for part in _parts(schema, walk))]
     for options in _alternatives(schema):
-        each = [_types(option, root, depth + 1) for option in options]
+        each = [_types(option, walk, depth + 1) for option in options]
         known = [types for types in each if types is not None]
         allowed.append(frozenset().union(*known) if len(known) == len(each) else None)
     result: frozenset[str] | None = None
@@ -167,17 +181,17 @@ def _own_literals(schema: Schema) -> list[object] | None:
     return list(values) if isinstance(values, list) and values else None
 
 
-def _literals(schema: Schema, root: Schema, depth: int) -> list[object] | None:
+def _literals(schema: Schema, walk: _Walk, depth: int) -> list[object] | None:
     """The values that are allowed, where the schema lists them; None where others are."""
     own = _own_literals(schema)
-    if own is not None or depth == _MAX_DEPTH:
+    if own is not None or walk.is_over(depth):
         return own
-    for part in _parts(schema, root):
-        found = _literals(part, root, depth + 1)
+    for part in _parts(schema, walk):
+        found = _literals(part, walk, depth + 1)
         if found is not None:
             return found
     for options in _alternatives(schema):
-        each = [_literals(option, root, depth + 1) for option in options]
+        each = [_literals(option, walk, depth + 1) for option in options]
         known = [values for values in each if values is not None]
         if len(known) == len(each):
             return list(itertools.chain.from_iterable(known))
@@ -192,12 +206,12 @@ def _type_of(value: object) -> str:
 
 
 def _value(text: str, schema: Schema, root: Schema) -> object:
-    literals = _literals(schema, root, 0)
+    literals = _literals(schema, _Walk(root), 0)
     if literals is not None:
         found = _literal(text, literals)
         if found is not _MISSING:
             return found
-    types = _types(schema, root, 0)
+    types = _types(schema, _Walk(root), 0)
     if types is None:
         found = _json(text)
         return text if found is _MISSING else found
