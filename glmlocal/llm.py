@@ -16,10 +16,11 @@ from torch import Tensor
 from glmlocal import kernels
 from glmlocal.completion import Completion, CompletionBuilder, CompletionDelta
 from glmlocal.engine.engine import Engine
+from glmlocal.engine.grammar import Constraint, GrammarCompiler
 from glmlocal.engine.loader import load_engine
 from glmlocal.engine.planning import plan_here
-from glmlocal.engine.request import Request, RequestOutput, SamplingParams
-from glmlocal.errors import CheckpointError, RequestError
+from glmlocal.engine.request import FinishReason, Request, RequestOutput, SamplingParams
+from glmlocal.errors import CheckpointError, EngineError, RequestError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.models.config import ModelConfig
 from glmlocal.models.weights import check_quant, quantized_already
@@ -87,6 +88,8 @@ class LLM:
         with byte_bar("loading", num_bytes, show=progress) as bar:
             report = bar if on_bytes is None else partial(_report, on_bytes, num_bytes)
             self._engine = load_engine(checkpoint, plan, report)
+        if self._tokenizer is not None:
+            self._engine.grammars = GrammarCompiler(self._tokenizer, self.config.vocab_size, self._eos_token_ids)
         #: What of the caller's wishes did not apply, in a line for people; None when all did.
         self.note = None if plan.resolved.quant == "keep" else quantized_already(checkpoint.tensors)
         self._lock = threading.Lock()  # guards the engine and the queues
@@ -210,19 +213,22 @@ class LLM:
             self._num_requests += 1
             request = Request(request_id, tuple(token_ids), params, self._eos_token_ids)
             self._engine.check(request)  # a bad request is refused by the call, not by the first next()
-        deltas = self._stream(request, parser)
+        constraint = self._engine.constraint_for(request)
+        deltas = self._stream(request, constraint, parser)
         if stream:
             return deltas
         *_, last = deltas
         assert last.completion is not None
         return last.completion
 
-    def _stream(self, request: Request, parser: ReasoningParser | None) -> Iterator[CompletionDelta]:
+    def _stream(
+        self, request: Request, constraint: Constraint | None, parser: ReasoningParser | None
+    ) -> Iterator[CompletionDelta]:
         """Runs the request from the first ``next()`` until it ends or the iterator is closed."""
         request_id = request.request_id
         builder = CompletionBuilder(self._tokenizer, request.params, parser, self.load_s)
         with self._lock:
-            self._engine.add(request)
+            self._engine.add(request, constraint)
             self._queues[request_id] = deque()
         try:
             while True:
@@ -242,7 +248,10 @@ class LLM:
                 if queue is None:
                     raise RequestError("the model was closed while the answer was being written")
                 if queue:
-                    return queue.popleft()
+                    output = queue.popleft()
+                    if output.finish_reason is FinishReason.ERROR:
+                        raise EngineError(output.error or "computing the answer failed")
+                    return output
                 for output in self._engine.step():
                     if output.request_id in self._queues:
                         self._queues[output.request_id].append(output)

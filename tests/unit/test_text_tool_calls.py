@@ -215,7 +215,7 @@ def test_19_a_key_without_a_value_is_dropped() -> None:
 
 
 def test_20_suppressed_calls_leave_nothing() -> None:
-    whole = every_way("before " + call("get_time") + "after", [NOW], suppress=True)
+    whole = every_way("before" + call("get_time") + " after", [NOW], suppress=True)
     assert (whole.calls, whole.content) == ((), "before after")
 
 
