@@ -233,7 +233,7 @@ class _Answer:
 
 def _log(scope: Scope, status: int, seconds: float) -> None:
     path = printable(scope["path"])
-    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status == 200 else logging.INFO
+    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status in (200, 503) else logging.INFO
     log.log(level, "%s %s %s in %.3f s", printable(scope["method"]), path, status or "cut off", seconds)
 
 
