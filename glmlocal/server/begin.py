@@ -16,7 +16,7 @@ from glmlocal.server.tool_grammar import answer_grammar
 async def begin(context: ServerContext, model: ServedModel, conversation: Conversation, wanted: Wanted) -> Generation:
     """Render the prompt beside the event loop, and queue the request. Raises what makes it impossible."""
     prompt = await asyncio.to_thread(chat_prompt, model, conversation)
-    grammar = answer_grammar(wanted.grammar, wanted.tool_use)
+    grammar = answer_grammar(wanted.grammar, wanted.tool_use, model.text.tokenizer)
     if grammar is not None:
         grammar = replace(grammar, after_token_id=after_thinking(model, prompt.in_reasoning))
     generation = Generation(model, prompt, replace(wanted, grammar=grammar), context.metrics)

@@ -44,6 +44,15 @@ class ArgumentTypes:
             ("string",)
         )
 
+    def json_schema(self, key: str) -> Schema | None:
+        """The schema of an argument that is written as JSON, complete in itself; None: it is written as text."""
+        schema = self._schema(key, self._branches)
+        types = _types(schema, _Walk(self._root), 0)
+        if types is None or "string" in types:
+            return None
+        shared = {name: self._root[name] for name in ("$defs", "definitions") if name in self._root}
+        return {**shared, **schema}
+
     def value(self, key: str, text: str, siblings: Sequence[tuple[str, str]] = ()) -> object:
         """The argument as a JSON value. ``siblings``: all arguments of the call, which choose the branch of a union."""
         branches = self._branches
