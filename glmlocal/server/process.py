@@ -52,6 +52,7 @@ class Listen:
 
 def serve(app: ASGIApp, state: ServerState, loader: Loader, listen: Listen) -> int:
     """Run until a signal, or an error while loading; returns the exit code. Raises ConfigError for a port in use."""
+    process = _Process(app, state, loader, listen)
     sock = _bind(listen)
     host, port = sock.getsockname()[:2]
     url = f"{listen.scheme}://{f'[{host}]' if ':' in host else host}:{port}"
@@ -59,7 +60,7 @@ def serve(app: ASGIApp, state: ServerState, loader: Loader, listen: Listen) -> i
         print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
     log.info("listening on %s; loading %s", url, printable(state.model_name))
     with contextlib.closing(sock):
-        return asyncio.run(_Process(app, state, loader, listen).run(sock))
+        return asyncio.run(process.run(sock))
 
 
 def _bind(listen: Listen) -> socket.socket:
