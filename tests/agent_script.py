@@ -29,9 +29,10 @@ KNOWN: dict[str, Mapping[str, Any]] = {
 
 def answer(prompt: str, request: Request) -> str:
     """In the form of the prompt: 4.5's with newlines, 4.7's without."""
-    last = prompt.rsplit("<|assistant|>", 1)[0]
+    last, _, tail = prompt.rpartition("<|assistant|>")
+    if not last:  # a raw completion
+        return "A completion.<|user|>"
     form_a = "<|user|>\n" in prompt or "<|system|>\n" in prompt
-    tail = prompt.rsplit("<|assistant|>", 1)[1]
     thinks = "</think>" not in tail
     think = ("" if tail.endswith("<think>") else "\n<think>") + "Let me see.</think>" if thinks else ""
     newline = "\n" if form_a else ""

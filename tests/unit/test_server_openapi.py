@@ -1,0 +1,58 @@
+"""Whatever our own OpenAPI document allows, and what it does not: never a 5xx, and afterwards a known answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import schemathesis
+
+import agent_script
+import malformed
+from serving import Running, running
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(agent_script.answer) as server:
+        yield server
+
+
+@pytest.fixture
+def document(server: Running) -> Any:
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+schema = schemathesis.pytest.from_fixture("document")
+
+
+@schema.parametrize()
+@hypothesis.settings(
+    max_examples=6, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), database=None, derandomize=True
+)
+def test_no_request_of_the_document_is_a_server_error(case: Any) -> None:
+    case.call_and_validate(checks=[schemathesis.checks.not_a_server_error])
+
+
+def test_the_document_lists_the_endpoints(server: Running) -> None:
+    paths = server.http.get("/openapi.json").json()["paths"]
+    assert {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+    } < set(paths)
+    assert {"/v1/models", "/tokenize", "/detokenize", "/health", "/metrics", "/v1/stats"} < set(paths)
+
+
+def test_after_a_thousand_malformed_requests_a_known_question_is_answered(server: Running) -> None:
+    chaos = random.Random(7)
+    statuses = {malformed.send(server.http, chaos) for _ in range(1000)}
+    assert max(statuses) < 500
+    assert 400 in statuses
+    assert server.chat("say «still here»")["choices"][0]["message"]["content"] == "still here"
+    server.wait(lambda: server.client.num_running == server.client.num_waiting == 0)
