@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 VERSION = 1
 # magic with version, model, block name, bytes of the payload, its xxh3-128
 _HEADER = struct.Struct("<8s16s16sQ16s")
-    "<8s16s16sQ16s"
-)  # magic with version, model, block name, payload bytes, xxh3-128 of the payload
 _MAGIC = b"GLMKV\0" + VERSION.to_bytes(2, "little")
 _SUFFIX, _TEMPORARY = ".kv", ".tmp"
 _STALE_S = 3600.0  # a temporary file this old is of a process that died
