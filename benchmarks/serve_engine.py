@@ -196,12 +196,9 @@ async def _measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
     found["eight_over_one"] = round(median(b / a for a, b in zip(one, eight, strict=True)), 2)
     found["ttft_2k_s"] = {"new": round(median(new), 3), "cached": round(median(cached), 3)}
     found["cached_over_new"] = round(median(b / a for a, b in zip(new, cached, strict=True)), 3)
-    say(
-        f"decode      1 stream {median(one):8.1f} tok/s   8 streams {median(eight):8.1f}   ratio",
-        found,
-        "eight_over_one",
-    )
-    say(f"TTFT 2K     new {median(new):8.2f} s   cached {median(cached):8.2f} s   ratio", found, "cached_over_new")
+    speeds, waits = (median(one), median(eight)), (median(new), median(cached))
+    print("decode   1 stream {:8.1f} tok/s   8 streams {:8.1f}   ratio".format(*speeds), found["eight_over_one"])
+    print("TTFT 2K  new {:8.2f} s   cached {:8.2f} s   ratio".format(*waits), found["cached_over_new"])
     found["beside_4k_prompt"] = {}
     for chunk in args.chunks:
         usual, longest, step, prefill = await bench.delays(chunk, args.prompt)
@@ -226,6 +223,10 @@ async def _measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         }
         print(f"step of {concurrent}: {step * 1e3:.2f} ms, outside the model {rest * 1e3:.3f} ms of CPU")
     return found
+
+
+def sizes(text: str) -> list[int]:
+    return [int(each) for each in text.split(",") if each]
 
 
 def main() -> None:
