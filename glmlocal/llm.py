@@ -17,6 +17,7 @@ from glmlocal import kernels
 from glmlocal.completion import Completion, CompletionBuilder, CompletionDelta
 from glmlocal.engine.engine import Engine
 from glmlocal.engine.grammar import Constraint, GrammarCompiler
+from glmlocal.engine.identity import model_identity
 from glmlocal.engine.loader import load_engine
 from glmlocal.engine.planning import plan_here
 from glmlocal.engine.request import FinishReason, Request, RequestOutput, SamplingParams
@@ -120,6 +121,12 @@ class LLM:
     def engine(self) -> Engine:
         """For measurements that look inside. It is not locked: leave it alone while requests run."""
         return self._engine
+
+    @property
+    def identity(self) -> str:
+        """Names the model and how it is computed with, for what outlives the process (KV snapshots)."""
+        run = self.plan.resolved
+        return model_identity(self._checkpoint, run.quant, run.activations)
 
     @property
     def supports_thinking(self) -> bool:

@@ -32,7 +32,7 @@ class BlockPool:
         self._holders: dict[int, int] = {}
         self._name_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
-        self._long: set[int] = set()
+        self._long: dict[int, None] = {}  # in the order of their prefixes
 
     @property
     def num_free_blocks(self) -> int:
@@ -101,17 +101,17 @@ class BlockPool:
 
     def mark_long(self, blocks: Iterable[int]) -> None:
         """These belong to a prefix that is worth more than forgetting."""
-        self._long.update(block for block in blocks if block in self._name_of)
+        self._long.update((block, None) for block in blocks if block in self._name_of)
 
     def long_blocks(self) -> list[tuple[int, bytes]]:
-        """(block, name) of the long prefixes that are in memory."""
+        """(block, name) of the long prefixes that are in memory, each from its beginning."""
         return [(block, self._name_of[block]) for block in self._long]
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
         name = self._name_of[block]
         if block in self._long:
-            self._long.discard(block)
+            del self._long[block]
             if self.on_evict is not None:
                 self.on_evict(block, name)
         del self._name_of[block]

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from glmlocal.engine.engine import Engine
 from glmlocal.engine.grammar import Constraint
+from glmlocal.engine.kv_store import KVStore, KVStoreOptions
 from glmlocal.engine.request import FinishReason, Request, RequestOutput
 from glmlocal.engine.stats import EngineStats
 from glmlocal.engine.stream import OutputStream
@@ -44,9 +45,11 @@ class EngineClient(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
-    """How many requests wait before others are refused. A client that gives an id may use half the places."""
+    """How many requests wait before others are refused (a client that gives an id may use half the places), and where
+    conversations are kept on disk, if they are."""
 
     max_waiting: int = 64
+    kv_store: KVStoreOptions | None = None
 
 
 class LocalEngineClient:
@@ -62,21 +65,28 @@ class LocalEngineClient:
         self._is_closing = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._store: KVStore | None = None
         self._live: dict[str, _Live] = {}  # queued, compiling and running requests
         self._durations_s: deque[float] = deque(maxlen=32)  # of requests that ended, queueing included
         self._ended: Counter[FinishReason] = Counter()
         self._num_submitted = self._num_refused = 0
 
     async def start(self) -> None:
-        """Start the engine's thread."""
+        """Start the engine's thread. Raises ConfigError for a KV directory that cannot be used."""
         if self._thread is not None:
             raise EngineError("the engine client was started already")
+        if self.options.kv_store is not None:
+            self._store = await asyncio.to_thread(KVStore, self.options.kv_store, self.engine.runner.kv_cache)
+            scheduler = self.engine.scheduler
+            scheduler.store, scheduler.min_stored_tokens = self._store, self.options.kv_store.min_tokens
+            scheduler.block_pool.on_evict = self._store.save
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     async def aclose(self) -> None:
-        """Abort what runs and end the thread; streams end with ABORT. Closing twice is allowed."""
+        """Abort what runs and end the thread; streams end with ABORT. Long conversations are
+        written to disk where that was asked for. Closing twice is allowed."""
         for request_id in tuple(self._live):
             self.abort(request_id)
         with self._wake:
@@ -84,6 +94,10 @@ class LocalEngineClient:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+        store, self._store = self._store, None
+        if store is not None:
+            await asyncio.to_thread(store.close, self.engine.scheduler.block_pool)
+            self.engine.scheduler.store = self.engine.scheduler.block_pool.on_evict = None
 
     def submit(self, request: Request) -> OutputStream:
         """See EngineClient. The engine starts on it at once, whether the stream is read or not."""
@@ -138,6 +152,7 @@ class LocalEngineClient:
             num_preempted=counters.num_preempted,
             num_prefilled_tokens=rates.num_prefilled_tokens,
             num_decoded_tokens=rates.num_decoded_tokens,
+            snapshots=None if (store := self._store) is None else store.stats(),
         )
 
     # --- on the event loop's thread

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +53,20 @@ class KVCache:
         )
         bound = tuple(kernels.bind_cache(kernels.LayerCache(*layer)) for layer in zip(*tensors, strict=True))
         return cls(*tensors, bound)
+
+    def raw_blocks(self) -> tuple[Tensor, ...]:
+        """The memory itself: per tensor uint8 [blocks, bytes of a block], views; keys, values and scales by layer."""
+        ordered = (
+            *(keys.permute(0, 2, 3, 1) for keys in self.keys),
+            *(values.transpose(1, 2) for values in self.values),
+            *(scales for scales in (*self.key_scales, *self.value_scales) if scales is not None),
+        )
+        return tuple(tensor.view(tensor.shape[0], -1).view(torch.uint8) for tensor in ordered)
+
+    def layout_digest(self, model: str) -> str:
+        """32 hex digits for a model's name and for what a block of its cache looks like in ``raw_blocks``."""
+        shape = [len(self.keys), *self.keys[0].shape[1:], str(self.keys[0].dtype), "heads-dim-tokens/heads-tokens-dim"]
+        return hashlib.blake2b(json.dumps([model, shape]).encode(), digest_size=16).hexdigest()
 
     @property
     def block_size(self) -> int:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmlocal.engine.batch import Batch, SampledToken
+from glmlocal.engine.batch import Batch, SampledToken, prefill_shares
 from glmlocal.engine.block_pool import BlockPool
 from glmlocal.engine.request import FinishReason, Request, SamplingParams
 from glmlocal.engine.scheduler import Scheduler
@@ -156,11 +156,177 @@ def test_every_request_is_served_exactly_once_whatever_the_budget(
     assert scheduler.block_pool.num_free_blocks == num_blocks
 
 
-def test_freeing_a_block_twice_is_an_error() -> None:
-    pool = BlockPool(4, 4)
-    blocks = pool.allocate(2)
-    assert pool.allocate(3) is None
-    assert pool.num_free_blocks == 2
-    pool.free(blocks)
-    with pytest.raises(ValueError, match="not held"):
-        pool.free(blocks)
+def prompt(name: str, token_ids: list[int], client_id: str = "", **params: object) -> Request:
+    return Request(name, tuple(token_ids), SamplingParams.from_dict(params), frozenset({EOS}), client_id)
+
+
+def spans(batch: Batch | None) -> list[tuple[str, int, int]]:
+    assert batch is not None
+    return [(item.request.request_id, item.start, len(item.token_ids)) for item in batch.requests]
+
+
+def run(scheduler: Scheduler) -> list[list[tuple[str, int, int]]]:
+    """Every step until nothing is left."""
+    steps = []
+    while (batch := scheduler.schedule()) is not None:
+        steps.append(spans(batch))
+        finish(scheduler, batch)
+        scheduler.check_integrity()
+    return steps
+
+
+def test_a_prompt_that_was_seen_is_computed_from_its_first_new_block_on() -> None:
+    scheduler = make(budget=100)
+    tokens = list(range(100, 115))
+    scheduler.add(prompt("first", tokens, max_tokens=1))
+    assert run(scheduler) == [[("first", 0, 15)]]
+    scheduler.add(prompt("same", tokens, max_tokens=1))
+    scheduler.add(prompt("longer", [*tokens, 1, 2, 3], max_tokens=1))
+    scheduler.add(prompt("differs", [*tokens[:5], 0, *tokens[6:]], max_tokens=1))
+    assert run(scheduler) == [[("same", 12, 3), ("longer", 12, 6), ("differs", 4, 11)]]
+    assert (scheduler.counters.num_queried_tokens, scheduler.counters.num_hit_tokens) == (15 + 15 + 18 + 15, 28)
+
+
+def test_the_block_with_the_last_token_is_always_computed() -> None:
+    scheduler = make(budget=100)
+    for name in "ab":
+        scheduler.add(prompt(name, list(range(100, 108)), max_tokens=1))
+        steps = run(scheduler)
+    assert steps == [[("b", 4, 4)]]
+
+
+def test_the_answer_is_cached_too_so_that_the_next_turn_of_a_chat_hits() -> None:
+    scheduler = make(budget=100)
+    scheduler.add(prompt("turn 1", [1, 2, 3], max_tokens=10))
+    run(scheduler)
+    scheduler.add(prompt("turn 2", [1, 2, 3, *[7] * 10, 4, 5], max_tokens=1))
+    batch = scheduler.schedule()
+    assert spans(batch) == [("turn 2", 12, 3)]
+    (output,) = scheduler.update(batch, {"turn 2": SampledToken(7)})
+    assert output.num_cached_tokens == 12
+
+
+def test_equal_prompts_that_arrive_together_are_computed_once() -> None:
+    scheduler = make(budget=8)
+    tokens = list(range(100, 118))
+    for name in "abc":
+        scheduler.add(prompt(name, tokens, max_tokens=1))
+    steps = run(scheduler)
+    assert sum(length for step in steps for _, _, length in step) == 18 + 2 + 2  # the last two are each one's own
+    assert steps[:2] == [[("a", 0, 8)], [("a", 8, 8)]]
+
+
+def test_prompts_get_a_smaller_chunk_while_others_decode() -> None:
+    scheduler = make(budget=16, num_blocks=32, context=64)
+    scheduler.chunk_beside_decode = 4
+    scheduler.add(prompt("stream", [1, 2], max_tokens=3))
+    finish(scheduler, scheduler.schedule())
+    scheduler.add(prompt("long", list(range(100, 130)), max_tokens=1))
+    assert run(scheduler) == [
+        [("stream", 2, 1), ("long", 0, 4)],
+        [("stream", 3, 1), ("long", 4, 4)],
+        [("long", 8, 16)],
+        [("long", 24, 6)],
+    ]
+
+
+def test_prompts_share_the_budget_and_short_ones_leave_theirs_to_the_others() -> None:
+    assert prefill_shares([100, 100], 10, 4) == [5, 5]
+    assert prefill_shares([100, 3, 100], 15, 4) == [6, 3, 6]
+    assert prefill_shares([2, 3], 100, 4) == [2, 3]
+    assert prefill_shares([100, 100, 100], 8, 4) == [4, 4, 0]  # no share below 4: the oldest two
+    assert prefill_shares([100, 1], 3, 4) == [3, 0]
+    assert prefill_shares([], 8, 4) == []
+
+
+def test_clients_take_turns_where_they_wait() -> None:
+    scheduler = make(max_batch=1, budget=100, context=32)
+    for i in range(3):
+        scheduler.add(prompt(f"flood {i}", [i], "flood", max_tokens=1))
+    scheduler.add(prompt("other 0", [1, 1], "other", max_tokens=1))
+    scheduler.add(prompt("other 1", [2, 1], "other", max_tokens=1))
+    order = [name for step in run(scheduler) for name, _, _ in step]
+    assert order == ["flood 0", "other 0", "flood 1", "other 1", "flood 2"]
+
+
+def test_a_newcomer_waits_until_its_whole_prompt_has_room_beside_those_that_run() -> None:
+    scheduler = make(num_blocks=6, block_size=4, context=24, budget=4)
+    scheduler.add(prompt("first", list(range(100, 116)), max_tokens=1))  # four blocks, one after the other
+    finish(scheduler, scheduler.schedule())
+    scheduler.add(prompt("second", list(range(200, 212)), max_tokens=1))  # three: too many
+    steps = run(scheduler)
+    assert [name for step in steps for name, _, _ in step] == ["first"] * 3 + ["second"] * 3
+    assert scheduler.counters.num_preempted == 0
+
+
+class Store:
+    """Blocks on a disk that a test plays."""
+
+    class Job:
+        def __init__(self, blocks: list[int]) -> None:
+            self.blocks, self.is_done, self.num_restored, self.is_cancelled = blocks, False, 0, False
+
+        def cancel(self) -> None:
+            self.is_cancelled = True
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.jobs = limit, []
+
+    def num_stored(self, names: list[bytes]) -> int:
+        return min(self.limit, len(names))
+
+    def restore(self, names: list[bytes], blocks: list[int]) -> Store.Job:
+        self.jobs.append(Store.Job(list(blocks)))
+        return self.jobs[-1]
+
+
+def test_blocks_from_the_disk_are_not_computed_and_nobody_waits_for_them() -> None:
+    scheduler = make(budget=100)
+    scheduler.store = store = Store(3)
+    scheduler.add(prompt("stored", list(range(100, 118)), max_tokens=1))
+    assert scheduler.schedule() is None  # it is being read
+    store.limit = 0
+    scheduler.add(prompt("other", [1, 2, 3], max_tokens=2))
+    batch = scheduler.schedule()
+    assert spans(batch) == [("other", 0, 3)]
+    finish(scheduler, batch)
+    scheduler.check_integrity()
+    (job,) = store.jobs
+    job.num_restored, job.is_done = 2, True  # the third was damaged
+    batch = scheduler.schedule()
+    assert spans(batch) == [("other", 3, 1), ("stored", 8, 10)]
+    assert list(batch.requests[1].block_ids)[:2] == job.blocks[:2]
+    outputs = scheduler.update(batch, {"other": SampledToken(7), "stored": SampledToken(7)})
+    assert [output.num_cached_tokens for output in outputs] == [0, 8]
+    scheduler.check_integrity()
+    assert scheduler.block_pool.num_free_blocks == 16
+    assert scheduler.counters.num_restored_tokens == 8
+
+
+def test_equal_prompts_are_read_from_the_disk_once() -> None:
+    scheduler = make(budget=100)
+    scheduler.store = store = Store(4)
+    for name in "ab":
+        scheduler.add(prompt(name, list(range(100, 118)), max_tokens=1))
+    scheduler.schedule()
+    assert len(store.jobs) == 1
+    store.jobs[0].num_restored, store.jobs[0].is_done = 4, True
+    steps = run(scheduler)
+    assert steps[-1][-1][1] == 16
+
+
+def test_blocks_that_a_thread_writes_to_are_free_only_when_it_is_done() -> None:
+    scheduler = make(budget=100)
+    scheduler.store = store = Store(3)
+    scheduler.add(prompt("a", list(range(100, 118)), max_tokens=1))
+    scheduler.schedule()
+    scheduler.abort("a")
+    (job,) = store.jobs
+    assert job.is_cancelled
+    assert scheduler.has_work
+    assert scheduler.block_pool.num_free_blocks == 13
+    scheduler.check_integrity()
+    job.is_done = True
+    assert scheduler.schedule() is None
+    assert not scheduler.has_work
+    assert scheduler.block_pool.num_free_blocks == 16
