@@ -133,6 +133,8 @@ def door_of_network(args: argparse.Namespace) -> Door:
             f"--host {args.host} can be reached by others, which needs --api-key-file FILE "
             "(one key per line; `openssl rand -hex 16` makes one)"
         )
+    if args.kv_limit is not None and args.kv_dir is None:
+        raise ConfigError("--kv-limit is about --kv-dir DIR; give that too, or leave it out")
     if (args.ssl_certfile is None) != (args.ssl_keyfile is None):
         raise ConfigError("--ssl-certfile and --ssl-keyfile belong together; give both, or neither")
     for origin in args.allow_origin:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glmlocal.server.model import LoadProgress, ModelFacts, ServedModel
+
+if TYPE_CHECKING:
+    from glmlocal.engine.kv_store import KVStoreOptions
 
 # Loads on a thread, and returns what makes the model answer, which wants the event loop.
 Loader = Callable[[LoadProgress], Callable[[], Awaitable[ServedModel]]]
@@ -39,13 +42,21 @@ def load(options: LoadOptions, progress: LoadProgress) -> Callable[[], Awaitable
         **options.engine,
     )
     facts = facts_of(llm)
+    kv_store = None if options.kv_dir is None else _kv_store(options, options.kv_dir, llm.identity)
 
     async def start() -> ServedModel:
-        client = LocalEngineClient(llm.engine, ClientOptions(max_waiting=options.max_waiting))
+        client = LocalEngineClient(llm.engine, ClientOptions(options.max_waiting, kv_store))
         await client.start()
         return ServedModel(facts, llm.text, client)
 
     return start
+
+
+def _kv_store(options: LoadOptions, directory: Path, identity: str) -> KVStoreOptions:
+    from glmlocal.engine.kv_store import KVStoreOptions
+
+    found = KVStoreOptions(directory, identity)
+    return found if options.kv_limit_bytes is None else replace(found, limit_bytes=options.kv_limit_bytes)
 
 
 def facts_of(llm: Any) -> ModelFacts:

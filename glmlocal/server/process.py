@@ -31,7 +31,7 @@ from glmlocal.server.model import ServerState
 T = TypeVar("T")
 log = logging.getLogger("glmlocal.server")
 EXIT_LOAD_ERROR, EXIT_INTERRUPTED = 1, 130
-_CLOSE_S = 5.0  # what the engine gets to end its step
+_CLOSE_S = 120.0  # what the engine gets to end its step and write conversations to disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,7 @@ class _Process:
             raise ConfigError(f"the TLS files cannot be used: {error}") from error
         self._server = _Server(config)
         self._exit_code = 0
+        self._is_closing = False  # no connection is left; the engine ends
 
     async def run(self, sock: socket.socket) -> int:
         loop = asyncio.get_running_loop()
@@ -119,11 +120,12 @@ class _Process:
         try:
             await self._server.serve(sockets=[sock])
         finally:
+            if self._server.force_exit:
+                _exit_now(self._exit_code)
+            self._is_closing = True
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
             await self._close_engine()
-        if self._server.force_exit:
-            _exit_now(self._exit_code)
         return self._exit_code
 
     async def _load(self) -> None:
@@ -141,6 +143,8 @@ class _Process:
                 self._stop()
 
     def _on_signal(self, number: int) -> None:
+        if self._is_closing:
+            _exit_now(self._exit_code)
         if self._server.should_exit:
             self._server.force_exit = True
             return

@@ -127,6 +127,7 @@ def test_keys_come_from_a_file_that_only_its_owner_reads(tmp_path: Path) -> None
         (("b", "--host", "::"), "--api-key-file"),
         (("b", "--host", "example.com"), "address"),
         (("b", "--port", "70000"), "port"),
+        (("b", "--kv-limit", "1GiB"), "--kv-dir"),
         (("b", "--ssl-certfile", "x"), "belong together"),
         (("b", "--ssl-certfile", "/nowhere", "--ssl-keyfile", "/nowhere"), "TLS"),
         (("b", "--allow-origin", "chat.example"), "origin"),

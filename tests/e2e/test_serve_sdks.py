@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -233,6 +235,23 @@ def test_too_many_requests_are_told_when_to_come_back(model: Process) -> None:
     assert {answer.status_code for answer in answers} == {200, 429}
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
     assert all(answer.json()["error"]["type"] == "rate_limit_error" for answer in refused)
+
+
+def test_a_restarted_server_remembers_long_prompts(tmp_path: Path) -> None:
+    checkpoint = tiny.save(tiny.build_model(), tmp_path / "tiny")
+    prompt = [7 + number * 31 % 250 for number in range(400)]
+    answers = []
+    for _ in range(2):
+        arguments = (str(checkpoint), "--kv-dir", str(tmp_path / "kv"), "--kv-limit", "1GiB", "--threads", "1")
+        with served(tmp_path, *arguments, program=REAL) as server:
+            request = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+            answers.append(server.http.post("/v1/completions", json=request).json())
+            server.signal(signal.SIGTERM)
+            assert server.exit_code() == 0
+    first, second = answers
+    assert second["choices"][0]["text"] == first["choices"][0]["text"]
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
 
 
 def test_the_scripted_tokenizer_has_glms_tokens() -> None:
