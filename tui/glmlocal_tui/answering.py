@@ -35,6 +35,7 @@ class Answering:
     _content: list[str] = field(default_factory=list)
     _reasoning: list[str] = field(default_factory=list)
     _dirty: asyncio.Event = field(default_factory=asyncio.Event)
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> Message:
         """The finished message: complete, stopped (when this is cancelled) or failed, with all that came."""
@@ -46,9 +47,9 @@ class Answering:
         except ServerError as error:
             self.message = replace(self.message, ending="error", error=str(error))
         finally:
-            painter.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await painter
+            self._ended.set()  # not cancelled: half a paint would lose what it had taken
+            self._dirty.set()
+            await painter
         if not self.message.ending:
             self.message = replace(self.message, ending="stop")
         self.message = self.current()
@@ -134,9 +135,11 @@ class Answering:
 
     async def _paint_on(self) -> None:
         """Paint the first token at once, then at most once a frame, and seldom enough to leave time for keys."""
-        while True:
+        while not self._ended.is_set():
             await self._dirty.wait()
             self._dirty.clear()
             start_s = time.monotonic()
             await self.paint(self.current())
-            await asyncio.sleep(max(_FRAME_S, (_DRAW_SHARE - 1) * (time.monotonic() - start_s)))
+            pause_s = max(_FRAME_S, (_DRAW_SHARE - 1) * (time.monotonic() - start_s))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), pause_s)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.style import Style
 from rich.theme import Theme
@@ -14,6 +15,9 @@ from textual.strip import Strip
 
 from glmlocal_tui.cleaning import one_line
 from glmlocal_tui.markdown_blocks import Block
+
+if TYPE_CHECKING:
+    from rich.markdown import Markdown
 
 CHUNK_LINES = 64
 WHOLE_LINES = 512  # a finished code block up to this is coloured in one piece
@@ -40,10 +44,8 @@ def block_lines(block: Block, look: Look, number: int) -> list[Strip]:
         return [*lines, Strip.blank(look.width)]
     if not block.source.strip():
         return []
-    from rich.markdown import Markdown
-
     theme = "ansi_dark" if look.dark else "ansi_light"
-    lines = _lines(Markdown(block.source, code_theme=theme, hyperlinks=False), look)
+    lines = _lines(_markdown()(block.source, code_theme=theme, hyperlinks=False), look)
     while lines and not lines[-1].text.strip():
         lines.pop()
     while lines and not lines[0].text.strip():
@@ -70,6 +72,22 @@ class GrowingCode:
             self._done_lines += CHUNK_LINES
         rest = "\n".join(code[self._done_lines :])
         return [*self._done, *code_lines(rest, block.language, look), Strip.blank(look.width)]
+
+
+@cache
+def _markdown() -> type[Markdown]:
+    """rich's Markdown, imported when there is something to draw, with headings on the left."""
+    from rich.markdown import Heading, Markdown
+
+    class LeftHeading(Heading):
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            self.text.justify = "left"
+            yield self.text
+
+    class LeftMarkdown(Markdown):
+        elements = {**Markdown.elements, "heading_open": LeftHeading}  # noqa: RUF012 - rich's own declaration
+
+    return LeftMarkdown
 
 
 def code_lines(code: str, language: str, look: Look) -> Iterator[Strip]:

@@ -13,7 +13,7 @@ class AskScreen(ModalScreen[str | None]):
     DEFAULT_CSS = """
     AskScreen { align: center middle; }
     AskScreen > Vertical { width: 64; max-width: 100%; height: 5; border: round $primary; background: $surface; padding: 1 1; }
-    AskScreen Input { border: none; height: 1; background: $surface; }
+    AskScreen Input, AskScreen Input:focus { border: none; height: 1; background: $surface; }
     """
     BINDINGS = [Binding("escape", "dismiss", "Close")]
 

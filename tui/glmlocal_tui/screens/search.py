@@ -22,8 +22,8 @@ class SearchScreen(ModalScreen[SessionChosen | None]):
     DEFAULT_CSS = """
     SearchScreen { align: center middle; }
     SearchScreen > Vertical { width: 90%; max-width: 110; height: 80%; border: round $primary; background: $surface; }
-    SearchScreen Input { border: none; border-bottom: solid $primary; height: 2; background: $surface; }
-    SearchScreen OptionList { border: none; height: 1fr; background: $surface; }
+    SearchScreen Input, SearchScreen Input:focus { border: none; border-bottom: solid $primary; height: 2; background: $surface; }
+    SearchScreen OptionList, SearchScreen OptionList:focus { border: none; height: 1fr; background: $surface; }
     SearchScreen Static { height: 1; color: $text-muted; padding: 0 1; }
     """
     BINDINGS = [

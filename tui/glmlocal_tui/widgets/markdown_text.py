@@ -47,19 +47,22 @@ class MarkdownText(Widget):
             return
         self._blocks.append(text)
         if self._look is None:
-            self.refresh(layout=True)
+            self._relayout()
             return
         before = len(self._closed_lines) + len(self._tail_lines)
         self._draw(self._look)
         height = len(self._closed_lines) + len(self._tail_lines)
-        self.refresh(layout=height != before)
+        if height != before:
+            self._relayout()
+        else:
+            self.refresh()
 
     def finish(self) -> None:
         """No more text comes: the last block is drawn as a finished one."""
         self._growing = GrowingCode()
         if self._look is not None:
             self._draw(self._look)
-        self.refresh(layout=True)
+        self._relayout()
 
     def notify_style_update(self) -> None:
         self._look = None
@@ -98,6 +101,11 @@ class MarkdownText(Widget):
         blocks = self._blocks.all()
         if 0 <= number < len(blocks) and (code := blocks[number].code) is not None:
             self.post_message(CopyRequested(code, "code block"))
+
+    def _relayout(self) -> None:
+        # Textual counts no second request while one is pending, and would keep the height it had measured in between.
+        self._layout_updates += 1
+        self.refresh(layout=True)
 
     def _line(self, y: int) -> Strip | None:
         closed = len(self._closed_lines)

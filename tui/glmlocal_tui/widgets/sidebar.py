@@ -24,7 +24,7 @@ class Sidebar(Vertical):
     Sidebar.-shown { display: block; }
     Screen.-narrow Sidebar { dock: left; layer: above; }
     Sidebar > Static { height: 1; padding: 0 1; color: $text-muted; }
-    Sidebar > OptionList { height: 1fr; border: none; background: $surface; padding: 0; }
+    Sidebar > OptionList, Sidebar > OptionList:focus { height: 1fr; border: none; background: $surface; padding: 0; }
     """
     BINDINGS = [
         Binding("delete,d", "app.command('delete_chosen')", "Delete"),
@@ -33,7 +33,7 @@ class Sidebar(Vertical):
     ]
 
     def compose(self) -> ComposeResult:
-        yield Static("conversations · d delete · r rename", markup=False)
+        yield Static("d delete · r rename · u undo", markup=False)
         yield OptionList(markup=False)
 
     @property

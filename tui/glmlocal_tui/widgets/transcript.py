@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from textual.containers import VerticalScroll
+from textual.app import ComposeResult
+from textual.containers import Vertical, VerticalScroll
 from textual.widgets import Button
 
 from glmlocal_tui.conversation import Conversation, Message
@@ -29,16 +30,27 @@ class Earlier(Button):
 
 
 class Transcript(VerticalScroll, can_focus=False):
-    DEFAULT_CSS = "Transcript { height: 1fr; padding: 1 0 0 0; scrollbar-gutter: stable; }"
+    # The box inside is never shorter than the screen: Textual's anchor would scroll a short one below its start.
+    DEFAULT_CSS = """
+    Transcript { height: 1fr; scrollbar-gutter: stable; }
+    Transcript > Vertical { height: auto; min-height: 100%; padding: 1 0 0 0; }
+    """
 
     keep_thinking_open = False
+
+    def compose(self) -> ComposeResult:
+        yield Vertical()
 
     def on_mount(self) -> None:
         self.anchor()
 
     @property
+    def box(self) -> Vertical:
+        return self.query_exactly_one("Transcript > Vertical", Vertical)
+
+    @property
     def follows(self) -> bool:
-        return self.is_vertical_scroll_end
+        return self._anchored and not self._anchor_released
 
     async def show(self, conversation: Conversation, first: int | None = None) -> None:
         """Draw the shown branch anew, from the ``first``-th message on (None: the last ones)."""
@@ -46,12 +58,12 @@ class Transcript(VerticalScroll, can_focus=False):
         first = max(len(path) - SHOWN, 0) if first is None else max(first, 0)
         views = [self._view(conversation, message) for message in path[first:]]
         with self.app.batch_update():
-            await self.remove_children()
-            await self.mount_all([*([Earlier(first)] if first else []), *views])
+            await self.box.remove_children()
+            await self.box.mount_all([*([Earlier(first)] if first else []), *views])
 
     async def add(self, conversation: Conversation, messages: Sequence[Message]) -> None:
         """Draw messages at the end, and follow them."""
-        await self.mount_all([self._view(conversation, message) for message in messages])
+        await self.box.mount_all([self._view(conversation, message) for message in messages])
         self.follow()
 
     def follow(self) -> None:
@@ -59,13 +71,13 @@ class Transcript(VerticalScroll, can_focus=False):
         self._anchor_released = False
 
     def view_of(self, message_id: str) -> MessageView | None:
-        for view in self.query_children(MessageView):
+        for view in self.box.query_children(MessageView):
             if view.message.id == message_id:
                 return view
         return None
 
     def drawn(self) -> int:
-        return len(self.query_children(MessageView))
+        return len(self.box.query_children(MessageView))
 
     def _view(self, conversation: Conversation, message: Message) -> MessageView:
         siblings = conversation.siblings(message.id)
