@@ -46,7 +46,9 @@ def finish(reason: str = "stop") -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
 
 
-def usage(prompt: int = 12, completion: int = 34, cached: int = 8, rate: float = 20.0, first: float = 0.5) -> dict[str, Any]:
+def usage(
+    prompt: int = 12, completion: int = 34, cached: int = 8, rate: float = 20.0, first: float = 0.5
+) -> dict[str, Any]:
     return {
         "choices": [],
         "usage": {
@@ -97,7 +99,9 @@ def stats(state: str = "ready", **changes: Any) -> dict[str, Any]:
 class ScriptedServer:
     """``script(*answers)`` queues answers; each request takes one, the last one stays. Runs in a thread of its own."""
 
-    def __init__(self, *, stats: dict[str, Any] | None = None, key: str = "", models: Sequence[str] = ("GLM-4.5-Air",)) -> None:
+    def __init__(
+        self, *, stats: dict[str, Any] | None = None, key: str = "", models: Sequence[str] = ("GLM-4.5-Air",)
+    ) -> None:
         self.stats, self.key, self.models = stats, key, list(models)
         self.requests: list[dict[str, Any]] = []
         self.aborted = threading.Event()  # the client went away in the middle of an answer
@@ -178,7 +182,9 @@ class ScriptedServer:
         while True:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             method, path, _ = head.split("\r\n")[0].split(" ")
-            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head.split("\r\n")[1:])}
+            headers = {
+                name.lower(): value for name, _, value in (line.partition(": ") for line in head.split("\r\n")[1:])
+            }
             body = await reader.readexactly(int(headers.get("content-length", 0)))
             if self.key and headers.get("authorization") != f"Bearer {self.key}":
                 await self._reply(writer, 401, {"error": {"message": "wrong key", "code": "invalid_api_key"}})

@@ -359,7 +359,10 @@ class ChatApp(App[int]):
         completions.offer(await self.commands.choices(event.before))
         prompt.menu_is_open = completions.is_open
         found = await asyncio.to_thread(mentions.find, event.text, self.options.root)
-        chips = [ChipInfo(item.token, f"{one_line(item.path, 40)} · {commands.size_of(item)}", item.problem) for item in found]
+        chips = [
+            ChipInfo(item.token, f"{one_line(item.path, 40)} · {commands.size_of(item)}", item.problem)
+            for item in found
+        ]
         pastes = prompt.pastes()
         chips += [ChipInfo(token, token.strip("[]")) for token in pastes]
         await self.query_one(Chips).show(chips)
@@ -431,7 +434,9 @@ class ChatApp(App[int]):
         saved = await self.keeper.flush()
         if not saved and not self._leaving:
             self._leaving = True
-            self.say("this conversation is not saved: Ctrl+Q again leaves without it, /export FILE.md keeps it", problem=True)
+            self.say(
+                "this conversation is not saved: Ctrl+Q again leaves without it, /export FILE.md keeps it", problem=True
+            )
             return
         self.exit(0)
 

@@ -59,7 +59,15 @@ class CommandRunner:
         """What may complete the text before the cursor."""
         found = commands.complete(before)
         if found:
-            return [Choice(f"/{item.name}" + (" " if item.takes else ""), len(before), f"/{item.name} {item.takes}".strip(), item.help) for item in found]
+            return [
+                Choice(
+                    f"/{item.name}" + (" " if item.takes else ""),
+                    len(before),
+                    f"/{item.name} {item.takes}".strip(),
+                    item.help,
+                )
+                for item in found
+            ]
         if before.startswith("/") and "\n" not in before:
             name, _, words = before[1:].partition(" ")
             options = await self._words_for(name)
@@ -280,7 +288,11 @@ class CommandRunner:
         """For this run of the app; the settings screen is for good."""
         self._app.sampling = replace(self._app.sampling, **changes)  # type: ignore[arg-type]
         (name, value), *_ = changes.items()
-        shown = {True: "on", False: "off", None: "the model's own"}.get(value, value) if not isinstance(value, float) else value
+        shown = (
+            {True: "on", False: "off", None: "the model's own"}.get(value, value)
+            if not isinstance(value, float)
+            else value
+        )
         self._app.say(f"{name.replace('_', ' ')}: {shown}")
         self._app.update_status()
 

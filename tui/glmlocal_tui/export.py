@@ -51,13 +51,17 @@ def _section(message: Message) -> str:
     lines = ["## You" if message.role == "user" else f"## Assistant{f' ({message.model})' if message.model else ''}"]
     if message.reasoning.strip():
         fence = _fence(message.reasoning)
-        lines.append(f"<details><summary>Thinking</summary>\n\n{fence}text\n{message.reasoning.strip()}\n{fence}\n\n</details>")
+        lines.append(
+            f"<details><summary>Thinking</summary>\n\n{fence}text\n{message.reasoning.strip()}\n{fence}\n\n</details>"
+        )
     lines.append(message.for_model() if message.role == "user" else message.content)
     for call in message.tool_calls:
         fence = _fence(call.arguments)
         lines.append(f"Tool call `{call.name}`:\n\n{fence}json\n{call.arguments}\n{fence}")
     if message.ending in ("stopped", "length", "error"):
-        lines.append({"stopped": "*(stopped)*", "length": "*(cut at the token limit)*", "error": "*(failed)*"}[message.ending])
+        lines.append(
+            {"stopped": "*(stopped)*", "length": "*(cut at the token limit)*", "error": "*(failed)*"}[message.ending]
+        )
     return "\n\n".join(line for line in lines if line)
 
 

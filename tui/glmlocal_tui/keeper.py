@@ -32,7 +32,9 @@ class Keeper:
         """Open the store; returns what was typed before. Trouble is told, and the app goes on."""
         await self.ask(self.store.open, None)
         if self.store.set_aside is not None:
-            self._told(f"the saved conversations could not be read: kept as {self.store.set_aside}; a new file is begun")
+            self._told(
+                f"the saved conversations could not be read: kept as {self.store.set_aside}; a new file is begun"
+            )
         return await self.ask(self.store.prompts, [])
 
     def changed(self, conversation: Conversation, *messages: Message) -> None:

@@ -80,7 +80,6 @@ def complete(prefix: str, root: Path) -> list[str]:
     start = root / os.path.expanduser(folder + "/" if folder or prefix.startswith("/") else "")
     lead = f"{folder}/" if folder or prefix.startswith("/") else ""
     direct = [lead + name for name in _entries(start) if name.casefold().startswith(word.casefold())]
-    direct = [name for name in direct if word.startswith(".") or not name.rpartition("/")[0].rpartition("/")[2].startswith(".")]
     direct = [name for name in direct if word.startswith(".") or not _last(name).startswith(".")]
     if word and len(direct) < MAX_OFFERED and not prefix.startswith(("/", "~", "..")):
         direct += [name for name in _walk(start, lead) if word.casefold() in name.casefold() and name not in direct]
@@ -94,7 +93,9 @@ def _last(name: str) -> str:
 def _entries(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            found = [entry.name + "/" if entry.is_dir() else entry.name for entry, _ in zip(entries, range(MAX_SCANNED))]
+            found = [
+                entry.name + "/" if entry.is_dir() else entry.name for entry, _ in zip(entries, range(MAX_SCANNED))
+            ]
     except OSError:
         return []
     return sorted(found)

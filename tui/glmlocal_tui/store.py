@@ -207,7 +207,9 @@ class Store:
                 db.executescript(_SCHEMA)
                 with db:
                     old = time.time() - _UNDO_FOR_S
-                    db.execute("DELETE FROM messages WHERE session IN (SELECT id FROM sessions WHERE deleted_s < ?)", (old,))
+                    db.execute(
+                        "DELETE FROM messages WHERE session IN (SELECT id FROM sessions WHERE deleted_s < ?)", (old,)
+                    )
                     db.execute("DELETE FROM sessions WHERE deleted_s < ?", (old,))
                     db.execute(f"PRAGMA user_version = {_VERSION}")
             except BaseException:

@@ -25,7 +25,9 @@ class AnswerView(MessageView):
         Binding("y", "copy_code", "Copy code block"),
     ]
 
-    def __init__(self, message: Message, position: int = 1, count: int = 1, *, keep_thinking_open: bool = False) -> None:
+    def __init__(
+        self, message: Message, position: int = 1, count: int = 1, *, keep_thinking_open: bool = False
+    ) -> None:
         super().__init__(message, position, count)
         self._keep_open = keep_thinking_open
         self._thinking: Thinking | None = None

@@ -41,7 +41,9 @@ class Completions(OptionList, can_focus=False):
         self.clear_options()
         label = min(max((len(choice.label) for choice in choices), default=0), 40)
         for choice in choices:
-            self.add_option(Option(Content(fit(choice.label, label) + "  ") + Content.styled(choice.note, "$text-muted")))
+            self.add_option(
+                Option(Content(fit(choice.label, label) + "  ") + Content.styled(choice.note, "$text-muted"))
+            )
         self.highlighted = 0 if choices else None
         self.set_class(bool(choices), "-shown")
 

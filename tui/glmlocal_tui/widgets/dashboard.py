@@ -60,7 +60,11 @@ def panel(stats: Stats | None, measured: Measured, rates: list[float], width: in
     if stats is None:
         if measured.context_used:
             shown.append(_pair("context", f"{measured.context_used:,}", width))
-        return [*shown, Content(""), *_note("This server has no /v1/stats: only what the app measures is shown.", width)]
+        return [
+            *shown,
+            Content(""),
+            *_note("This server has no /v1/stats: only what the app measures is shown.", width),
+        ]
     if stats.running or stats.waiting:
         shown.append(_pair("requests", f"{stats.running} running, {stats.waiting} waiting", width))
     if stats.model.context:
@@ -103,7 +107,11 @@ def _pair(name: str, value: str, width: int) -> Content:
 
 def _share(name: str, share: float, width: int) -> Content:
     percent, label = f" {share:4.0%}", fit(name, min(13, width // 2))
-    return Content(label + " ") + Content.styled(bar(share, max(width - len(percent) - len(label) - 1, 1)), "$accent") + Content(percent)
+    return (
+        Content(label + " ")
+        + Content.styled(bar(share, max(width - len(percent) - len(label) - 1, 1)), "$accent")
+        + Content(percent)
+    )
 
 
 def _gauge(name: str, used: int, limit: int, width: int) -> list[Content]:

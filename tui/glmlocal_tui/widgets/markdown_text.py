@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-
 from rich.cells import cell_len
 from rich.segment import Segment
+from textual.color import Color
 from textual.geometry import Size
 from textual.selection import Selection
 from textual.strip import Strip
@@ -118,9 +118,10 @@ class MarkdownText(Widget):
         if look is not None and look.width == width:
             return
         variables = self.app.theme_variables
+        ink, paper = (Color.parse(variables.get(name, "white")) for name in ("foreground", "background"))
+        accent = Color.parse(variables.get("primary", "white"))
         dark = self.app.current_theme.dark
-        muted = variables.get("foreground-muted", variables.get("foreground", "default"))
-        look = Look(max(width, 1), dark, _rich(variables.get("primary", "")), _rich(muted))
+        look = Look(max(width, 1), dark, accent.hex6, ink.blend(paper, 0.4).hex6)
         self._closed_lines, self._drawn, self._growing = [], 0, GrowingCode()
         self._look = look
         self._draw(look)
@@ -136,8 +137,3 @@ class MarkdownText(Widget):
 
     def _tail(self, block: Block, look: Look, number: int) -> list[Strip]:
         return (self._growing.lines if block.code is not None else block_lines)(block, look, number)
-
-
-def _rich(colour: str) -> str:
-    """A theme colour in the words of rich."""
-    return colour if colour.startswith("#") and len(colour) == 7 else "default"

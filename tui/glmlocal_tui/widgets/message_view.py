@@ -73,7 +73,9 @@ class UserView(MessageView):
         yield self.branches()
         yield Static(Content(self.message.content), classes="text", markup=False)
         if self.message.attachments:
-            yield Static(Content(" ".join(chip(item) for item in self.message.attachments)), classes="chips", markup=False)
+            yield Static(
+                Content(" ".join(chip(item) for item in self.message.attachments)), classes="chips", markup=False
+            )
 
     def action_edit(self) -> None:
         self.post_message(EditRequested(self.message.id))

@@ -37,7 +37,10 @@ class Prompt(TextArea):
 
     def __init__(self) -> None:
         super().__init__(
-            soft_wrap=True, tab_behavior="focus", highlight_cursor_line=False, placeholder="Ask something · / for commands"
+            soft_wrap=True,
+            tab_behavior="focus",
+            highlight_cursor_line=False,
+            placeholder="Ask something · / for commands",
         )
         self.menu_is_open = False
         self._history: list[str] = []
@@ -86,9 +89,7 @@ class Prompt(TextArea):
                 self.complete("\n", 1)
             else:
                 self.post_message(Submitted(self.text))
-        elif event.key == "up" and self.cursor_location[0] == 0 and self._step(-1):
-            self._swallow(event)
-        elif event.key == "down" and self.cursor_location[0] == self.document.line_count - 1 and self._step(1):
+        elif (event.key == "up" and self.cursor_location[0] == 0 and self._step(-1)) or (event.key == "down" and self.cursor_location[0] == self.document.line_count - 1 and self._step(1)):
             self._swallow(event)
         else:
             await super()._on_key(event)

@@ -41,7 +41,10 @@ def lines(state: ServerState, target: str, width: int, height: int) -> list[Cont
         facts += [f"context {model.context:,}"] if model.context else []
         facts += [word for word in (model.quant, f"KV {model.kv_dtype}" if model.kv_dtype else "") if word]
         facts += [f"{model.mtp_drafts} MTP drafts"] if model.mtp_drafts else []
-    shown = [Content.styled(fit(name, width).rstrip(), "bold $primary"), Content.styled(" · ".join(facts), "$text-muted")]
+    shown = [
+        Content.styled(fit(name, width).rstrip(), "bold $primary"),
+        Content.styled(" · ".join(facts), "$text-muted"),
+    ]
     shown += ["", *_phase(state, width)]
     devices = state.stats.devices if state.stats else ()
     if devices:
@@ -75,7 +78,10 @@ def _loading(loading: Loading, width: int) -> list[Content]:
     if loading.eta_s is not None:
         text += f" · {duration(loading.eta_s)} left"
     percent = f" {fraction:4.0%}"
-    return [Content(text), Content.styled(bar(fraction, max(min(width, 72) - len(percent), 1)), "$primary") + Content(percent)]
+    return [
+        Content(text),
+        Content.styled(bar(fraction, max(min(width, 72) - len(percent), 1)), "$primary") + Content(percent),
+    ]
 
 
 def _plan(devices: tuple[Device, ...], width: int, ledger_lines: int) -> list[Content]:
@@ -86,7 +92,9 @@ def _plan(devices: tuple[Device, ...], width: int, ledger_lines: int) -> list[Co
         amount = f"  {size(device.used_bytes)} of {size(device.capacity_bytes)}"
         fraction = device.used_bytes / device.capacity_bytes if device.capacity_bytes else 0.0
         room = max(min(width, 96) - label - 1 - cell_len(amount), 4)
-        shown.append(Content(fit(device.name, label) + " ") + Content.styled(bar(fraction, room), "$accent") + Content(amount))
+        shown.append(
+            Content(fit(device.name, label) + " ") + Content.styled(bar(fraction, room), "$accent") + Content(amount)
+        )
         largest = sorted((line for line in device.lines if line[1]), key=lambda line: -line[1])
         for what, nbytes in largest[: ledger_lines // len(devices)]:
             shown.append(Content.styled(f"{' ' * (label + 1)}{fit(size(nbytes), 10)} {what}", "$text-muted"))

@@ -43,11 +43,13 @@ def pretty(arguments: str) -> str:
         if not data:
             return "(no arguments)"
         text = (
-            "\n".join(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}" for name, value in data.items())
+            "\n".join(
+                f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
+                for name, value in data.items()
+            )
             if isinstance(data, dict)
             else json.dumps(data, ensure_ascii=False, indent=2)
         )
-
 
     text = clean(text)  # JSON escapes may have hidden control characters
     return text if len(text) <= _MAX_CHARS else text[:_MAX_CHARS] + f"… ({len(text) - _MAX_CHARS:,} more characters)"
