@@ -9,10 +9,11 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 from textual import work
 from textual.app import App, ComposeResult, SystemCommand
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
 from textual.worker import Worker
@@ -65,7 +66,7 @@ class ChatApp(App[int]):
     .-talking Transcript { display: block; }
     .-talking StartView { display: none; }
     """
-    BINDINGS = [  # noqa: RUF012 - Textual's own declaration
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f1", "command('help')", "Help", priority=True),
         Binding("f2", "command('load')", "Conversations", priority=True),
         Binding("f3", "command('search')", "Search", priority=True),

@@ -18,7 +18,7 @@ _UNSAFE = re.compile(
 
 
 def clean(text: str) -> str:
-    """The same text with control characters as pictures (␛) or U+FFFD; CR goes, other line separators become newlines."""
+    """The same text with control characters as pictures (␛) or U+FFFD; CR goes, other line ends become newlines."""
     return _UNSAFE.sub(_replacement, text)
 
 

@@ -38,7 +38,7 @@ class Sampling:
 
 @dataclass(slots=True)
 class Client:
-    """``url`` is the server's root, with or without ``/v1``. ``ours``: it answers ``/v1/stats``; None: not known yet."""
+    """``url`` is the server's root, with or without ``/v1``. ``ours``: it has ``/v1/stats``; None: not known yet."""
 
     url: str
     key: str = field(default="", repr=False)

@@ -288,11 +288,7 @@ class CommandRunner:
         """For this run of the app; the settings screen is for good."""
         self._app.sampling = replace(self._app.sampling, **changes)  # type: ignore[arg-type]
         (name, value), *_ = changes.items()
-        shown = (
-            {True: "on", False: "off", None: "the model's own"}.get(value, value)
-            if not isinstance(value, float)
-            else value
-        )
+        shown = {"True": "on", "False": "off", "None": "the model's own"}.get(str(value), value)
         self._app.say(f"{name.replace('_', ' ')}: {shown}")
         self._app.update_status()
 

@@ -33,7 +33,7 @@ class ServerState:
 class Connection:
     """Asks until cancelled, and tells ``changed`` every new state."""
 
-    def __init__(self, client: Client, process: ServerProcess | None, changed: Callable[[ServerState], None]) -> None:
+    def __init__(self, client: Client, process: ServerProcess | None, changed: Callable[[ServerState], object]) -> None:
         self._client, self._process, self._changed = client, process, changed
         self.state = ServerState()
         self._hurry = asyncio.Event()
@@ -110,7 +110,7 @@ class Connection:
 
     def _delay(self, state: ServerState, misses: int) -> float:
         if misses:
-            return min(0.5 * 2 ** (misses - 1), _MOST_BACKOFF_S)
+            return min(0.5 * 2.0 ** min(misses - 1, 10), _MOST_BACKOFF_S)
         if state.phase == LOADS:
             return _ASK_LOADING_S
         return _ASK_READY_S if state.stats is not None else _ASK_FOREIGN_S

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from glmlocal_tui.cleaning import clean
@@ -93,9 +94,7 @@ def _last(name: str) -> str:
 def _entries(folder: Path) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            found = [
-                entry.name + "/" if entry.is_dir() else entry.name for entry, _ in zip(entries, range(MAX_SCANNED))
-            ]
+            found = [entry.name + "/" if entry.is_dir() else entry.name for entry in islice(entries, MAX_SCANNED)]
     except OSError:
         return []
     return sorted(found)

@@ -28,7 +28,7 @@ class Options:
     command: tuple[str, ...] = ()
     model: str = ""  # of the server's names; empty: its first
     system: str | None = None
-    sampling: Sampling = Sampling()  # what the command line decides, over the settings
+    sampling: Sampling = field(default_factory=Sampling)  # what the command line decides, over the settings
     data_dir: Path = field(default_factory=data_dir)
     settings_path: Path = field(default_factory=settings_path)
     root: Path = field(default_factory=Path.cwd)  # where @paths start

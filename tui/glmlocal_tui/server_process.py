@@ -85,7 +85,8 @@ class ServerProcess:
                 await asyncio.wait_for(self._reader, 1.0)
 
     async def _read_log(self, log: IO[bytes] | None) -> None:
-        assert self._process is not None and self._process.stderr is not None
+        assert self._process is not None
+        assert self._process.stderr is not None
         while data := await self._process.stderr.read(4096):
             if log is not None:
                 with contextlib.suppress(OSError, ValueError):

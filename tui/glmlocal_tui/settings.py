@@ -1,4 +1,4 @@
-"""What a person sets once: a small JSON file in the platform's config directory. Values, and reading and writing them."""
+"""What a person sets once: a small JSON file in the platform's config directory, read and written here."""
 
 from __future__ import annotations
 

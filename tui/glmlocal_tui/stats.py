@@ -131,13 +131,11 @@ def parse(data: Any) -> Stats | None:
 
 def size(nbytes: float) -> str:
     """``1.5 GiB``: three digits at most."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1000:
-            break
-        nbytes /= 1024
-    else:
-        unit = "TiB"
-    return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while abs(nbytes) >= 1000 and power + 1 < len(units):
+        nbytes, power = nbytes / 1024, power + 1
+    return f"{nbytes:.0f} {units[power]}" if not power or nbytes >= 100 else f"{nbytes:.1f} {units[power]}"
 
 
 def _device(item: dict[str, Any]) -> Device:

@@ -26,6 +26,7 @@ _VERSION = 1
 _LOCK_WAIT_S = 2.0
 _UNDO_FOR_S = 86400.0  # a deleted conversation can be brought back for a day
 _PROMPTS_KEPT = 500
+_SESSIONS_SHOWN = 500
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions(
     id TEXT PRIMARY KEY, title TEXT NOT NULL, system TEXT NOT NULL, leaf TEXT,
@@ -145,10 +146,10 @@ class Store:
 
         return self._run(read)
 
-    def sessions(self, limit: int = 500) -> list[Summary]:
-        """The newest conversations, newest first."""
+    def sessions(self) -> list[Summary]:
+        """The newest _SESSIONS_SHOWN conversations, newest first."""
         query = "SELECT id, title, updated_s FROM sessions WHERE deleted_s IS NULL ORDER BY updated_s DESC LIMIT ?"
-        return self._run(lambda db: [Summary(*row) for row in db.execute(query, (limit,))])
+        return self._run(lambda db: [Summary(*row) for row in db.execute(query, (_SESSIONS_SHOWN,))])
 
     def rename(self, session: str, title: str) -> None:
         self._run(lambda db: db.execute("UPDATE sessions SET title = ? WHERE id = ?", (title, session)))
@@ -178,7 +179,7 @@ class Store:
             "SELECT m.session, s.title, m.id, m.text FROM messages m JOIN sessions s ON s.id = m.session "
             f"WHERE s.deleted_s IS NULL AND {' AND '.join(clauses)} ORDER BY m.n DESC LIMIT {int(limit)}"
         )
-        return self._run(lambda db: [_hit(*row, words[0]) for row in db.execute(query, values)])
+        return self._run(lambda db: [_hit(row, words[0]) for row in db.execute(query, values)])
 
     def prompts(self) -> list[str]:
         """What was typed, oldest first."""
@@ -248,7 +249,8 @@ def _escaped(word: str) -> str:
     return word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
 
 
-def _hit(session: str, title: str, message: str, text: str, word: str) -> Hit:
+def _hit(row: tuple[str, str, str, str], word: str) -> Hit:
+    session, title, message, text = row
     at = max(text.casefold().find(word.casefold()), 0)
     begin = max(at - 30, 0)
     excerpt = text[begin : at + 100].replace("\n", " ")

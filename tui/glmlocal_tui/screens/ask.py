@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input
@@ -12,10 +14,11 @@ from textual.widgets import Input
 class AskScreen(ModalScreen[str | None]):
     DEFAULT_CSS = """
     AskScreen { align: center middle; }
-    AskScreen > Vertical { width: 64; max-width: 100%; height: 5; border: round $primary; background: $surface; padding: 1 1; }
+    AskScreen > Vertical { width: 64; max-width: 100%; height: 5; padding: 1 1; }
+    AskScreen > Vertical { border: round $primary; background: $surface; }
     AskScreen Input, AskScreen Input:focus { border: none; height: 1; background: $surface; }
     """
-    BINDINGS = [Binding("escape", "dismiss", "Close")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss", "Close")]
 
     def __init__(self, question: str, text: str) -> None:
         super().__init__()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import ClassVar
 
 from textual import work
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
@@ -22,11 +23,11 @@ class SearchScreen(ModalScreen[SessionChosen | None]):
     DEFAULT_CSS = """
     SearchScreen { align: center middle; }
     SearchScreen > Vertical { width: 90%; max-width: 110; height: 80%; border: round $primary; background: $surface; }
-    SearchScreen Input, SearchScreen Input:focus { border: none; border-bottom: solid $primary; height: 2; background: $surface; }
+    SearchScreen Input, SearchScreen Input:focus { border: none; height: 1; background: $surface; }
     SearchScreen OptionList, SearchScreen OptionList:focus { border: none; height: 1fr; background: $surface; }
     SearchScreen Static { height: 1; color: $text-muted; padding: 0 1; }
     """
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss", "Close"),
         Binding("down", "move(1)", show=False, priority=True),
         Binding("up", "move(-1)", show=False, priority=True),

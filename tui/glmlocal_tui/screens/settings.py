@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen
@@ -28,7 +28,8 @@ class SettingsScreen(ModalScreen[Settings | None]):
 
     DEFAULT_CSS = """
     SettingsScreen { align: center middle; }
-    SettingsScreen > VerticalScroll { width: 66; max-width: 100%; height: auto; max-height: 95%; border: round $primary; background: $surface; padding: 0 1; }
+    SettingsScreen > VerticalScroll { width: 66; max-width: 100%; height: auto; max-height: 95%; padding: 0 1; }
+    SettingsScreen > VerticalScroll { border: round $primary; background: $surface; }
     SettingsScreen Horizontal { height: auto; }
     SettingsScreen Horizontal > Static { width: 28; height: 1; }
     SettingsScreen Switch { border: none; height: 1; padding: 0; }
@@ -36,7 +37,7 @@ class SettingsScreen(ModalScreen[Settings | None]):
     SettingsScreen Select { width: 1fr; }
     SettingsScreen #problem { height: auto; color: $text-error; }
     """
-    BINDINGS = [Binding("escape,f5", "close", "Close", priority=True)]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,f5", "close", "Close", priority=True)]
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.widgets import Static
 
@@ -20,7 +22,7 @@ class AnswerView(MessageView):
     AnswerView > .note { width: 1fr; height: auto; color: $text-muted; }
     AnswerView > .note.-error { color: $text-error; }
     """
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "regenerate", "Answer again"),
         Binding("y", "copy_code", "Copy code block"),
     ]

@@ -12,7 +12,8 @@ class Banner(Static):
     """Each source (server, store …) has its own line; empty ones take no room."""
 
     DEFAULT_CSS = """
-    Banner { display: none; height: auto; max-height: 4; width: 1fr; padding: 0 1; color: $text-warning; background: $warning-muted; }
+    Banner { display: none; height: auto; max-height: 4; width: 1fr; padding: 0 1; }
+    Banner { color: $text-warning; background: $warning-muted; }
     Banner.-shown { display: block; }
     """
 

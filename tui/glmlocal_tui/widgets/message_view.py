@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.widgets import Static
@@ -36,7 +38,7 @@ class MessageView(Vertical, can_focus=True):
     MessageView { height: auto; padding: 0 1; margin: 0 0 1 0; border-left: outer transparent; }
     MessageView:focus { border-left: outer $accent; }
     """
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("c", "copy", "Copy message"),
         Binding("left", "branch(-1)", "Previous branch", show=False),
         Binding("right", "branch(1)", "Next branch", show=False),
@@ -67,7 +69,7 @@ class UserView(MessageView):
     UserView .text { width: 1fr; height: auto; }
     UserView .chips { width: 1fr; height: auto; color: $text-accent; }
     """
-    BINDINGS = [Binding("e", "edit", "Edit and resend")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("e", "edit", "Edit and resend")]
 
     def compose(self) -> ComposeResult:
         yield self.branches()

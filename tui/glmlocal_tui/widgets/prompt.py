@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual import events
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.widgets import TextArea
 
@@ -17,10 +19,11 @@ class Prompt(TextArea):
     """Enter sends; Shift+Enter, Alt+Enter and Ctrl+J begin a line. The app says when the menu has the arrow keys."""
 
     DEFAULT_CSS = """
-    Prompt { height: auto; min-height: 3; max-height: 10; border: round $primary 60%; padding: 0 1; background: $background; }
+    Prompt { height: auto; min-height: 3; max-height: 10; padding: 0 1; }
+    Prompt { border: round $primary 60%; background: $background; }
     Prompt:focus { border: round $primary; }
     """
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("shift+enter,alt+enter,ctrl+j", "newline", "New line", show=False, priority=True),
         Binding("pageup", "app.scroll_page(-1)", "Scroll up", show=False),
         Binding("pagedown", "app.scroll_page(1)", "Scroll down", show=False),
@@ -89,7 +92,7 @@ class Prompt(TextArea):
                 self.complete("\n", 1)
             else:
                 self.post_message(Submitted(self.text))
-        elif (event.key == "up" and self.cursor_location[0] == 0 and self._step(-1)) or (event.key == "down" and self.cursor_location[0] == self.document.line_count - 1 and self._step(1)):
+        elif event.key in ("up", "down") and self._at_edge(event.key) and self._step(-1 if event.key == "up" else 1):
             self._swallow(event)
         else:
             await super()._on_key(event)
@@ -108,6 +111,10 @@ class Prompt(TextArea):
     def on_text_area_changed(self, event: TextArea.Changed) -> None:
         event.stop()
         self.post_message(PromptChanged(self.before_cursor(), self.text))
+
+    def _at_edge(self, key: str) -> bool:
+        """Is the cursor in the first (last) line, so that the key means the history?"""
+        return self.cursor_location[0] == (0 if key == "up" else self.document.line_count - 1)
 
     def _step(self, step: int) -> bool:
         """Another line of the history; False where there is none."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import ClassVar
 
 from textual.app import ComposeResult
-from textual.binding import Binding
+from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.widgets import OptionList, Static
@@ -26,7 +27,7 @@ class Sidebar(Vertical):
     Sidebar > Static { height: 1; padding: 0 1; color: $text-muted; }
     Sidebar > OptionList, Sidebar > OptionList:focus { height: 1fr; border: none; background: $surface; padding: 0; }
     """
-    BINDINGS = [
+    BINDINGS: ClassVar[list[BindingType]] = [
         Binding("delete,d", "app.command('delete_chosen')", "Delete"),
         Binding("r", "app.command('rename_chosen')", "Rename"),
         Binding("u", "app.command('undo')", "Undo delete"),

@@ -45,13 +45,13 @@ def lines(state: ServerState, target: str, width: int, height: int) -> list[Cont
         Content.styled(fit(name, width).rstrip(), "bold $primary"),
         Content.styled(" · ".join(facts), "$text-muted"),
     ]
-    shown += ["", *_phase(state, width)]
+    shown += [Content(""), *_phase(state, width)]
     devices = state.stats.devices if state.stats else ()
     if devices:
         ledger_lines = height - len(shown) - len(_HINTS) - 3 - len(devices)
         shown += [Content(""), *_plan(devices, width, max(ledger_lines, 0))]
     shown += [Content(""), *(Content.styled(hint, "$text-muted") for hint in _HINTS)]
-    return [line if isinstance(line, Content) else Content(line) for line in shown][: max(height, 1)]
+    return shown[: max(height, 1)]
 
 
 def _phase(state: ServerState, width: int) -> list[Content]:
