@@ -6,7 +6,9 @@
     ├── DownloadError      something that had to be fetched could not be
     ├── PlanError          the model does not fit the machine
     ├── KernelUnavailable  an operation that this build or this machine cannot run
-    └── RequestError       a request that the engine refuses: too long, malformed, aborted
+    ├── RequestError       a request that the engine refuses: too long, malformed, aborted
+    ├── QueueFull          a request that would be served at another time
+    └── EngineError        a request that was accepted and could not be served: a fault of ours or of the machine
 
 A message says what was wanted, what was found, and what to do next, in one line. The command line prints it and
 exits with 2; a traceback is shown only under ``--debug``.
@@ -41,3 +43,15 @@ class KernelUnavailable(GlmlocalError):
 
 class RequestError(GlmlocalError):
     """A request cannot be served as it stands."""
+
+
+class QueueFull(GlmlocalError):
+    """Too many requests wait already. ``retry_after_s`` is when a place should be free."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineError(GlmlocalError):
+    """A step failed, or the engine is gone; the request is not at fault."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, overload
@@ -15,10 +16,11 @@ from torch import Tensor
 from glmlocal import kernels
 from glmlocal.completion import Completion, CompletionBuilder, CompletionDelta
 from glmlocal.engine.engine import Engine
+from glmlocal.engine.grammar import Constraint, GrammarCompiler
 from glmlocal.engine.loader import load_engine
 from glmlocal.engine.planning import plan_here
-from glmlocal.engine.request import Request, RequestOutput, SamplingParams
-from glmlocal.errors import CheckpointError, RequestError
+from glmlocal.engine.request import FinishReason, Request, RequestOutput, SamplingParams
+from glmlocal.errors import CheckpointError, EngineError, RequestError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.models.config import ModelConfig
 from glmlocal.models.weights import check_quant, quantized_already
@@ -28,6 +30,8 @@ from glmlocal.resolve import resolve
 from glmlocal.text.model_text import load_model_text
 from glmlocal.text.stream_parser import ReasoningParser, starts_in_reasoning
 from glmlocal.text.tokenizer import Tokenizer
+
+OnBytes = Callable[[int, int], None]
 
 
 class LLM:
@@ -41,7 +45,8 @@ class LLM:
     planner would. ``activations`` is what quantized weights are multiplied with: "int8", rounded in groups of 32, which
     is several times faster, "fp32", exact, or auto: fp32 for small checkpoints, else int8 (``models/precision.py``).
     ``ram`` ("16GiB") limits the memory that is planned with. ``plan``, from ``glmlocal plan --save``, is executed as it
-    stands; the other wishes have then been said already and must not be said again.
+    stands; the other wishes have then been said already and must not be said again. ``on_bytes(done, total)`` is told
+    how loading comes along, from several threads.
     Raises CheckpointError, ConfigError, DownloadError or PlanError.
     """
 
@@ -58,6 +63,7 @@ class LLM:
         ram: str | None = None,
         plan: Plan | None = None,
         progress: bool = False,
+        on_bytes: OnBytes | None = None,
     ) -> None:
         start_s = time.perf_counter()
         if quant != "auto":
@@ -69,6 +75,8 @@ class LLM:
         text = load_model_text(
             checkpoint.directory, checkpoint.config, checkpoint.gguf_metadata, self.config.vocab_size
         )
+        #: Tokenizer, template, sampling defaults and stop tokens of the checkpoint.
+        self.text = text
         self._tokenizer, self.chat_template = text.tokenizer, text.chat_template
         self._defaults, self._eos_token_ids = text.defaults, text.eos_token_ids
         if plan is None:
@@ -76,8 +84,12 @@ class LLM:
             plan = plan_here(checkpoint, quant, wants, ram=ram)
         #: What is executed: where every byte is, and how fast it should be.
         self.plan = plan
-        with byte_bar("loading", checkpoint.tensors.nbytes, show=progress) as on_bytes:
-            self._engine = load_engine(checkpoint, plan, on_bytes)
+        num_bytes = checkpoint.tensors.nbytes
+        with byte_bar("loading", num_bytes, show=progress) as bar:
+            report = bar if on_bytes is None else partial(_report, on_bytes, num_bytes)
+            self._engine = load_engine(checkpoint, plan, report)
+        if self._tokenizer is not None:
+            self._engine.grammars = GrammarCompiler(self._tokenizer, self.config.vocab_size, self._eos_token_ids)
         #: What of the caller's wishes did not apply, in a line for people; None when all did.
         self.note = None if plan.resolved.quant == "keep" else quantized_already(checkpoint.tensors)
         self._lock = threading.Lock()  # guards the engine and the queues
@@ -201,19 +213,22 @@ class LLM:
             self._num_requests += 1
             request = Request(request_id, tuple(token_ids), params, self._eos_token_ids)
             self._engine.check(request)  # a bad request is refused by the call, not by the first next()
-        deltas = self._stream(request, parser)
+        constraint = self._engine.constraint_for(request)
+        deltas = self._stream(request, constraint, parser)
         if stream:
             return deltas
         *_, last = deltas
         assert last.completion is not None
         return last.completion
 
-    def _stream(self, request: Request, parser: ReasoningParser | None) -> Iterator[CompletionDelta]:
+    def _stream(
+        self, request: Request, constraint: Constraint | None, parser: ReasoningParser | None
+    ) -> Iterator[CompletionDelta]:
         """Runs the request from the first ``next()`` until it ends or the iterator is closed."""
         request_id = request.request_id
         builder = CompletionBuilder(self._tokenizer, request.params, parser, self.load_s)
         with self._lock:
-            self._engine.add(request)
+            self._engine.add(request, constraint)
             self._queues[request_id] = deque()
         try:
             while True:
@@ -233,7 +248,10 @@ class LLM:
                 if queue is None:
                     raise RequestError("the model was closed while the answer was being written")
                 if queue:
-                    return queue.popleft()
+                    output = queue.popleft()
+                    if output.finish_reason is FinishReason.ERROR:
+                        raise EngineError(output.error or "computing the answer failed")
+                    return output
                 for output in self._engine.step():
                     if output.request_id in self._queues:
                         self._queues[output.request_id].append(output)
@@ -241,6 +259,10 @@ class LLM:
     def _abort(self, request_id: str) -> None:
         self._engine.abort(request_id)
         self._queues.pop(request_id, None)
+
+
+def _report(on_bytes: OnBytes, total_bytes: int, done_bytes: int) -> None:
+    on_bytes(done_bytes, total_bytes)
 
 
 def _ids(token_ids: Sequence[int] | Tensor) -> list[int]:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from glmlocal.cli.options import add_machine_options, add_wish_options, wishes
 from glmlocal.errors import ConfigError
@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         return _list(there, wants, args)
     if args.engine:
-        return _hand_over(there, wants, args)
+        print(hand_over(args.model, args.engine, there, wants))
+        return 0
     if args.compare:
         return _compare(there, wants, args)
     plan, notes = _plan(args.model, args.quant, there, wants)
@@ -149,20 +150,19 @@ def _write(path: Path, text: str) -> None:
         raise ConfigError(f"cannot write {str(path)!r}: {reason}; give another file") from error
 
 
-def _hand_over(machine: Machine, wants: Wants, args: argparse.Namespace) -> int:
-    """For a family the finest release that fits without offload, then the finest with it."""
+def hand_over(model: str, engine: Literal["vllm", "sglang"], machine: Machine, wants: Wants) -> str:
+    """The command that starts the engine: of a family, the finest release that fits without offload, then the finest
+    with it. Raises ConfigError where the hardware cannot run it."""
     from dataclasses import replace
 
     from glmlocal.planner.handover import launch_command
     from glmlocal.planner.subject import engine_releases
 
-    served = [_served(release) for release in engine_releases(args.model)]
+    served = [_served(release) for release in engine_releases(model)]
     for each in served if len(served) > 1 else []:
         with suppress(ConfigError):
-            print(launch_command(args.engine, each, machine, replace(wants, offload=False)))
-            return 0
-    print(launch_command(args.engine, served[0], machine, wants))
-    return 0
+            return launch_command(engine, each, machine, replace(wants, offload=False))
+    return launch_command(engine, served[0], machine, wants)
 
 
 def _served(release: Release) -> Served:

@@ -19,6 +19,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {  # name: least, most, how to wr
     "frequency_penalty": (-2.0, 2.0, "-2 … 2"),
 }
 MAX_STOP_STRINGS, MAX_STOP_CHARS, MAX_LOGPROBS, MAX_LOGIT_BIAS = 64, 4096, 128, 65_536
+GRAMMAR_KINDS = ("json_schema", "json_object", "regex", "lark", "choice")
+MAX_GRAMMAR_CHARS = 262_144
 
 
 class FinishReason(StrEnum):
@@ -27,6 +29,28 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an EOS token, a stop token or a stop string
     LENGTH = "length"  # max_tokens reached, or the context is full
     ABORT = "abort"  # cancelled by the caller
+    ERROR = "error"  # a step failed; ``RequestOutput.error`` says how
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the answer must look like, from the token after ``after_token_id`` on (``</think>``; None: from the start).
+
+    ``source`` is a JSON schema, a regular expression, a Lark grammar or a JSON list of strings; "json_object" has none.
+    Raises RequestError for an unknown kind or a source that is too long.
+    """
+
+    kind: str
+    source: str = ""
+    after_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in GRAMMAR_KINDS:
+            raise RequestError(f"grammar kind is {self.kind!r}, wanted one of {', '.join(GRAMMAR_KINDS)}")
+        if not isinstance(self.source, str) or len(self.source) > MAX_GRAMMAR_CHARS:
+            raise RequestError(f"the grammar is not text of at most {MAX_GRAMMAR_CHARS:,} characters; shorten it")
+        if self.after_token_id is not None and not (_is_integer(self.after_token_id) and self.after_token_id >= 0):
+            raise RequestError(f"after_token_id is {self.after_token_id!r}, wanted a token id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +77,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report per token; 0 reports the chosen one alone
+    grammar: Grammar | None = None  # what may follow; EOS only where it may end
 
     def __post_init__(self) -> None:
         for name, (least, most, legal) in _RANGES.items():
@@ -77,6 +102,13 @@ class SamplingParams:
                 f"found {str(dict(self.logit_bias))[:80]}"
             )
 
+    @property
+    def looks_back(self) -> bool:
+        """Does the choice of a token depend on those generated before it?"""
+        return bool(
+            self.min_tokens or self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        )
+
     def _check_integers(self) -> None:
         checks: tuple[tuple[str, int | None, int, int], ...] = (
             ("top_k", self.top_k, -1, 2**31 - 1),
@@ -90,6 +122,8 @@ class SamplingParams:
                 raise RequestError(f"{name} is {value!r}, wanted an integer from {least} to {most}")
         if not all(_is_integer(token) and token >= 0 for token in self.stop_token_ids):
             raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}, wanted token ids")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise RequestError(f"grammar is {str(self.grammar)[:80]!r}, wanted a Grammar")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -111,12 +145,16 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to complete. ``stop_token_ids`` of the params are added to ``eos_token_ids`` of the model."""
+    """One prompt to complete. ``stop_token_ids`` of the params are added to ``eos_token_ids`` of the model.
+
+    Requests of different ``client_id`` take turns where they have to wait.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     eos_token_ids: frozenset[int] = frozenset()
+    client_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,3 +177,5 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the EOS or stop token that ended it
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0  # of the prompt: found in the prefix cache, not computed
+    error: str | None = None  # with FinishReason.ERROR

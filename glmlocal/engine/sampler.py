@@ -7,37 +7,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from glmlocal.engine.batch import SampledToken, ScheduledRequest
+from glmlocal.engine.grammar import Constraint
 from glmlocal.engine.request import Request, SamplingParams, TokenLogprob
-from glmlocal.engine.scheduler import SampledToken, ScheduledRequest
 
 
 class Sampler:
-    """Chooses tokens and owns one random generator per seeded request, so that a batch never changes a sample."""
+    """Chooses tokens and owns what a request's choices depend on besides its logits: one random generator per request,
+    so that a batch never changes a sample, and its place in its grammar."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self._generators: dict[str, torch.Generator] = {}
+        self._constraints: dict[str, Constraint] = {}
 
-    def sample(self, logits: Tensor, scheduled: Sequence[ScheduledRequest]) -> dict[str, SampledToken]:
-        """logits fp32 [requests, vocab], one row per scheduled request → the token of each."""
-        return {
-            item.request.request_id: self._sample_one(row, item) for row, item in zip(logits, scheduled, strict=True)
-        }
+    def constrain(self, request_id: str, constraint: Constraint) -> None:
+        """Hold a request to a grammar from its first token on."""
+        self._constraints[request_id] = constraint
 
-    def forget(self, request_id: str) -> None:
-        """Drop a finished request's generator."""
-        self._generators.pop(request_id, None)
-
-    def _sample_one(self, logits: Tensor, scheduled: ScheduledRequest) -> SampledToken:
-        params = scheduled.request.params
-        adjusted = apply_penalties(logits, scheduled.request, scheduled.output_token_ids)
+    def sample(self, logits: Tensor, scheduled: ScheduledRequest) -> SampledToken:
+        """logits fp32 [vocab] of the request's last token → its next. Raises EngineError for a grammar that cannot be
+        followed further."""
+        request, params = scheduled.request, scheduled.request.params
+        constraint = self._constraints.get(request.request_id)
+        adjusted = apply_penalties(logits, request, scheduled.output_token_ids)
+        if constraint is not None:
+            adjusted = _constrained(adjusted, logits, constraint)
         if params.temperature == 0:
             token_id = int(adjusted.numpy().argmax())  # numpy's is several times as fast as torch's
         else:
-            token_id = self._draw(truncated_probs(adjusted, params), scheduled.request)
-        return SampledToken(
-            token_id, None if params.logprobs is None else logprob_of(logits, token_id, params.logprobs)
-        )
+            token_id = self._draw(truncated_probs(adjusted, params), request)
+        ends = constraint is not None and constraint.accept(token_id)
+        logprob = None if params.logprobs is None else logprob_of(logits, token_id, params.logprobs)
+        return SampledToken(token_id, logprob, ends)
+
+    def forget(self, request_id: str) -> None:
+        """Drop what belongs to a request that has ended."""
+        self._generators.pop(request_id, None)
+        self._constraints.pop(request_id, None)
 
     def _draw(self, probs: Tensor, request: Request) -> int:
         generator = self._generators.get(request.request_id)
@@ -53,6 +60,17 @@ class Sampler:
         cumulative = probs.double().cumsum(0)
         threshold = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
         return int(torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(probs) - 1))
+
+
+def _constrained(adjusted: Tensor, logits: Tensor, constraint: Constraint) -> Tensor:
+    """fp32 [vocab], -inf where the grammar says no. It comes before every other wish: where penalties or min_tokens
+    forbid all that it allows, they do not count."""
+    allowed = constraint.allowed()
+    if allowed is None:
+        return adjusted
+    mask = torch.from_numpy(allowed)
+    masked = adjusted.masked_fill(~mask, float("-inf"))
+    return masked if float(masked.max()) > float("-inf") else logits.masked_fill(~mask, float("-inf"))
 
 
 def apply_penalties(logits: Tensor, request: Request, output_token_ids: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from glmlocal import kernels
-from glmlocal.layers.context import ForwardContext
+from glmlocal.layers.context import ForwardContext, StepCancelled
 from glmlocal.layers.embedding import Embedding
 from glmlocal.layers.experts import Experts, ResidentExperts
 from glmlocal.layers.linear import Linear
@@ -68,9 +68,14 @@ class Glm4MoeForCausalLM:
     mtp: tuple[MTPLayer, ...]
 
     def __call__(self, input_ids: Tensor, context: ForwardContext) -> Tensor:
-        """input_ids int64 [tokens] → hidden states after the final norm, fp32 [tokens, hidden]."""
+        """input_ids int64 [tokens] → hidden states after the final norm, fp32 [tokens, hidden].
+
+        Raises StepCancelled between two layers when the context says so.
+        """
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
+            if context.is_cancelled():
+                raise StepCancelled
             x = layer(x, context)
         return self.norm(x)
 

@@ -33,15 +33,16 @@ class StopStrings:
         self._stops = tuple(stops)
         self._held = ""
         self._stopped = False
+        self.matched: str | None = None  # the stop string that was found
 
     def push(self, text: str) -> tuple[str, bool]:
         """Text that cannot be part of a stop string any more, and whether one was found; all later text is dropped."""
         if self._stopped:
             return "", True
         text = self._held + text
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:
-            _, start = min(found)
+            _, start, self.matched = min(found)
             self._held, self._stopped = "", True
             return text[:start], True
         keep = len(text) - held_back(text, self._stops)

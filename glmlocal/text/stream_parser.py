@@ -5,14 +5,16 @@ The rules are those of the ``glm45`` reasoning parsers of vLLM and SGLang:
 * A stream that starts in reasoning may open with white space and ``<think>``; both are swallowed.
 * ``</think>`` ends the reasoning. So does ``<tool_call>``, for models that forget ``</think>``; the tag is content.
 * Without either, everything is reasoning.
-* A stray ``</think>`` in content is dropped, but not inside ``<tool_call>…</tool_call>``: arguments stay as they are.
+* A stray ``</think>`` in content is dropped, but not inside ``<tool_call>…</tool_call>``: arguments stay as they are,
+  and a ``</tool_call>`` inside ``<arg_value>…</arg_value>`` is part of an argument.
 
 White space: vLLM and today's SGLang pass the newlines around the tags on (older SGLang stripped all white space). GLM's
 chat template, when it takes a stored answer apart, strips newlines and nothing else: ``rstrip('\\n')`` and
 ``lstrip('\\n')`` on the reasoning, ``lstrip('\\n')`` on the content. That is done here, because the newline that
 GLM-4.5 writes on both sides of ``</think>`` belongs to the format and not to the answer.
 
-The result does not depend on how the text is cut into chunks. Tool calls are recognised only so far as needed above.
+The result does not depend on how the text is cut into chunks. Tool calls are recognised only so far as needed above;
+``tool_calls`` takes them out of the content.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ from glmlocal.text.stop import held_back
 
 _THINK, _END_THINK = "<think>", "</think>"
 _CALL, _END_CALL = "<tool_call>", "</tool_call>"
+_VALUE, _END_VALUE = "<arg_value>", "</arg_value>"
 
-_State = Literal["opening", "reasoning", "content", "call"]
+_State = Literal["opening", "reasoning", "content", "call", "value"]
 _TAGS: Final[dict[_State, tuple[str, ...]]] = {
     "opening": (_THINK,),
     "reasoning": (_END_THINK, _CALL),
     "content": (_END_THINK, _CALL),
-    "call": (_END_CALL,),
+    "call": (_END_CALL, _VALUE),
+    "value": (_END_VALUE,),
 }
 
 
@@ -112,8 +116,10 @@ class ReasoningParser:
         if self._state == "reasoning":
             self._newlines, self._at_start = "", True
             self._state = "content"
-        if tag == _CALL:
+        if tag in (_CALL, _END_VALUE):
             self._state = "call"
+        elif tag == _VALUE:
+            self._state = "value"
         elif tag == _END_CALL:
             self._state = "content"
         if tag != _END_THINK:

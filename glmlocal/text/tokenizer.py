@@ -27,6 +27,7 @@ class Tokenizer:
 
     ``vocab_size``     one more than the highest id in use; a model's embedding may have more rows (padding)
     ``special_ids``    ids left out by ``decode(..., skip_special_tokens=True)``; ``</think>`` is *not* one of them
+    ``added_ids``      ids of tokens that stand beside the vocabulary: special ones, ``</think>``, ``<tool_call>`` …
     ``eos_ids``        ids that end a turn according to the tokenizer's own files
     ``special_tokens`` names such as ``bos_token`` → their text, for chat templates
     """
@@ -48,6 +49,7 @@ class Tokenizer:
         self._suffix_ids = list(suffix_ids)
         self._bytes: dict[int, bytes] = {id_: token.content.encode() for id_, token in added.items()}
         self.vocab_size = vocab_size
+        self.added_ids = frozenset(added)
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
+from glmlocal.engine.batch import ScheduledRequest
 from glmlocal.engine.request import Request, SamplingParams, TokenLogprob
 from glmlocal.engine.sampler import Sampler, apply_penalties, logprob_of, truncated_probs
-from glmlocal.engine.scheduler import ScheduledRequest
 from glmlocal.errors import RequestError
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, -2.0])
@@ -29,9 +29,9 @@ def kept(**params: object) -> set[int]:
 
 def test_greedy_takes_the_largest_and_the_lowest_id_among_equals() -> None:
     sampler = Sampler(6)
-    assert sampler.sample(LOGITS[None], [item(SamplingParams(temperature=0))])["r"].token_id == 4
-    tied = torch.tensor([[0.0, 5.0, 5.0, 1.0, 5.0, 0.0]])
-    assert sampler.sample(tied, [item(SamplingParams(temperature=0))])["r"].token_id == 1
+    assert sampler.sample(LOGITS, item(SamplingParams(temperature=0))).token_id == 4
+    tied = torch.tensor([0.0, 5.0, 5.0, 1.0, 5.0, 0.0])
+    assert sampler.sample(tied, item(SamplingParams(temperature=0))).token_id == 1
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_prompt_and_output() -> None:
@@ -72,7 +72,7 @@ def test_samples_follow_the_distribution() -> None:
     params = SamplingParams(temperature=0.7, top_k=3)
     probs = truncated_probs(LOGITS, params)
     sampler, scheduled = Sampler(6), item(SamplingParams(temperature=0.7, top_k=3, seed=1))
-    counts = Counter(sampler.sample(LOGITS[None], [scheduled])["r"].token_id for _ in range(4000))
+    counts = Counter(sampler.sample(LOGITS, scheduled).token_id for _ in range(4000))
     expected = probs / probs.sum() * 4000
     chi_square = sum((counts[i] - float(expected[i])) ** 2 / float(expected[i]) for i in (4, 0, 1))
     assert set(counts) == {4, 0, 1}
@@ -85,8 +85,7 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch() -> None:
         others = [
             ScheduledRequest(Request(str(i), (0,), SamplingParams()), (0,), 0, (0,), (), True) for i in range(rows)
         ]
-        logits = LOGITS.expand(rows + 1, -1)
-        return [sampler.sample(logits, [*others, seeded])["r"].token_id for _ in range(20)]
+        return [[sampler.sample(LOGITS, each) for each in (*others, seeded)][-1].token_id for _ in range(20)]
 
     assert draw(0) == draw(3)
     assert len(set(draw(0))) > 1
@@ -98,7 +97,7 @@ def test_logprobs_are_of_the_unmodified_logits() -> None:
     assert got == TokenLogprob(1, float(expected[1]), ((4, float(expected[4])), (0, float(expected[0]))))
     sampler = Sampler(6)
     params = SamplingParams(temperature=0, logprobs=0, logit_bias={1: 100.0})
-    token = sampler.sample(LOGITS[None], [item(params)])["r"]
+    token = sampler.sample(LOGITS, item(params))
     assert (token.token_id, token.logprob) == (1, TokenLogprob(1, float(expected[1]), ()))
 
 

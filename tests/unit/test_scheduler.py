@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glmlocal.engine.batch import Batch, SampledToken
 from glmlocal.engine.block_pool import BlockPool
 from glmlocal.engine.request import FinishReason, Request, SamplingParams
-from glmlocal.engine.scheduler import Batch, SampledToken, Scheduler
+from glmlocal.engine.scheduler import Scheduler
 from glmlocal.errors import RequestError
 
 EOS = 9
@@ -21,7 +22,8 @@ def make(
 
 
 def request(name: str, num_tokens: int, **params: object) -> Request:
-    return Request(name, tuple(range(10, 10 + num_tokens)), SamplingParams.from_dict(params), frozenset({EOS}))
+    first = 10 + 1000 * (sum(name.encode()) % 97)  # prompts of different names share no prefix
+    return Request(name, tuple(range(first, first + num_tokens)), SamplingParams.from_dict(params), frozenset({EOS}))
 
 
 def finish(scheduler: Scheduler, batch: Batch, token: int = 7) -> dict[str, FinishReason | None]:
@@ -88,8 +90,8 @@ def test_the_youngest_is_preempted_and_recomputed_when_blocks_run_out() -> None:
     scheduler.check_integrity()
     scheduler.abort("old")
     (item,) = scheduler.schedule().requests
-    assert (item.request.request_id, item.start, len(item.token_ids)) == ("young", 0, 9)  # prompt and its first output
-    assert item.output_token_ids == (7,)
+    # The prefix cache still has its first block; the second went to the old one. Prompt and its first output:
+    assert (item.request.request_id, item.start, item.token_ids[-1], len(item.token_ids)) == ("young", 4, 7, 5)
 
 
 def test_abort_frees_blocks_while_waiting_and_while_running() -> None:
@@ -144,7 +146,8 @@ def test_every_request_is_served_exactly_once_whatever_the_budget(
         assert len(batch.requests) <= max_batch
         for item in batch.requests:
             name = item.request.request_id
-            assert item.start in (0, computed.get(name, 0))  # continues, or starts again after preemption
+            # Continues; after preemption it starts again, at most where the cache ends.
+            assert item.start == computed.get(name, 0) or (item.start % 4 == 0 and scheduler.counters.num_preempted)
             computed[name] = item.start + len(item.token_ids)
             assert len(item.block_ids) * 4 >= computed[name]
         ended += [name for name, reason in finish(scheduler, batch).items() if reason]

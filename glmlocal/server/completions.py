@@ -1,0 +1,187 @@
+"""``POST /v1/completions``: text as it stands, without the chat template."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from glmlocal.completion import Completion
+from glmlocal.server import sse
+from glmlocal.server.context import ServerContext
+from glmlocal.server.errors import api_error, bad_request, error_body
+from glmlocal.server.generation import Generation, Step, Wanted
+from glmlocal.server.limits import MAX_N
+from glmlocal.server.model import ServedModel
+from glmlocal.server.openai_types import CompletionRequest
+from glmlocal.server.prompts import Prompt
+from glmlocal.server.reply import Reply, timings_dict, usage_dict
+
+
+async def completions(body: CompletionRequest, request: Request, context: ServerContext) -> Response:
+    model = context.state.ready()
+    headers = context.state.answering(body.model)
+    if body.suffix:
+        raise bad_request("suffix is not supported; put what comes before into prompt", "suffix")
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise bad_request("best_of is not supported; ask for n answers and choose among them", "best_of")
+    prompts = await asyncio.to_thread(_prompts, model, body.prompt)
+    n = body.n or 1
+    if len(prompts) * n > MAX_N:
+        raise bad_request(f"{len(prompts)} prompts × n {n} are more than {MAX_N} answers; send fewer", "prompt")
+    sampling = {"max_tokens": 16, **{key: value for key, value in body.sampling().items() if value is not None}}
+    wanted = Wanted(sampling, n, client_id=body.user or "")
+    generations = [Generation(model, prompt, wanted, context.metrics) for prompt in prompts]
+    group = _Group(generations)
+    await group.start()
+    answer = _Answer(model, body, context.state.served_names[0], generations, n)
+    if body.stream:
+        return context.stream(_chunks(answer, group), group, headers)
+    return JSONResponse(await context.collected(answer.collect(group), group, request), headers=headers)
+
+
+def _prompts(model: ServedModel, prompt: str | Sequence[Any]) -> list[Prompt]:
+    """One prompt, or a list of them; token ids are taken as they are. Raises RequestError or ApiError."""
+    if isinstance(prompt, str):
+        return [Prompt(tuple(model.tokenizer.encode(prompt, add_special_tokens=True)))]
+    if prompt and all(isinstance(part, int) for part in prompt):
+        return [Prompt(tuple(int(part) for part in prompt))]
+    if not prompt:
+        raise bad_request("prompt is an empty list", "prompt")
+    return [each for part in prompt for each in _prompts(model, part)]
+
+
+class _Group:
+    """Generations of several prompts that run side by side; like one of them to its reader."""
+
+    def __init__(self, generations: Sequence[Generation]) -> None:
+        self._generations = generations
+
+    async def start(self) -> None:
+        try:
+            for generation in self._generations:
+                await generation.start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        for generation in self._generations:
+            await generation.stop()
+
+    async def steps(self) -> AsyncIterator[tuple[int, Step]]:
+        """Steps with the number of their prompt, prompt by prompt; the engine computes them all at once."""
+        for number, generation in enumerate(self._generations):
+            steps = generation.steps()
+            try:
+                async for step in steps:
+                    yield number, step
+            finally:
+                await sse.aclose(steps)
+
+
+@dataclass(slots=True)
+class _Answer:
+    model: ServedModel
+    body: CompletionRequest
+    served_name: str
+    generations: Sequence[Generation]
+    n: int
+    response_id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
+    created: int = field(default_factory=lambda: int(time.time()))
+    replies: list[Reply] = field(init=False)
+    _num_chars: list[int] = field(init=False)  # of each answer so far: where the next token begins
+
+    def __post_init__(self) -> None:
+        num_answers = len(self.generations) * self.n
+        self.replies = [Reply(self.model) for _ in range(num_answers)]
+        self._num_chars = [0] * num_answers
+
+    def frame(self, **fields: Any) -> dict[str, Any]:
+        head = {"id": self.response_id, "object": "text_completion", "created": self.created}
+        return {**head, "model": self.served_name, **fields}
+
+    async def collect(self, group: _Group) -> dict[str, Any]:
+        steps = group.steps()
+        try:
+            async for number, step in steps:
+                self.replies[number * self.n + step.index].take(step.delta)
+        finally:
+            await sse.aclose(steps)
+        choices = [
+            self.choice(index, self.echoed(index) + reply.text, reply.finish_reason)
+            for index, reply in enumerate(self.replies)
+        ]
+        return self.frame(choices=choices, **self.totals())
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": self._logprobs(index), "finish_reason": finish_reason}
+
+    def echoed(self, index: int) -> str:
+        """The prompt's own text, if it is to come first."""
+        if not self.body.echo:
+            return ""
+        prompt = self.generations[index // self.n].prompt_token_ids
+        text = self.model.tokenizer.decode(prompt, skip_special_tokens=True)
+        self._num_chars[index] = max(self._num_chars[index], len(text))
+        return text
+
+    def totals(self) -> dict[str, Any]:
+        completions = [reply.completion for reply in self.replies if reply.completion is not None]
+        num_prompt_tokens = sum(generation.num_prompt_tokens for generation in self.generations)
+        return {"usage": usage_dict(num_prompt_tokens, completions), "timings": timings_dict(completions)}
+
+    def _logprobs(self, index: int) -> dict[str, Any] | None:
+        """Of the answer's tokens that were not reported yet, in the shape of this old API."""
+        reply = self.replies[index]
+        if self.body.logprobs is None or not reply.logprobs:
+            return None
+        entries, reply.logprobs = reply.logprobs, []
+        tokens = [_token_text(self.model, entry.token_id) for entry in entries]
+        offsets = []
+        for token in tokens:
+            offsets.append(self._num_chars[index])
+            self._num_chars[index] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [max(entry.logprob, -9999.0) for entry in entries],
+            "top_logprobs": [
+                {_token_text(self.model, token): max(logprob, -9999.0) for token, logprob in entry.top}
+                for entry in entries
+            ],
+            "text_offset": offsets,
+        }
+
+
+def _token_text(model: ServedModel, token_id: int) -> str:
+    return model.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+
+async def _chunks(answer: _Answer, group: _Group) -> AsyncIterator[bytes]:
+    options = answer.body.stream_options
+    steps = group.steps()
+    begun: set[int] = set()
+    try:
+        async for number, step in steps:
+            index = number * answer.n + step.index
+            reply = answer.replies[index]
+            reply.take(step.delta)
+            completion: Completion | None = step.delta.completion
+            text = step.delta.text if index in begun else answer.echoed(index) + step.delta.text
+            if text or completion is not None:
+                begun.add(index)
+                finish_reason = None if completion is None else reply.finish_reason
+                yield sse.data(answer.frame(choices=[answer.choice(index, text, finish_reason)]))
+        if options is not None and options.include_usage:
+            yield sse.data(answer.frame(choices=[], **answer.totals()))
+    except Exception as error:
+        yield sse.data(error_body(api_error(error), anthropic=False))
+    finally:
+        await sse.aclose(steps)
+    yield sse.DONE
