@@ -76,9 +76,13 @@ class Driver:
 
 @contextlib.asynccontextmanager
 async def running(
-    tmp_path: Path, url: str = "", *, size: tuple[int, int] = (80, 24), prepare: Callable[[ChatApp], None] | None = None,
+    tmp_path: Path,
+    url: str = "",
+    *,
+    size: tuple[int, int] = (80, 24),
+    prepare: Callable[[ChatApp], None] | None = None,
     **options: Any,
-) -> AsyncIterator[Driver]:  # fmt: skip
+) -> AsyncIterator[Driver]:
     """The app on a screen of its own size, with its files under ``tmp_path``."""
     app = ChatApp(
         Options(

@@ -1,1 +1,1 @@
-"""The terminal app: a program of its own that talks HTTP and SSE to a chat server; it imports nothing of ``glmlocal``."""
+"""The terminal app: a program of its own that talks HTTP to a chat server; it imports nothing of ``glmlocal``."""

@@ -27,7 +27,7 @@ from glmlocal_tui.widgets.transcript import Transcript
 if TYPE_CHECKING:
     from glmlocal_tui.app import ChatApp
     from glmlocal_tui.messages import SessionChosen
-    from glmlocal_tui.store import Hit
+    from glmlocal_tui.store import Hit, Summary
 
 
 class CommandRunner:
@@ -82,13 +82,17 @@ class CommandRunner:
         choices = [Choice(mentions.quoted(path), replaces, path) for path in paths]
         return [choice for choice in choices if choice.insert != exact]
 
+    async def _sessions(self) -> list[Summary]:
+        none: list[Summary] = []
+        return await self._app.keeper.ask(self._app.keeper.store.sessions, none)
+
     async def _words_for(self, name: str) -> list[str]:
         if name == "theme":
             return sorted(self._app.available_themes)
         if name == "model":
             return list(self._app.state.models)
         if name == "load":
-            return [item.title for item in await self._app.keeper.ask(self._app.keeper.store.sessions, [])]
+            return [item.title for item in await self._sessions()]
         return ["code"] if name == "copy" else []
 
     # -- conversations
@@ -99,7 +103,7 @@ class CommandRunner:
 
     async def do_load(self, words: str) -> None:
         if words:
-            sessions = await self._app.keeper.ask(self._app.keeper.store.sessions, [])
+            sessions = await self._sessions()
             for same in (lambda title: title == words, lambda title: words.casefold() in title.casefold()):
                 for item in sessions:
                     if same(item.title):
@@ -150,7 +154,7 @@ class CommandRunner:
 
     async def do_rename_chosen(self, words: str = "") -> None:
         id_ = self._app.query_one(Sidebar).chosen()
-        titles = {item.id: item.title for item in await self._app.keeper.ask(self._app.keeper.store.sessions, [])}
+        titles = {item.id: item.title for item in await self._sessions()}
 
         async def named(title: str | None) -> None:
             if title is None or id_ is None:

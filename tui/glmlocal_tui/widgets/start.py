@@ -72,7 +72,9 @@ def _phase(state: ServerState, width: int) -> list[Content]:
 
 
 def _loading(loading: Loading, width: int) -> list[Content]:
-    fraction = loading.done_bytes / loading.total_bytes if loading.total_bytes else 0.0
+    if not loading.total_bytes:
+        return [Content("loading the model …")]
+    fraction = loading.done_bytes / loading.total_bytes
     where = {"ram": "RAM", "gpu": "GPU memory", "nvme": "NVMe"}.get(loading.tier, loading.tier)
     text = f"loading into {where or 'memory'}: {size(loading.done_bytes)} of {size(loading.total_bytes)}"
     if loading.eta_s is not None:
