@@ -1,7 +1,8 @@
-"""The app's parts without a screen: cleaning, SSE, blocks of Markdown, branches, commands, mentions, settings, export."""
+"""The app's parts without a screen: cleaning, SSE, Markdown blocks, branches, commands, mentions, settings, export."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -37,7 +38,8 @@ CHUNKS = [
     {"choices": [{"delta": {"content": "hé\x1b[2J"}}]},
     {"choices": [{"delta": {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{"}}]}}]},
     {"choices": [{"delta": {}, "finish_reason": "stop"}]},
-    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 2}},
+    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4,
+                              "prompt_tokens_details": {"cached_tokens": 2}},
      "timings": {"time_to_first_token_s": 0.5, "decode_tokens_per_s": 9.5}},
 ]  # fmt: skip
 EVENTS = [
@@ -56,7 +58,7 @@ def test_a_stream_is_read_the_same_however_it_is_cut(cuts: list[int]) -> None:
     data = ("\n\n".join(lines) + "\n\ndata: [DONE]\n\n").encode()
     bounds = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     reader = sse.Lines()
-    payloads = [line for start, end in zip(bounds, bounds[1:], strict=False) for line in reader.feed(data[start:end])]
+    payloads = [line for start, end in itertools.pairwise(bounds) for line in reader.feed(data[start:end])]
     assert [event for payload in payloads for event in sse.events(payload)] == EVENTS
     assert reader.done
 
@@ -115,7 +117,7 @@ def test_blocks_do_not_depend_on_chunks(cuts: list[int]) -> None:
     whole, pieces = Blocks(), Blocks()
     whole.append(MARKDOWN)
     bounds = [0, *sorted(cuts), len(MARKDOWN)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         pieces.append(MARKDOWN[start:end])
     assert pieces.all() == whole.all()
     assert "".join(block.source for block in pieces.all()) == MARKDOWN

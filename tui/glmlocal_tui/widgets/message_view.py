@@ -22,7 +22,7 @@ class Branches(Static):
     DEFAULT_CSS = "Branches { height: 1; width: auto; color: $text-muted; } Branches.-one { display: none; }"
 
     def __init__(self, message_id: str, position: int, count: int) -> None:
-        super().__init__(classes="-one" if count < 2 else "")
+        super().__init__(classes="-one" if count < 2 else "-many")
         self._message_id = message_id
         self.update(f"[@click=older]‹[/] {position}/{count} [@click=newer]›[/]")
 
