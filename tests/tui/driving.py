@@ -49,12 +49,12 @@ class Driver:
                     start += len(segment.text)
         raise AssertionError(f"no {word!r} in:\n{self.text}")
 
-    async def wait(self, condition: str | Callable[[], bool], timeout_s: float = 30.0) -> None:
+    async def wait(self, condition: str | Callable[[], bool], timeout_s: float = 60.0) -> None:
         """Until a text is on the screen, or a condition holds."""
         end = time.monotonic() + timeout_s
         while not (condition in self.text if isinstance(condition, str) else condition()):
             assert time.monotonic() < end, f"never saw {condition!r} in:\n{self.text}"
-            await self.pilot.pause(0.01)
+            await asyncio.sleep(0.04)
 
     async def gone(self, text: str) -> None:
         await self.wait(lambda: text not in self.text)

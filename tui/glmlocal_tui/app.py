@@ -137,6 +137,8 @@ class ChatApp(App[int]):
     # -- the server
 
     def on_server_changed(self, event: ServerChanged) -> None:
+        if not self.query(StatusBar):  # the app is closing
+            return
         state = event.state
         self.query_one(StartView).show(state)
         text = {READY: "", STARTING: "starting the server …"}.get(state.phase, state.problem)
@@ -157,6 +159,8 @@ class ChatApp(App[int]):
         return self.model or (self.state.models[0] if self.state.models else "")
 
     def update_status(self) -> None:
+        if not self.query(StatusBar):  # the app is closing
+            return
         answering, state = self.answering, self.state
         thinks = state.stats is None or state.stats.model.supports_thinking
         phase = "answering" if answering and answering.tokens else "waiting" if answering else state.phase
@@ -176,7 +180,8 @@ class ChatApp(App[int]):
         return used + (self.answering.tokens if self.answering else 0)
 
     def _tick(self) -> None:
-        self.query_one(Dashboard).tick(self.answering.tokens_per_s if self.answering else 0.0)
+        for dashboard in self.query(Dashboard):
+            dashboard.tick(self.answering.tokens_per_s if self.answering else 0.0)
 
     # -- writing and answering
 
@@ -258,8 +263,9 @@ class ChatApp(App[int]):
         if usage is not None:
             self._measured = Measured(usage.decode_tokens_per_s or 0.0, usage.first_token_s, 0)
         self.answering = None
-        self.update_status()
-        await self.show_sessions()
+        if self.query(StatusBar):  # else the app is closing
+            self.update_status()
+            await self.show_sessions()
 
     async def _until_ready(self, view: AnswerView) -> None:
         """A message may be sent while the model loads: it waits for it."""

@@ -75,6 +75,7 @@ class AnswerView(MessageView):
     def waiting(self, text: str) -> None:
         """What happens before the first token: prompt progress, or a queue."""
         self._note.update(Content(text))
+        self._note.display = True
 
     def action_regenerate(self) -> None:
         self.post_message(RegenerateRequested(self.message.id))
