@@ -97,7 +97,7 @@ async def running(
     if prepare is not None:
         prepare(app)
     try:
-        async with app.run_test(size=size) as pilot:
+        async with app.run_test(size=size, notifications=True) as pilot:
             yield Driver(app, pilot)
     finally:
         await app.aclose()

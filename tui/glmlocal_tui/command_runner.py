@@ -36,14 +36,14 @@ class CommandRunner:
         self._deleted: list[str] = []  # ids, for /undo
 
     async def run(self, call: Call) -> None:
-        try:
-            await getattr(self, f"do_{call.command.name}")(call.words)
-        except ValueError as error:  # a sentence about the words
-            self._app.say(str(error), problem=True)
+        await self.run_name(call.command.name, call.words)
 
     async def run_name(self, name: str, words: str = "") -> None:
-        """For keys: also the two that only the sidebar has."""
-        await getattr(self, f"do_{name}")(words)
+        """For keys: also the two commands that only the sidebar has."""
+        try:
+            await getattr(self, f"do_{name}")(words)
+        except ValueError as error:  # a sentence about the words, or about what is missing
+            self._app.say(str(error), problem=True)
 
     def start(self, name: str) -> None:
         """For the palette: run a command, or begin to type it if it needs words."""

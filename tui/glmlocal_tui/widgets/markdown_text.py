@@ -31,6 +31,7 @@ class MarkdownText(Widget):
         self._drawn = 0  # closed blocks that are in _closed_lines
         self._tail_lines: list[Strip] = []
         self._growing = GrowingCode()
+        self._finished = bool(text)  # a text that is there from the start is whole
         if text:
             self._blocks.append(text)
 
@@ -45,6 +46,7 @@ class MarkdownText(Widget):
         """Add text at the end; only what it changes is drawn."""
         if not text:
             return
+        self._finished = False
         self._blocks.append(text)
         if self._look is None:
             self._relayout()
@@ -59,7 +61,7 @@ class MarkdownText(Widget):
 
     def finish(self) -> None:
         """No more text comes: the last block is drawn as a finished one."""
-        self._growing = GrowingCode()
+        self._finished = True
         if self._look is not None:
             self._draw(self._look)
         self._relayout()
@@ -136,4 +138,5 @@ class MarkdownText(Widget):
         self._tail_lines = [line for block in self._blocks.tail for line in self._tail(block, look, len(closed))]
 
     def _tail(self, block: Block, look: Look, number: int) -> list[Strip]:
-        return (self._growing.lines if block.code is not None else block_lines)(block, look, number)
+        grows = block.code is not None and not self._finished
+        return (self._growing.lines if grows else block_lines)(block, look, number)

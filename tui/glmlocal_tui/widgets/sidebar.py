@@ -34,7 +34,7 @@ class Sidebar(Vertical):
     ]
 
     def compose(self) -> ComposeResult:
-        yield Static("d delete · r rename · u undo", markup=False)
+        yield Static("d delete  r rename  u undo", markup=False)
         yield OptionList(markup=False)
 
     @property
