@@ -80,7 +80,6 @@ async def running(
     url: str = "",
     *,
     size: tuple[int, int] = (80, 24),
-    prepare: Callable[[ChatApp], None] | None = None,
     **options: Any,
 ) -> AsyncIterator[Driver]:
     """The app on a screen of its own size, with its files under ``tmp_path``."""
@@ -94,8 +93,6 @@ async def running(
             **options,
         )
     )
-    if prepare is not None:
-        prepare(app)
     try:
         async with app.run_test(size=size, notifications=True) as pilot:
             yield Driver(app, pilot)

@@ -64,18 +64,16 @@ SCREENS: dict[str, Callable[[Driver, ScriptedServer], Awaitable[None]]] = {
 @pytest.mark.parametrize("size", SIZES, ids=[f"{width}x{height}" for width, height in SIZES])
 @pytest.mark.parametrize("name", SCREENS)
 async def test_screen_is_as_it_was(tmp_path: Path, server: ScriptedServer, name: str, size: tuple[int, int]) -> None:
-    server.stats = stats("loading", loading={"done_bytes": 12 << 30, "total_bytes": 20 << 30, "eta_s": 9.0, "tier": "ram"})
+    loading = {"done_bytes": 12 << 30, "total_bytes": 20 << 30, "eta_s": 9.0, "tier": "ram"}
+    server.stats = stats("loading", loading=loading)
     server.script([think("Short and clear."), text(ANSWER), tool(0, "lookup", '{"q": "MoE"}'), finish(), usage()])
 
-    def still(app: object) -> None:
-        """What differs from run to run is not looked at: the time of thinking, and the curve's points."""
-        app.cursor_blink = False  # type: ignore[attr-defined]
-
-    async with running(tmp_path, server.url, size=size, prepare=still) as driver:
+    async with running(tmp_path, server.url, size=size) as driver:
         from glmlocal_tui.widgets.dashboard import Dashboard
         from glmlocal_tui.widgets.prompt import Prompt
         from glmlocal_tui.widgets.thinking import Thinking
 
+        # What differs from run to run is not looked at: the curve's points, the cursor, the time of thinking.
         driver.app.query_one(Dashboard).tick = lambda rate: None  # type: ignore[method-assign]
         driver.app.query_one(Prompt).cursor_blink = False
         await driver.wait("60%")
