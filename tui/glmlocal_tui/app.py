@@ -6,16 +6,17 @@ import asyncio
 import contextlib
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from textual import work
+from textual import on, work
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
+from textual.widgets import OptionList
 from textual.worker import Worker
 
 from glmlocal_tui import commands, mentions, settings
@@ -237,21 +238,22 @@ class ChatApp(App[int]):
             await self.show_conversation()
         else:
             await transcript.add(conversation, [message])
-        view = transcript.view_of(message.id)
-        assert isinstance(view, AnswerView)
 
         async def paint(newer: Message) -> None:
             conversation.update(newer)
             self.keeper.changed(conversation, newer)
-            if view.is_mounted:
+            view = transcript.view_of(newer.id)  # looked up: the reader may have had the transcript drawn anew
+            if isinstance(view, AnswerView):
                 await view.show(newer)
 
-        sampling = replace(self.sampling, thinking=self.sampling.thinking)
-        self.answering = Answering(
-            self.client, conversation, message, self.model_name, sampling, paint, lambda text: self._waits(view, text)
-        )
+        def waits(text: str) -> None:
+            view = transcript.view_of(message.id)
+            if isinstance(view, AnswerView):
+                view.waiting(text)
+
+        self.answering = Answering(self.client, conversation, message, self.model_name, self.sampling, paint, waits)
         try:
-            await self._until_ready(view)
+            await self._until_ready(waits)
             self.answering.model = self.model_name
             finished = await self.answering.run()
         except asyncio.CancelledError:  # stopped before the request was sent
@@ -267,15 +269,11 @@ class ChatApp(App[int]):
             self.update_status()
             await self.show_sessions()
 
-    async def _until_ready(self, view: AnswerView) -> None:
+    async def _until_ready(self, waits: Callable[[str], None]) -> None:
         """A message may be sent while the model loads: it waits for it."""
         while self.state.phase in (STARTING, LOADS):
-            self._waits(view, "waiting for the model · Esc takes the message back from the queue")
+            waits("waiting for the model · Esc takes the message back from the queue")
             await asyncio.sleep(0.1)
-
-    def _waits(self, view: AnswerView, text: str) -> None:
-        if view.is_mounted:
-            view.waiting(text)
 
     async def stop_answer(self) -> None:
         """Stop, keep what came, and wait until it is so."""
@@ -363,7 +361,7 @@ class ChatApp(App[int]):
     @work(exclusive=True, group="completion")
     async def on_prompt_changed(self, event: PromptChanged) -> None:
         completions, prompt = self.query_one(Completions), self.query_one(Prompt)
-        completions.offer(await self.commands.choices(event.before))
+        completions.offer(await self.commands.choices(event.before), event.before)
         prompt.menu_is_open = completions.is_open
         found = await asyncio.to_thread(mentions.find, event.text, self.options.root)
         chips = [
@@ -379,24 +377,19 @@ class ChatApp(App[int]):
         if event.key in ("up", "down"):
             completions.move(-1 if event.key == "up" else 1)
             return
-        if event.key == "accept":
-            self._accept(completions, prompt)
+        choice, before = completions.chosen(), prompt.before_cursor()
+        fresh = choice is not None and before == completions.offered_for  # else typed on since
+        if choice is not None and fresh and event.key != "escape" and before != choice.insert.rstrip():
+            prompt.complete(choice.insert, choice.replaces)
+        elif event.key == "enter":  # nothing left to complete
+            self.post_message(Submitted(prompt.text))
         completions.offer([])
         prompt.menu_is_open = False
 
-    def on_option_list_option_selected(self) -> None:
-        completions, prompt = self.query_one(Completions), self.query_one(Prompt)
-        self._accept(completions, prompt)
-        prompt.focus()
-
-    def _accept(self, completions: Completions, prompt: Prompt) -> None:
-        choice = completions.chosen()
-        if choice is None:
-            return
-        before = prompt.before_cursor()
-        if before == choice.insert.rstrip() or before == choice.insert:  # nothing left to complete: Enter runs it
-            prompt.post_message(Submitted(prompt.text))
-        prompt.complete(choice.insert, choice.replaces)
+    @on(OptionList.OptionSelected, "Completions")
+    def _completion_clicked(self) -> None:
+        self.on_prompt_menu_key(Prompt.MenuKey("tab"))
+        self.query_one(Prompt).focus()
 
     def on_chip_removed(self, event: Chip.Removed) -> None:
         prompt = self.query_one(Prompt)

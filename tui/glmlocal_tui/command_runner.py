@@ -78,9 +78,9 @@ class CommandRunner:
             return []
         replaces = len(before) - before.rindex("@")
         paths = await asyncio.to_thread(mentions.complete, token, self._app.options.root)
-        exact = mentions.quoted(token)
-        choices = [Choice(mentions.quoted(path), replaces, path) for path in paths]
-        return [choice for choice in choices if choice.insert != exact]
+        if token in paths and not token.endswith("/"):  # it is complete: Enter sends
+            return []
+        return [Choice(mentions.quoted(path), replaces, path) for path in paths if path != token]
 
     async def _sessions(self) -> list[Summary]:
         none: list[Summary] = []

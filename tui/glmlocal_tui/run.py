@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
 
 from glmlocal_tui.options import Options
@@ -26,6 +27,11 @@ def run(options: Options) -> int:
 
     async def live() -> int:
         app = ChatApp(options)
+        for number in (
+            signal.SIGTERM,
+            signal.SIGHUP,
+        ):  # leave by unwinding, so that the terminal gets its settings back
+            asyncio.get_running_loop().add_signal_handler(number, app.exit, 128 + number)
         try:
             code = await app.run_async()
         finally:

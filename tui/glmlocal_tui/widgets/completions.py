@@ -31,13 +31,15 @@ class Completions(OptionList, can_focus=False):
     def __init__(self) -> None:
         super().__init__(markup=False)
         self._choices: list[Choice] = []
+        self.offered_for = ""
 
     @property
     def is_open(self) -> bool:
         return bool(self._choices)
 
-    def offer(self, choices: Sequence[Choice]) -> None:
-        self._choices = list(choices)
+    def offer(self, choices: Sequence[Choice], before: str = "") -> None:
+        """Show what may complete ``before``, the text before the cursor; nothing closes the menu."""
+        self._choices, self.offered_for = list(choices), before
         self.clear_options()
         label = min(max((len(choice.label) for choice in choices), default=0), 40)
         for choice in choices:

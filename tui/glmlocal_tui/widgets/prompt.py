@@ -32,7 +32,7 @@ class Prompt(TextArea):
     ]
 
     class MenuKey(Message):
-        """A key for the completion menu: up, down, accept, close."""
+        """A key for the completion menu: up, down, tab, enter, escape."""
 
         def __init__(self, key: str) -> None:
             super().__init__()
@@ -83,9 +83,8 @@ class Prompt(TextArea):
 
     async def _on_key(self, event: events.Key) -> None:
         if self.menu_is_open and event.key in ("up", "down", "tab", "enter", "escape"):
-            keys = {"tab": "accept", "enter": "accept", "escape": "close"}
             self._swallow(event)
-            self.post_message(self.MenuKey(keys.get(event.key, event.key)))
+            self.post_message(self.MenuKey(event.key))
         elif event.key == "enter":
             self._swallow(event)
             if self.before_cursor().endswith("\\"):  # for terminals that cannot tell Shift+Enter
