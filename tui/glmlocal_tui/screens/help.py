@@ -19,13 +19,13 @@ KEYS = (
     ("Ctrl+J, Shift+Enter", "new line (also \\ Enter)"),
     ("Up, Down", "earlier prompts, at the first and last line"),
     ("@path", "attach a text file; Tab completes"),
-    ("Esc", "stop the answer and keep it; back to the prompt"),
-    ("PageUp, PageDown", "scroll; Ctrl+End follows the newest text again"),
+    ("Esc", "stop the answer, keep it; back to the prompt"),
+    ("PageUp, PageDown", "scroll; Ctrl+End follows the newest text"),
     ("Tab, Shift+Tab", "from the prompt to messages and back"),
-    ("on a message", "c copy · y copy code · e edit · r answer again · ← → branches"),
-    ("F1 F2 F3 F4 F5", "help, conversations, search, dashboard, settings"),
-    ("F6, F7, Ctrl+R", "edit the last message, copy the answer, answer again"),
-    ("Ctrl+N, Ctrl+P, Ctrl+Q", "new conversation, command palette, leave"),
+    ("on a message", "c copy, y copy code, e edit, r again, ← → branches"),
+    ("F1 F2 F3 F4 F5", "help, chats, search, dashboard, settings"),
+    ("F6, F7, Ctrl+R", "edit last message, copy answer, answer again"),
+    ("Ctrl+N, Ctrl+P, Ctrl+Q", "new chat, command palette, leave"),
 )
 
 

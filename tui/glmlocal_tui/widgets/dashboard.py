@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from textual.app import ComposeResult
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
@@ -25,6 +26,7 @@ class Measured:
 class Dashboard(VerticalScroll, can_focus=False):
     DEFAULT_CSS = """
     Dashboard { width: 36; display: none; border-left: solid $primary; padding: 0 1; background: $surface; }
+    Dashboard { scrollbar-gutter: stable; scrollbar-size-vertical: 1; }
     Dashboard.-shown { display: block; }
     Screen.-narrow Dashboard { dock: right; layer: above; }
     Dashboard > Static { height: auto; }
@@ -35,7 +37,7 @@ class Dashboard(VerticalScroll, can_focus=False):
         self._body = Static(markup=False)
         self._rates: deque[float] = deque(maxlen=120)  # tokens per second, one a second
 
-    def compose(self):  # type: ignore[no-untyped-def]
+    def compose(self) -> ComposeResult:
         yield self._body
 
     def tick(self, tokens_per_s: float) -> None:
@@ -44,7 +46,7 @@ class Dashboard(VerticalScroll, can_focus=False):
 
     def show(self, stats: Stats | None, measured: Measured) -> None:
         if self.has_class("-shown"):
-            width = max(self.content_region.width, 20)
+            width = max(self.scrollable_content_region.width, 20)
             self._body.update(Content("\n").join(panel(stats, measured, list(self._rates), width)))
 
 

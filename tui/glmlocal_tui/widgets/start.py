@@ -12,7 +12,7 @@ from glmlocal_tui.widgets.bars import bar, fit
 
 _HINTS = (
     "Enter sends · Ctrl+J new line · Esc stops · @file attaches",
-    "/ commands · Ctrl+P palette · F1 keys · F2 conversations · F3 search · F4 dashboard",
+    "/ commands · Ctrl+P palette · F1 help · F2 chats · F3 search · F4 dashboard",
 )
 
 

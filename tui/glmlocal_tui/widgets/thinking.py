@@ -24,6 +24,9 @@ class Thinking(Collapsible):
     def append(self, text: str) -> None:
         self._text.append(text)
 
+    def scroll_visible(self, *options: object, **named: object) -> None:
+        """Nothing: a Collapsible that folds would otherwise scroll to itself, away from the text that comes."""
+
     def finish(self, *, fold: bool) -> None:
         """The answer begins, or nothing more comes."""
         self._text.finish()
