@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from textual import on, work
+from textual import work
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
-from textual.widgets import OptionList
-from textual.worker import Worker
 
 from glmlocal_tui import commands, mentions, settings
+from glmlocal_tui.answer_runner import AnswerRunner
 from glmlocal_tui.answering import Answering
 from glmlocal_tui.cleaning import one_line
 from glmlocal_tui.client import Client, Sampling
 from glmlocal_tui.command_runner import CommandRunner
 from glmlocal_tui.connection import LOADS, LOST, NO_KEY, READY, STARTING, Connection, ServerState
-from glmlocal_tui.conversation import Attachment, Conversation, Message, new_id, user_message
+from glmlocal_tui.conversation import Attachment, Conversation, Message, user_message
 from glmlocal_tui.keeper import Keeper
 from glmlocal_tui.messages import (
     BranchStep,
     CopyRequested,
     EarlierRequested,
     EditRequested,
-    PromptChanged,
     RegenerateRequested,
     ServerChanged,
     SessionChosen,
@@ -41,10 +38,8 @@ from glmlocal_tui.messages import (
 from glmlocal_tui.options import Options
 from glmlocal_tui.server_process import ServerProcess
 from glmlocal_tui.store import Store
-from glmlocal_tui.widgets.answer_view import AnswerView
 from glmlocal_tui.widgets.banner import Banner
-from glmlocal_tui.widgets.chips import Chip, ChipInfo, Chips
-from glmlocal_tui.widgets.completions import Completions
+from glmlocal_tui.widgets.composer import Composer
 from glmlocal_tui.widgets.dashboard import Dashboard, Measured
 from glmlocal_tui.widgets.jump import Jump
 from glmlocal_tui.widgets.prompt import Prompt
@@ -94,10 +89,8 @@ class ChatApp(App[int]):
         self.conversation = self.new_conversation()
         self.model = options.model
         self.sampling = self._sampling()
-        self.answering: Answering | None = None
+        self.answers = AnswerRunner(self)
         self.editing: Message | None = None  # the message that the prompt's text will take the place of
-        self._answer: Worker[None] | None = None
-        self._measured = Measured()
         self._leaving = False
 
     def compose(self) -> ComposeResult:
@@ -109,9 +102,7 @@ class ChatApp(App[int]):
                     yield Transcript()
                 yield Jump()
                 yield Banner()
-                yield Completions()
-                yield Chips()
-                yield Prompt()
+                yield Composer(self.options.root, self.commands.choices)
                 yield StatusBar()
             yield Dashboard()
 
@@ -152,6 +143,11 @@ class ChatApp(App[int]):
         self.update_status()
 
     @property
+    def answering(self) -> Answering | None:
+        """The answer that is being written."""
+        return self.answers.answering
+
+    @property
     def state(self) -> ServerState:
         return self.connection.state
 
@@ -165,12 +161,12 @@ class ChatApp(App[int]):
         answering, state = self.answering, self.state
         thinks = state.stats is None or state.stats.model.supports_thinking
         phase = "answering" if answering and answering.tokens else "waiting" if answering else state.phase
-        rate = answering.tokens_per_s if answering else self._measured.tokens_per_s
+        rate = answering.tokens_per_s if answering else self.answers.measured.tokens_per_s
         thinking = self.sampling.thinking if thinks else None
         used = self.context_used()
         status = Status(self.model_name or self.options.target, phase, thinking, used, state.context, rate)
         self.query_one(StatusBar).show(status)
-        first = answering.first_token_s if answering else self._measured.first_token_s
+        first = answering.first_token_s if answering else self.answers.measured.first_token_s
         self.query_one(Dashboard).show(state.stats, Measured(rate, first, used))
         self.query_one(Jump).show(bool(self.conversation.messages) and not self.query_one(Transcript).follows)
 
@@ -223,66 +219,7 @@ class ChatApp(App[int]):
             await self.show_conversation()
         else:
             await self.show_talk(message)
-        self.start_answer(message.id)
-
-    def start_answer(self, parent_id: str) -> None:
-        """Ask for an answer to a message; it is drawn as it comes."""
-        self._answer = self._run_answer(self.conversation, parent_id)
-
-    @work(group="answer")
-    async def _run_answer(self, conversation: Conversation, parent_id: str) -> None:
-        message = Message(new_id(), parent_id, "assistant", "", model=self.model_name, created_s=time.time())
-        conversation.add(message)
-        transcript = self.query_one(Transcript)
-        if len(conversation.siblings(message.id)) > 1:
-            await self.show_conversation()
-        else:
-            await transcript.add(conversation, [message])
-
-        async def paint(newer: Message) -> None:
-            conversation.update(newer)
-            self.keeper.changed(conversation, newer)
-            view = transcript.view_of(newer.id)  # looked up: the reader may have had the transcript drawn anew
-            if isinstance(view, AnswerView):
-                await view.show(newer)
-
-        def waits(text: str) -> None:
-            view = transcript.view_of(message.id)
-            if isinstance(view, AnswerView):
-                view.waiting(text)
-
-        self.answering = Answering(self.client, conversation, message, self.model_name, self.sampling, paint, waits)
-        try:
-            await self._until_ready(waits)
-            self.answering.model = self.model_name
-            finished = await self.answering.run()
-        except asyncio.CancelledError:  # stopped before the request was sent
-            finished = replace(self.answering.current(), ending="stopped")
-            await paint(finished)
-        if finished.ending == "error":
-            self.connection.hurry()
-        usage = finished.usage
-        if usage is not None:
-            self._measured = Measured(usage.decode_tokens_per_s or 0.0, usage.first_token_s, 0)
-        self.answering = None
-        if self.query(StatusBar):  # else the app is closing
-            self.update_status()
-            await self.show_sessions()
-
-    async def _until_ready(self, waits: Callable[[str], None]) -> None:
-        """A message may be sent while the model loads: it waits for it."""
-        while self.state.phase in (STARTING, LOADS):
-            waits("waiting for the model · Esc takes the message back from the queue")
-            await asyncio.sleep(0.1)
-
-    async def stop_answer(self) -> None:
-        """Stop, keep what came, and wait until it is so."""
-        worker = self._answer
-        if worker is None or self.answering is None:
-            return
-        worker.cancel()
-        while self.answering is not None:
-            await asyncio.sleep(0.01)
+        self.answers.start(message.id)
 
     def _attachments(self, text: str, pastes: dict[str, str]) -> list[Attachment]:
         """The files and pastes of a text. Raises ValueError for a file that cannot be sent."""
@@ -318,8 +255,7 @@ class ChatApp(App[int]):
         self.update_status()
 
     async def show_sessions(self) -> None:
-        sidebar = self.query_one(Sidebar)
-        if sidebar.has_class("-shown"):
+        for sidebar in self.query(Sidebar).filter(".-shown"):  # none: it is hidden, or the app is closing
             await self.keeper.flush()
             sidebar.show(await self.keeper.ask(self.keeper.store.sessions, []), self.conversation.id)
 
@@ -327,7 +263,7 @@ class ChatApp(App[int]):
         await self.commands.open_session(event.session_id, event.message_id)
 
     async def on_branch_step(self, event: BranchStep) -> None:
-        await self.stop_answer()
+        await self.answers.stop()
         if self.conversation.switch(event.message_id, event.step):
             self.keeper.changed(self.conversation)
             await self.show_conversation()
@@ -356,45 +292,6 @@ class ChatApp(App[int]):
         """A short-lived line in the corner. Never markup: the text may be anybody's."""
         self.notify(one_line(text, 600), severity="error" if problem else "information", markup=False)
 
-    # -- completion and chips
-
-    @work(exclusive=True, group="completion")
-    async def on_prompt_changed(self, event: PromptChanged) -> None:
-        completions, prompt = self.query_one(Completions), self.query_one(Prompt)
-        completions.offer(await self.commands.choices(event.before), event.before)
-        prompt.menu_is_open = completions.is_open
-        found = await asyncio.to_thread(mentions.find, event.text, self.options.root)
-        chips = [
-            ChipInfo(item.token, f"{one_line(item.path, 40)} · {commands.size_of(item)}", item.problem)
-            for item in found
-        ]
-        pastes = prompt.pastes()
-        chips += [ChipInfo(token, token.strip("[]")) for token in pastes]
-        await self.query_one(Chips).show(chips)
-
-    def on_prompt_menu_key(self, event: Prompt.MenuKey) -> None:
-        completions, prompt = self.query_one(Completions), self.query_one(Prompt)
-        if event.key in ("up", "down"):
-            completions.move(-1 if event.key == "up" else 1)
-            return
-        choice, before = completions.chosen(), prompt.before_cursor()
-        fresh = choice is not None and before == completions.offered_for  # else typed on since
-        if choice is not None and fresh and event.key != "escape" and before != choice.insert.rstrip():
-            prompt.complete(choice.insert, choice.replaces)
-        elif event.key == "enter":  # nothing left to complete
-            self.post_message(Submitted(prompt.text))
-        completions.offer([])
-        prompt.menu_is_open = False
-
-    @on(OptionList.OptionSelected, "Completions")
-    def _completion_clicked(self) -> None:
-        self.on_prompt_menu_key(Prompt.MenuKey("tab"))
-        self.query_one(Prompt).focus()
-
-    def on_chip_removed(self, event: Chip.Removed) -> None:
-        prompt = self.query_one(Prompt)
-        prompt.set_text(prompt.text.replace(event.token, "", 1).strip(" "))
-
     # -- keys
 
     async def action_command(self, name: str) -> None:
@@ -406,7 +303,7 @@ class ChatApp(App[int]):
             self.query_one(Banner).tell("editing", "")
             self.query_one(Prompt).set_text("")
         elif self.answering is not None:
-            await self.stop_answer()
+            await self.answers.stop()
         self.query_one(Prompt).focus()
 
     def action_scroll_page(self, step: int) -> None:
@@ -430,7 +327,7 @@ class ChatApp(App[int]):
 
     async def action_quit(self) -> None:
         """Leave when everything is saved; the second time, whatever is not."""
-        await self.stop_answer()
+        await self.answers.stop()
         saved = await self.keeper.flush()
         if not saved and not self._leaving:
             self._leaving = True

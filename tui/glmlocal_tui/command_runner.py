@@ -179,7 +179,7 @@ class CommandRunner:
 
     async def _delete(self, id_: str) -> None:
         keeper = self._app.keeper
-        await self._app.stop_answer()
+        await self._app.answers.stop()
         await keeper.flush()
         await keeper.ask(lambda: keeper.store.delete(id_), None)
         self._deleted.append(id_)
@@ -205,7 +205,7 @@ class CommandRunner:
 
     async def _show(self, conversation: Conversation, message_id: str = "") -> None:
         app = self._app
-        await app.stop_answer()
+        await app.answers.stop()
         await app.keeper.flush()
         app.editing = None
         app.query_one(Banner).tell("editing", "")
@@ -223,10 +223,10 @@ class CommandRunner:
 
     async def answer_again(self, message_id: str) -> None:
         message = self._app.conversation.messages[message_id]
-        await self._app.stop_answer()
+        await self._app.answers.stop()
         question = message.id if message.role == "user" else message.parent_id
         if question is not None:
-            self._app.start_answer(question)
+            self._app.answers.start(question)
 
     async def do_edit(self, words: str = "") -> None:
         asked = [message for message in self._app.conversation.path() if message.role == "user"]
@@ -236,7 +236,7 @@ class CommandRunner:
 
     async def edit_message(self, message_id: str) -> None:
         app = self._app
-        await app.stop_answer()
+        await app.answers.stop()
         message = app.conversation.messages[message_id]
         app.editing = message
         pastes = {item.name: item.text for item in message.attachments if item.kind == "paste"}

@@ -5,9 +5,6 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from glmlocal_tui.mentions import Mention
-from glmlocal_tui.stats import size
-
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -79,8 +76,3 @@ def complete(text: str) -> list[Command]:
     if not text.startswith("/") or any(char.isspace() for char in text):
         return []
     return [command for command in COMMANDS if command.name.startswith(text[1:])]
-
-
-def size_of(mention: Mention) -> str:
-    """The size of a mentioned file, for its chip."""
-    return size(mention.nbytes)
