@@ -21,6 +21,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import pexpect
+import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
@@ -78,6 +79,11 @@ class RawTerminal:
             if select.select([self._process.child_fd], [], [], left_s)[0]:
                 os.read(self._process.child_fd, 65536)
 
+    def cpu_s(self) -> float:
+        """What the app has used so far, in seconds of one core."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
+
     def end(self) -> int:
         self._process.expect(pexpect.EOF, timeout=30)
         self._process.close()
@@ -101,8 +107,11 @@ def measure(server: ScriptedServer, home: str, args: argparse.Namespace) -> dict
     terminal.drain(args.warm)
     server.sent_s.clear()
     began_s = time.monotonic()
+    cpu_s = terminal.cpu_s()
     busy = _key_echo_ms(terminal, args.keys)
-    streamed = len(server.sent_s) / (time.monotonic() - began_s)
+    cpu_s = terminal.cpu_s() - cpu_s
+    streamed_s = time.monotonic() - began_s
+    streamed = len(server.sent_s) / streamed_s
     assert streamed > 0, "the answer ended before the last key: --tokens must be larger"
     terminal.type("\x1b")
     terminal.see("stopped")
@@ -114,6 +123,7 @@ def measure(server: ScriptedServer, home: str, args: argparse.Namespace) -> dict
         **_spread("first_token_over_server_ms", firsts),
         **_spread("key_echo_idle_ms", idle),
         **_spread("key_echo_streaming_ms", busy),
+        "app_cpu_share_streaming": round(cpu_s / streamed_s, 2),
         "streamed_tokens_per_s": round(streamed, 1),
         "load_average": round(os.getloadavg()[0], 1),
     }

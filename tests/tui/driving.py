@@ -37,6 +37,11 @@ class Driver:
     def text(self) -> str:
         return "\n".join(line.rstrip() for line in self.lines)
 
+    @property
+    def flat(self) -> str:
+        """The screen with every run of blanks and line ends as one blank, for texts that may be wrapped."""
+        return " ".join(self.text.split())
+
     def style_at(self, word: str) -> Any:
         """The rich style of the cell where a text begins."""
         for strip in self.app.screen._compositor.render_strips():
