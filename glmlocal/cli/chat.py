@@ -1,6 +1,7 @@
-"""``glmlocal chat MODEL``: one answer with ``-p`` or a pipe, a conversation on a terminal.
+"""``glmlocal chat MODEL``: the terminal app on a terminal, one answer with ``-p`` or a pipe, lines with ``--plain``.
 
-stdout holds the answer and nothing else; loading, thinking, notes and the footer go to stderr.
+The app is a program of its own: it starts a server of its own or talks to the one at ``--url`` (``chat_app``). In the
+plain mode stdout holds the answer and nothing else; loading, thinking, notes and the footer go to stderr.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from glmlocal.cli.chat_app import add_server_options, app_fits, run_app
 from glmlocal.cli.options import add_engine_options, add_plan_option, at_least, planned
 from glmlocal.cli.pull import offer_to_pull
 from glmlocal.cli.stdin import SILENCE_S, clean_argument, read_ready_stdin, read_stdin, stdin_is_screen
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  glmlocal chat demo                               a conversation; /help lists its commands
+  glmlocal chat demo                               the terminal app; F1 lists keys and commands
+  glmlocal chat demo --plain                       a conversation line by line
+  glmlocal chat --url http://127.0.0.1:8000        the app with a server that runs already, of any make
   glmlocal chat demo -p "What is MoE?"             one answer on stdout
   glmlocal chat demo -p "Summarise:" < notes.txt   the prompt, a blank line, and the file
   git diff | glmlocal chat demo --json             the prompt from a pipe, the answer as JSON
@@ -39,11 +43,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "chat",
         help="talk to a model",
-        description="Talk to a model. MODEL is a directory, a .gguf file or demo.",
+        description="Talk to a model in the terminal app. MODEL is a directory, a .gguf file or demo.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, or demo")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a checkpoint directory, a .gguf file, or demo")
+    parser.add_argument("--plain", action="store_true", help="a conversation line by line instead of the app")
+    add_server_options(parser)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer TEXT and exit; - reads it from stdin")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--context", type=at_least(1), metavar="N", help="tokens for prompt and answer together")
@@ -79,6 +85,12 @@ def run(args: argparse.Namespace) -> int:
     if args.raw and system is not None:
         raise ConfigError("--system has no place in a raw completion; leave out --raw or --system")
     interactive = prompt is None and stdin_is_screen()
+    if args.url is not None or (interactive and app_fits(args)):
+        return run_app(args, sampling, system, interactive=interactive)
+    if args.model is None:
+        raise ConfigError("chat needs a MODEL, or --url of a server; see `glmlocal chat --help`")
+    if args.api_key_file is not None:
+        raise ConfigError("--api-key-file goes with --url; leave it out")
     if interactive and args.json:
         raise ConfigError("--json prints one answer: give the prompt with -p TEXT or through a pipe")
     if prompt in (None, "-") and not interactive:

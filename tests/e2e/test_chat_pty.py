@@ -25,7 +25,7 @@ def open_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 
     def start(*arguments: str, **options: Any) -> Terminal:
         environment = {"GLMLOCAL_HOME": str(tmp_path / "home"), "PYTHONPATH": str(TESTS)}
-        command = options.pop("command", None) or [sys.executable, "-c", ENTRY, "chat", *arguments]
+        command = options.pop("command", None) or [sys.executable, "-c", ENTRY, "chat", "--plain", *arguments]
         terminal = Terminal(command, **{**environment, **options})
         opened.append(terminal)
         return terminal
@@ -220,7 +220,7 @@ def test_a_terminated_session_gives_the_terminal_back(open_terminal: Open) -> No
 
 
 def test_a_pipe_as_stdout_gets_the_answers_alone(open_terminal: Open, tmp_path: Path) -> None:
-    script = f'exec {sys.executable} -c "$ENTRY" chat thinker > {tmp_path / "out"}'
+    script = f'exec {sys.executable} -c "$ENTRY" chat --plain thinker > {tmp_path / "out"}'
     terminal = open_terminal(command=["/bin/sh", "-c", script], ENTRY=ENTRY)
     terminal.say("hello there")
     terminal.wait("first token")

@@ -1,0 +1,167 @@
+"""How long the terminal app lets a person wait: first paint, Enter to first token, and keys while an answer streams.
+
+The app runs in a real pseudo-terminal; the server is the tests' scripted one, in this process, so that both ends read
+one clock. Predicted: a key is drawn in the next frame (1/60 s) after at most one drawing of the answer (a quarter of
+the time, by design). The last line is JSON.
+
+    python benchmarks/chat_latency.py [--rate 200] [--warm 5] [--keys 60]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import pexpect
+import psutil
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests")]
+
+from tui.scripted_server import ScriptedServer, finish, scripted, stats, text, usage  # noqa: E402
+
+SENTENCE = "The router sends **each token** to a few `experts`, and the others stay cold in memory."
+WORDS = [word + " " for word in SENTENCE.split()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=float, default=200.0, help="tokens per second of the stream")
+    parser.add_argument("--tokens", type=int, default=20000, help="tokens of the long answer")
+    parser.add_argument("--warm", type=float, default=5.0, help="seconds of the answer before the first key")
+    parser.add_argument("--keys", type=int, default=60, help="keys typed while it streams, and while nothing happens")
+    parser.add_argument("--asks", type=int, default=10, help="questions for the time to the first token")
+    args = parser.parse_args()
+    with scripted(stats=stats()) as server, tempfile.TemporaryDirectory() as home:
+        result = measure(server, home, args)
+    for name, value in result.items():
+        print(f"{name:32} {value}")
+    print(json.dumps(result))
+    return 0
+
+
+class RawTerminal:
+    """A process in a pseudo-terminal whose output is searched as bytes: drawing it here would cost too much."""
+
+    def __init__(self, command: list[str], **environment: str) -> None:
+        variables = {
+            **os.environ,
+            "TERM": "xterm-256color",
+            "COLORTERM": "truecolor",
+            "LC_ALL": "C.UTF-8",
+            **environment,
+        }
+        self._process = pexpect.spawn(command[0], command[1:], env=variables, dimensions=(30, 100))
+
+    def type(self, text: str) -> None:
+        self._process.send(text)
+
+    def see(self, text: str, timeout_s: float = 60.0) -> float:
+        """Read until a text has been written in one piece; the time it was seen."""
+        wanted, data, end_s = text.encode(), b"", time.monotonic() + timeout_s
+        while wanted not in data:
+            if select.select([self._process.child_fd], [], [], 1.0)[0]:
+                data = data[-200:] + os.read(self._process.child_fd, 65536)
+            assert time.monotonic() < end_s, f"never saw {text!r} in {data[-2000:]!r}"
+        return time.monotonic()
+
+    def drain(self, duration_s: float) -> None:
+        end_s = time.monotonic() + duration_s
+        while (left_s := end_s - time.monotonic()) > 0:
+            if select.select([self._process.child_fd], [], [], left_s)[0]:
+                os.read(self._process.child_fd, 65536)
+
+    def cpu_s(self) -> float:
+        """What the app has used so far, in seconds of one core."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.user + times.system)
+
+    def end(self) -> int:
+        self._process.expect(pexpect.EOF, timeout=30)
+        self._process.close()
+        return int(self._process.exitstatus)
+
+
+def measure(server: ScriptedServer, home: str, args: argparse.Namespace) -> dict[str, Any]:
+    start_s = time.monotonic()
+    command = [sys.executable, "-m", "glmlocal_tui", "--url", server.url]
+    terminal = RawTerminal(command, XDG_DATA_HOME=home, XDG_CONFIG_HOME=home)
+    first_paint_s = terminal.see("Ask something") - start_s
+    terminal.see("ready")
+    terminal.drain(1.0)
+    firsts = [_first_token_ms(terminal, server, number) for number in range(args.asks)]
+    idle = _key_echo_ms(terminal, args.keys)
+    server.step_s = 1 / args.rate
+    tokens = [text(WORDS[n % len(WORDS)] + ("" if n % 60 else "\n\n")) for n in range(args.tokens)]
+    server.script([*tokens, finish(), usage()])
+    terminal.type("long\r")
+    terminal.see("router")
+    terminal.drain(args.warm)
+    server.sent_s.clear()
+    began_s = time.monotonic()
+    cpu_s = terminal.cpu_s()
+    busy = _key_echo_ms(terminal, args.keys)
+    cpu_s = terminal.cpu_s() - cpu_s
+    streamed_s = time.monotonic() - began_s
+    streamed = len(server.sent_s) / streamed_s
+    assert streamed > 0, "the answer ended before the last key: --tokens must be larger"
+    terminal.type("\x1b")
+    terminal.see("stopped")
+    terminal.type("\x11")
+    code = terminal.end()
+    assert code == 0, code
+    return {
+        "first_paint_s": round(first_paint_s, 3),
+        **_spread("first_token_over_server_ms", firsts),
+        **_spread("key_echo_idle_ms", idle),
+        **_spread("key_echo_streaming_ms", busy),
+        "app_cpu_share_streaming": round(cpu_s / streamed_s, 2),
+        "streamed_tokens_per_s": round(streamed, 1),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+
+
+def _first_token_ms(terminal: RawTerminal, server: ScriptedServer, number: int) -> float:
+    """From the server's sending of the first token to the writing of its cells."""
+    word = f"first{number:03}"
+    server.script([text(word), finish(), usage()])
+    terminal.type("q")
+    terminal.drain(0.3)
+    server.sent_s.clear()
+    terminal.type("\r")
+    seen_s = terminal.see(word)
+    terminal.drain(0.7)
+    return 1000 * (seen_s - server.sent_s[0])
+
+
+def _key_echo_ms(terminal: RawTerminal, keys: int) -> list[float]:
+    """Type one rare character at a time and wait until it is drawn; the prompt is empty again at the end."""
+    found = []
+    for number in range(keys):
+        letter = chr(0x9F00 + number)
+        start_s = time.monotonic()
+        terminal.type(letter)
+        found.append(1000 * (terminal.see(letter) - start_s))
+        terminal.drain(0.05)  # a fast typist
+    terminal.type("\x15")
+    terminal.drain(0.3)
+    return found
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    return {
+        f"{name}_median": round(median(values), 1),
+        f"{name}_p95": round(quantiles(values, n=20)[-1], 1),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

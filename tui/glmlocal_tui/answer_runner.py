@@ -1,0 +1,93 @@
+"""Runs one answer at a time for the app: begins it, paints it where the reader is, stops it, and says how it went."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from textual.worker import Worker
+
+from glmlocal_tui.answering import Answering
+from glmlocal_tui.connection import LOADS, STARTING
+from glmlocal_tui.conversation import Conversation, Message, new_id
+from glmlocal_tui.widgets.answer_view import AnswerView
+from glmlocal_tui.widgets.dashboard import Measured
+from glmlocal_tui.widgets.transcript import Transcript
+
+if TYPE_CHECKING:
+    from glmlocal_tui.app import ChatApp
+
+
+class AnswerRunner:
+    """``answering`` is the answer that is being written, ``measured`` how fast the last finished one was."""
+
+    def __init__(self, app: ChatApp) -> None:
+        self._app = app
+        self._worker: Worker[None] | None = None
+        self.answering: Answering | None = None
+        self.measured = Measured()
+
+    def start(self, parent_id: str) -> None:
+        """Ask for an answer to a message; it is drawn as it comes."""
+        run = self._run(self._app.conversation, parent_id)
+        self._worker = self._app.run_worker(run, group="answer")
+
+    async def stop(self) -> None:
+        """Stop, keep what came, and wait until it is so."""
+        if self._worker is None or self.answering is None:
+            return
+        self._worker.cancel()
+        while self.answering is not None:
+            await asyncio.sleep(0.01)
+
+    async def _run(self, conversation: Conversation, parent_id: str) -> None:
+        app = self._app
+        message = Message(new_id(), parent_id, "assistant", "", model=app.model_name, created_s=time.time())
+        conversation.add(message)
+        transcript = app.query_one(Transcript)
+        if len(conversation.siblings(message.id)) > 1:
+            await app.show_conversation()
+        else:
+            await transcript.add(conversation, [message])
+
+        async def paint(newer: Message) -> None:
+            conversation.update(newer)
+            app.keeper.changed(conversation, newer)
+            view = transcript.view_of(newer.id)  # looked up: the reader may have had the transcript drawn anew
+            if isinstance(view, AnswerView):
+                await view.show(newer)
+
+        def waits(text: str) -> None:
+            view = transcript.view_of(message.id)
+            if isinstance(view, AnswerView):
+                view.waiting(text)
+
+        answering = Answering(app.client, conversation, message, app.model_name, app.sampling, paint, waits)
+        self.answering = answering
+        try:
+            await self._until_ready(waits)
+            answering.model = app.model_name
+            finished = await answering.run()
+        except asyncio.CancelledError:  # stopped before the request was sent
+            finished = replace(answering.current(), ending="stopped")
+            await paint(finished)
+        self._done(finished)
+        await app.show_sessions()
+
+    async def _until_ready(self, waits: Callable[[str], None]) -> None:
+        """A message may be sent while the model loads: it waits for it."""
+        while self._app.state.phase in (STARTING, LOADS):
+            waits("waiting for the model · Esc takes the message back from the queue")
+            await asyncio.sleep(0.1)
+
+    def _done(self, finished: Message) -> None:
+        if finished.ending == "error":
+            self._app.connection.hurry()
+        usage = finished.usage
+        if usage is not None:
+            self.measured = Measured(usage.decode_tokens_per_s or 0.0, usage.first_token_s, 0)
+        self.answering = None
+        self._app.update_status()

@@ -1,0 +1,183 @@
+"""The HTTP side of the app: one chat server, OpenAI's paths, and glmlocal's ``/v1/stats`` where there is one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from glmlocal_tui import sse, stats
+from glmlocal_tui.cleaning import one_line
+
+GONE, REFUSED, CONTEXT, BUSY, LOADING, ODD = "gone", "refused", "context", "busy", "loading", "odd"
+_WAIT_S = 15.0  # to connect, or for a small answer; a stream may be silent for as long as the prompt takes
+
+
+class ServerError(Exception):
+    """The server cannot be asked, or said no. ``kind`` is one of the words above; the text says what to do."""
+
+    def __init__(self, kind: str, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What the user asked for. None: the model's or the server's own."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    thinking: bool | None = None
+    extra: tuple[tuple[str, Any], ...] = ()  # fields that only the command line sets
+
+
+@dataclass(slots=True)
+class Client:
+    """``url`` is the server's root, with or without ``/v1``. ``ours``: it has ``/v1/stats``; None: not known yet."""
+
+    url: str
+    key: str = field(default="", repr=False)
+    ours: bool | None = None
+    _http: httpx.AsyncClient | None = None
+
+    def _client(self) -> httpx.AsyncClient:
+        if self._http is None:
+            headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+            root = self.url.rstrip("/").removesuffix("/v1")
+            # trust_env: a proxy for the world must not be asked for the loopback server
+            local = any(name in root for name in ("//127.", "//localhost", "//[::1]"))
+            self._http = httpx.AsyncClient(base_url=root, headers=headers, timeout=_WAIT_S, trust_env=not local)
+        return self._http
+
+    async def aclose(self) -> None:
+        if self._http is not None:
+            http, self._http = self._http, None
+            await http.aclose()
+
+    async def stats(self) -> stats.Stats | None:
+        """None: a server of another kind. Raises ServerError."""
+        response = await self._get("/v1/stats")
+        if response.status_code == 200:
+            found = stats.parse(_json(response))
+            if found is not None:
+                self.ours = True
+                return found
+        elif response.status_code not in (400, 404, 405, 501):
+            raise refusal(response.status_code, response.content, response.headers)
+        self.ours = False
+        return None
+
+    async def models(self) -> list[str]:
+        """The names the server serves. Raises ServerError."""
+        response = await self._get("/v1/models")
+        if response.status_code != 200:
+            raise refusal(response.status_code, response.content, response.headers)
+        data = _json(response)
+        items = data.get("data") if isinstance(data, dict) else None
+        return [
+            one_line(item["id"])
+            for item in (items if isinstance(items, list) else [])
+            if isinstance(item, dict) and isinstance(item.get("id"), str)
+        ]
+
+    async def chat(self, model: str, messages: list[dict[str, Any]], sampling: Sampling) -> AsyncIterator[sse.Event]:
+        """The events of one answer. Leaving the loop early closes the connection, which stops the server's work.
+
+        Raises ServerError before the first event, or in the middle when the server goes away.
+        """
+        body = self._body(model, messages, sampling)
+        timeout = httpx.Timeout(_WAIT_S, read=None)
+        try:
+            async with self._client().stream("POST", "/v1/chat/completions", json=body, timeout=timeout) as response:
+                if response.status_code != 200:
+                    raise refusal(response.status_code, await response.aread(), response.headers)
+                lines, ended = sse.Lines(), False
+                async for data in response.aiter_bytes():
+                    for payload in lines.feed(data):
+                        for event in sse.events(payload):
+                            ended = ended or isinstance(event, (sse.Finish, sse.Failure))
+                            yield event
+                    if lines.done:
+                        return
+                if not ended:
+                    raise ServerError(GONE, "the server closed the connection in the middle of the answer")
+        except (httpx.HTTPError, OSError) as error:
+            raise _unreachable(self.url, error) from error
+        except sse.ProtocolError as error:
+            raise ServerError(ODD, f"{self.url} does not speak OpenAI's protocol: {error}") from error
+
+    def _body(self, model: str, messages: list[dict[str, Any]], sampling: Sampling) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": model, "messages": messages, "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        if self.ours:  # others refuse fields they do not know
+            body["stream_options"]["include_progress"] = True
+        for name in ("temperature", "top_p", "max_tokens"):
+            value = getattr(sampling, name)
+            if value is not None:
+                body[name] = value
+        body.update(sampling.extra)
+        if sampling.thinking is not None and (self.ours or not sampling.thinking):
+            body["chat_template_kwargs"] = {"enable_thinking": sampling.thinking}
+        return body
+
+    async def _get(self, path: str) -> httpx.Response:
+        try:
+            return await self._client().get(path)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            raise _unreachable(self.url, error) from error
+
+
+def refusal(status: int, body: bytes, headers: Any) -> ServerError:
+    """What an HTTP status that is not 200 means to the person at the screen."""
+    try:
+        data = json.loads(body)
+    except ValueError:
+        data = None
+    error = data.get("error", data.get("message")) if isinstance(data, dict) else None
+    failure = sse.failure(error) if error else sse.Failure("", "")
+    said = one_line(failure.message, 1000)
+    if status in (401, 403):
+        return ServerError(
+            REFUSED, f"the server refused the key ({said or status}); give the right one with --api-key-file"
+        )
+    if status == 503:
+        return ServerError(LOADING, said or "the model is still loading", _retry_after(headers))
+    if status == 429:
+        return ServerError(BUSY, said or "the server has no room for another request; try again", _retry_after(headers))
+    if is_context(failure):
+        return ServerError(CONTEXT, context_full(said))
+    if status == 404:
+        return ServerError(ODD, said or "the server has no chat completions here (404); is --url its root?")
+    return ServerError(ODD, f"the server said no ({status}): {said or 'no reason given'}")
+
+
+def is_context(failure: sse.Failure) -> bool:
+    return "context_length" in failure.code or "context length" in failure.message.casefold()
+
+
+def context_full(said: str) -> str:
+    return f"the conversation no longer fits the context: {said}. /new starts a fresh one; or edit an earlier message"
+
+
+def _retry_after(headers: Any) -> float | None:
+    try:
+        return float(headers.get("retry-after", ""))
+    except ValueError:
+        return None
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None
+
+
+def _unreachable(url: str, error: Exception) -> ServerError:
+    reason = one_line(str(error)) or type(error).__name__
+    return ServerError(GONE, f"no answer from {url}: {reason}")

@@ -1,0 +1,41 @@
+"""From options to an exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+from glmlocal_tui.options import Options
+
+
+def read_key(path: Path) -> str:
+    """The first line of a key file. Raises ValueError with a sentence."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the key file {path} cannot be read: {error}") from None
+    key = lines[0].strip() if lines else ""
+    if not key or not key.isascii() or not key.isprintable():
+        raise ValueError(f"the key file {path} has no key in its first line")
+    return key
+
+
+def run(options: Options) -> int:
+    """Open the app and stay in it; a server of our own ends with it."""
+    from glmlocal_tui.app import ChatApp
+
+    async def live() -> int:
+        app = ChatApp(options)
+        for number in (
+            signal.SIGTERM,
+            signal.SIGHUP,
+        ):  # leave by unwinding, so that the terminal gets its settings back
+            asyncio.get_running_loop().add_signal_handler(number, app.exit, 128 + number)
+        try:
+            code = await app.run_async()
+        finally:
+            await app.aclose()
+        return (app.return_code or 0) if code is None else code
+
+    return asyncio.run(live())

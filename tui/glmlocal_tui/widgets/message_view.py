@@ -1,0 +1,88 @@
+"""One message of the conversation: what both kinds have in common, and the user's."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.widgets import Static
+
+from glmlocal_tui.cleaning import one_line
+from glmlocal_tui.conversation import Attachment, Message
+from glmlocal_tui.messages import BranchStep, CopyRequested, EditRequested
+from glmlocal_tui.stats import size
+
+
+class Branches(Static):
+    """``‹ 2/3 ›`` where a message has alternatives; nothing where it has none."""
+
+    DEFAULT_CSS = "Branches { height: 1; width: auto; color: $text-muted; } Branches.-one { display: none; }"
+
+    def __init__(self, message_id: str, position: int, count: int) -> None:
+        super().__init__(classes="-one" if count < 2 else "-many")
+        self._message_id = message_id
+        self.update(f"[@click=older]‹[/] {position}/{count} [@click=newer]›[/]")
+
+    def action_older(self) -> None:
+        self.post_message(BranchStep(self._message_id, -1))
+
+    def action_newer(self) -> None:
+        self.post_message(BranchStep(self._message_id, 1))
+
+
+class MessageView(Vertical, can_focus=True):
+    DEFAULT_CSS = """
+    MessageView { height: auto; padding: 0 1; margin: 0 0 1 0; border-left: outer transparent; }
+    MessageView:focus { border-left: outer $accent; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("c", "copy", "Copy message"),
+        Binding("left", "branch(-1)", "Previous branch", show=False),
+        Binding("right", "branch(1)", "Next branch", show=False),
+        Binding("up", "app.focus_previous", "Previous message", show=False),
+        Binding("down", "app.focus_next", "Next message", show=False),
+    ]
+
+    def __init__(self, message: Message, position: int = 1, count: int = 1) -> None:
+        super().__init__(id=f"m{message.id}")
+        self.message = message
+        self._position, self._count = position, count
+
+    def branches(self) -> Branches:
+        return Branches(self.message.id, self._position, self._count)
+
+    def action_copy(self) -> None:
+        self.post_message(CopyRequested(self.message.for_model(), "message"))
+
+    def action_branch(self, step: int) -> None:
+        self.post_message(BranchStep(self.message.id, step))
+
+
+class UserView(MessageView):
+    """What the user said. Its text is shown as typed: no Markdown, no markup."""
+
+    DEFAULT_CSS = """
+    UserView { background: $boost; border-left: outer $primary; padding: 0 1; }
+    UserView .text { width: 1fr; height: auto; }
+    UserView .chips { width: 1fr; height: auto; color: $text-accent; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("e", "edit", "Edit and resend")]
+
+    def compose(self) -> ComposeResult:
+        yield self.branches()
+        yield Static(Content(self.message.content), classes="text", markup=False)
+        if self.message.attachments:
+            yield Static(
+                Content(" ".join(chip(item) for item in self.message.attachments)), classes="chips", markup=False
+            )
+
+    def action_edit(self) -> None:
+        self.post_message(EditRequested(self.message.id))
+
+
+def chip(item: Attachment) -> str:
+    what = one_line(item.name, 40) if item.kind == "file" else f"{item.text.count(chr(10)) + 1} lines pasted"
+    return f"▐ {what} · {size(len(item.text.encode('utf-8', 'replace')))} ▌"
