@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def _product(scheme: str, activations: Activations, best: _Best) -> ProductRate:
     for rows in ROWS:
         x, topk_weights = torch.randn(rows, HIDDEN), torch.rand(rows, TOP_K)
         ids = [(torch.arange(TOP_K, dtype=torch.int32) + first).repeat(rows, 1) for first in _firsts(num_experts)]
-        calls = [lambda i=i: kernels.experts_ffn(x, i, topk_weights, experts) for i in ids]  # type: ignore[misc] # noqa: B023
+        calls = [partial(kernels.experts_ffn, x, i, topk_weights, experts) for i in ids]
         rates.append(weights / best.of(calls, 4 if rows <= 4 else 1))
     x = torch.randn(MANY_ROWS, HIDDEN)
     many = best.of([lambda: kernels.linear(x, experts.gate[0])], 1)

@@ -20,10 +20,11 @@ import psutil
 
 from glmlocal import __version__, memory
 from glmlocal.errors import ConfigError, KernelUnavailable
-from glmlocal.machine import cgroups, disk, gpus, measurements
+from glmlocal.machine import cgroups, disk, gpus, kernel_rates, measurements
 from glmlocal.machine.cpu import Cpu, busy_cpus, probe, times
 from glmlocal.machine.files import key_values, read_int, read_text
 from glmlocal.machine.findings import findings, is_busy
+from glmlocal.machine.kernel_rates import KernelRates
 from glmlocal.machine.measurements import Measurements
 from glmlocal.paths import cache_home, measurements_file
 from glmlocal.units import KIB, MIB
@@ -72,14 +73,18 @@ def examine(
     }
     peaks = None if kernels["cause"] == "torch" else _measure_peaks(on_step)
     on_step("measuring the disk")
-    facts["disk"], rates = _measure_disk(disk_path, quick)
+    facts["disk"], disk_rates = _measure_disk(disk_path, quick)
     if peaks is not None:
         on_step("measuring the peaks again")
         facts["peaks"] = _peak_facts(*peaks, again=not quick)
+    rates = (
+        _measure_kernels(quick, on_step) if peaks is not None and kernels["isa"] not in ("none", "reference") else None
+    )
+    facts["kernel_rates"] = None if rates is None else kernel_rates.as_json(rates)
     facts["gpus"] = [asdict(gpu) for gpu in gpus.probe()]
     facts["gpus_on_bus"] = gpus.on_the_bus()
     facts["versions"] = _versions(torch_works=kernels["cause"] != "torch")
-    facts["stored"] = _store(facts, rates)
+    facts["stored"] = _store(facts, disk_rates, rates)
     facts["findings"] = [asdict(finding) for finding in findings(facts)]
     return facts
 
@@ -193,6 +198,12 @@ def _measure_peaks(on_step: Callable[[str], None]) -> tuple[Any, Any]:
     return peaks.measure(1), peaks.measure()
 
 
+def _measure_kernels(quick: bool, on_step: Callable[[str], None]) -> KernelRates:
+    from glmlocal import calibrate
+
+    return calibrate.measure(quick=quick, on_step=on_step)
+
+
 def _peak_facts(one: Any, before: Any, *, again: bool) -> dict[str, Any]:
     from glmlocal import peaks
 
@@ -246,7 +257,7 @@ def _versions(*, torch_works: bool) -> dict[str, str | None]:
     }
 
 
-def _store(facts: dict[str, Any], rates: disk.DiskRates | None) -> dict[str, str | None]:
+def _store(facts: dict[str, Any], rates: disk.DiskRates | None, kernels: KernelRates | None) -> dict[str, str | None]:
     """Keep what was measured; where, or why not."""
     if facts["peaks"] is None:
         return {"path": None, "problem": "there are no measurements"}
@@ -264,6 +275,7 @@ def _store(facts: dict[str, Any], rates: disk.DiskRates | None) -> dict[str, str
         fp32_gflop_per_s=peaks["fp32_gflop_per_s"],
         int8_gop_per_s=peaks["int8_gop_per_s"],
         disk=rates,
+        kernels=kernels,
     )
     try:
         measurements.save(measured, path)

@@ -7,6 +7,7 @@ the number of cores, and a note says so.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -113,12 +114,24 @@ def runtime_machine(ram: str | None = None) -> Machine:
 
 def _cpu(facts: cpu_probe.Cpu, measured: Measurements | None, root: Path = Path("/")) -> Cpu:
     if measured is not None:
-        return Cpu(facts.name, measured.threads, measured.fp32_gflop_per_s, measured.int8_gop_per_s, basis="measured")
+        return Cpu(
+            facts.name,
+            measured.threads,
+            measured.fp32_gflop_per_s,
+            measured.int8_gop_per_s,
+            basis="measured",
+            kernels=measured.kernels if _runs(measured.isa) else None,
+        )
     threads = max(1, min(facts.allowed_cores, math.floor(min(cgroups.cpu_limit(root), 1 << 16))))
     for isa, fp32, int8 in _PER_CORE:
         if isa in facts.instruction_sets:
             return Cpu(facts.name, threads, fp32 * threads, int8 * threads)
     return Cpu(facts.name, threads, _PER_CORE_PLAIN * threads, None)
+
+
+def _runs(isa: str) -> bool:
+    """Are the kernels of that instruction set those that will run, and not others that were asked for?"""
+    return os.environ.get("GLMLOCAL_CPU_ISA", "") in ("", isa)
 
 
 def _ram(facts: cpu_probe.Cpu, measured: Measurements | None, root: Path = Path("/")) -> Ram:
