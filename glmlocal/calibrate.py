@@ -1,6 +1,7 @@
 """Measuring our own kernels: the rates that ``glmlocal doctor`` keeps for the forecast.
 
-Shapes are none that a released model has. Everything is done a few times and the fastest counts: what disturbs a
+Only the native ones: importing this raises ImportError where they were not built. Shapes are none that a released model
+has. Everything is done a few times and the fastest counts: what disturbs a
 measurement only ever makes it slower.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from glmlocal import kernels
 from glmlocal.formats.forms import FORMS
 from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme
+from glmlocal.kernels.cpu import ops
 from glmlocal.kernels.cpu.linear import bind_experts
 from glmlocal.kernels.cpu.packing import duplicate, pack
 from glmlocal.layers.kv_cache import TORCH_DTYPE
@@ -101,10 +103,10 @@ def _product(scheme: str, activations: Activations, best: _Best) -> ProductRate:
     for rows in ROWS:
         x, topk_weights = torch.randn(rows, HIDDEN), torch.rand(rows, TOP_K)
         ids = [(torch.arange(TOP_K, dtype=torch.int32) + first).repeat(rows, 1) for first in _firsts(num_experts)]
-        calls = [partial(kernels.experts_ffn, x, i, topk_weights, experts) for i in ids]
+        calls = [partial(ops.experts_ffn, x, i, topk_weights, experts) for i in ids]
         rates.append(weights / best.of(calls, 4 if rows <= 4 else 1))
     x = torch.randn(MANY_ROWS, HIDDEN)
-    many = best.of([lambda: kernels.linear(x, experts.gate[0])], 1)
+    many = best.of([lambda: ops.linear(x, experts.gate[0])], 1)
     return ProductRate((*ROWS, MANY_ROWS), (*rates, HIDDEN * INTERMEDIATE / many))
 
 

@@ -20,7 +20,7 @@ import psutil
 
 from glmlocal import __version__, memory
 from glmlocal.errors import ConfigError, KernelUnavailable
-from glmlocal.machine import cgroups, disk, gpus, kernel_rates, measurements
+from glmlocal.machine import cgroups, disk, gpus, measurements
 from glmlocal.machine.cpu import Cpu, busy_cpus, probe, times
 from glmlocal.machine.files import key_values, read_int, read_text
 from glmlocal.machine.findings import findings, is_busy
@@ -80,7 +80,7 @@ def examine(
     rates = (
         _measure_kernels(quick, on_step) if peaks is not None and kernels["isa"] not in ("none", "reference") else None
     )
-    facts["kernel_rates"] = None if rates is None else kernel_rates.as_json(rates)
+    facts["kernel_rates"] = None if rates is None else _rate_facts(rates)
     facts["gpus"] = [asdict(gpu) for gpu in gpus.probe()]
     facts["gpus_on_bus"] = gpus.on_the_bus()
     facts["versions"] = _versions(torch_works=kernels["cause"] != "torch")
@@ -202,6 +202,34 @@ def _measure_kernels(quick: bool, on_step: Callable[[str], None]) -> KernelRates
     from glmlocal import calibrate
 
     return calibrate.measure(quick=quick, on_step=on_step)
+
+
+def _rate_facts(rates: KernelRates) -> dict[str, Any]:
+    products = []
+    for name, product in rates.products.items():
+        scheme, _, activations = name.rpartition(" ")
+        by_rows = zip(product.rows, product.weights_per_s, strict=True)
+        products.append(
+            {
+                "scheme": scheme,
+                "activations": activations,
+                "weights_per_s": {str(rows): _round(rate) for rows, rate in by_rows},
+            }
+        )
+    attention = [
+        {
+            "kv_dtype": dtype,
+            "decode_gflop_per_s": _round(rate / 1e9),
+            "prefill_gflop_per_s": _round(rates.attention_prefill[dtype] / 1e9),
+        }
+        for dtype, rate in rates.attention_decode.items()
+    ]
+    return {
+        "products": products,
+        "attention": attention,
+        "layer_s": _round(rates.layer_s),
+        "token_s": _round(rates.token_s),
+    }
 
 
 def _peak_facts(one: Any, before: Any, *, again: bool) -> dict[str, Any]:

@@ -128,7 +128,9 @@ def _weight_s(kernels: KernelRates, scheme: str, rows: float, is_integer: bool) 
 def kernel_class(scheme: str) -> str:
     """Which of the schemes that doctor measures runs like this one: codes of as many bits, scales of as many levels."""
     form = FORMS.get(scheme)
-    if form is None or form.scheme is None:
+    if form is None:
+        return scheme  # of which nothing was measured
+    if form.scheme is None:
         return "f32" if scheme == "f32" else "bf16"
     if form.scheme.code_type == "e4m3":
         return "fp8_block128"
