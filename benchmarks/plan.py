@@ -40,8 +40,7 @@ class Engine:
         self.llm = LLM(model, context=context, threads=threads, max_batch=1, **options)
         self.prompt = prompts(plain_ids(self.llm))
         self.process = psutil.Process()
-        self.run(context - DECODE_TOKENS - 2)
-        self.run(1)
+        self.run(min(64, context - DECODE_TOKENS - 2))  # pages, scratch memory and threads are there
 
     def run(self, prompt_tokens: int, tokens: int = DECODE_TOKENS) -> dict[str, float]:
         """Tokens per second of the prompt to its first token, and of those after it."""
@@ -112,7 +111,8 @@ def predictions(plan_json: dict[str, Any], model: str, kernels: Any, args: argpa
     checkpoint.tensors.close()
     machine = plan.machine
     if kernels is not None:
-        machine = replace(machine, cpu=replace(machine.cpu, kernels=kernel_rates.from_json(kernels)))
+        cpu = replace(machine.cpu, kernels=kernel_rates.from_json(kernels), threads=plan.resolved.threads)
+        machine = replace(machine, cpu=cpu)
     assert plan.placement is not None
     placed, speeds = (
         PlacedModel(footprint, plan.placement, machine, plan.resolved, DEFAULT),

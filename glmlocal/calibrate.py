@@ -7,12 +7,10 @@ measurement only ever makes it slower.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +24,7 @@ from glmlocal.kernels.cpu.linear import bind_experts
 from glmlocal.kernels.cpu.packing import duplicate, pack
 from glmlocal.layers.kv_cache import TORCH_DTYPE
 from glmlocal.machine.cpu import last_level_cache_bytes
-from glmlocal.machine.kernel_rates import KernelRates, ProductRate
+from glmlocal.machine.kernel_rates import KernelRates, ProductRate, build_id
 from glmlocal.skeleton import Skeleton
 from glmlocal.units import MIB
 
@@ -61,14 +59,7 @@ def measure(
     prefill = {dtype: _attention(dtype, CHUNK, PREFILL_CONTEXT, best) for dtype in dtypes}
     on_step("measuring what a layer and a token cost beside their products")
     layer_s, token_s = _overheads(best)
-    return KernelRates(kernels_id(), products, decode, prefill, layer_s, token_s)
-
-
-def kernels_id() -> str:
-    """Which kernels these are: of the extension's bytes, or "reference". Imports no extension."""
-    for file in sorted((Path(__file__).parent / "kernels" / "cpu").glob("_cpu.*.so")):
-        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return "reference"
+    return KernelRates(build_id(), products, decode, prefill, layer_s, token_s)
 
 
 class _Best:

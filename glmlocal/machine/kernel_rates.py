@@ -8,10 +8,12 @@ were measured.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _MOST_ROWS = 1 << 20
@@ -71,6 +73,14 @@ class KernelRates:
         """None where nothing like it was measured; floats meet fp32 whatever is asked."""
         wanted = f"{scheme} {activations}"
         return self.products.get(wanted) or self.products.get(f"{scheme} fp32")
+
+
+def build_id() -> str:
+    """Which kernels are installed: 16 hex digits of the extension's bytes, or "none". Imports nothing."""
+    for file in sorted((Path(__file__).parents[1] / "kernels" / "cpu").glob("_cpu.*")):
+        if file.suffix in (".so", ".pyd"):
+            return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return "none"
 
 
 def as_json(rates: KernelRates) -> dict[str, Any]:

@@ -104,6 +104,8 @@ class PlacedModel:
     def __init__(
         self, footprint: Footprint, placement: Placement, machine: Machine, resolved: Resolved, efficiency: Efficiency
     ) -> None:
+        if resolved.threads != machine.cpu.threads:  # rates of kernels are those of the threads they were measured with
+            machine = replace(machine, cpu=replace(machine.cpu, kernels=None, basis="modelled"))
         self.footprint, self.placement, self.machine, self.resolved = footprint, placement, machine, resolved
         self.efficiency = efficiency
         self.speeds = [Speeds(machine, efficiency, guess) for guess in range(GUESSES)]

@@ -21,6 +21,7 @@ from glmlocal.machine import cgroups
 from glmlocal.machine import cpu as cpu_probe
 from glmlocal.machine import gpus as gpu_probe
 from glmlocal.machine.disk import nearest_directory
+from glmlocal.machine.kernel_rates import build_id
 from glmlocal.machine.measurements import Measurements
 from glmlocal.paths import cache_home
 from glmlocal.planner import gpus as known
@@ -231,6 +232,11 @@ def _measurement_notes(measured: Measurements | None, reason: str) -> Iterator[s
         yield f"the rates of CPU, memory and disk are modelled: {reason}"
     elif measured.busy:
         yield "something else ran while `glmlocal doctor` measured: the rates are too low; run it again"
+    if measured is not None and measured.kernels is not None:
+        if not _runs(measured.isa):
+            yield f"the kernels were measured as {measured.isa}, not as GLMLOCAL_CPU_ISA says: their rates are modelled"
+        elif measured.kernels.kernels_id != build_id():
+            yield "the kernels were built anew since `glmlocal doctor` measured them; run it again"
 
 
 def _described_note(gpus_are_own: bool, ram: str | None, nvme_is_own: bool) -> str:

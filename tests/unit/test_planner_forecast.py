@@ -312,3 +312,11 @@ def test_an_expert_of_two_schemes_takes_the_time_of_its_three_matrices():
     hardware = replace(machine(), cpu=replace(machine().cpu, kernels=rates))
     seconds = Speeds(hardware, DEFAULT, 1).product("Q4_K + Q6_K", 1.0, 3e9, 1, is_integer=True)
     assert sum(seconds) == pytest.approx(2 / 3 + 1)
+
+
+def test_rates_of_kernels_count_for_the_threads_they_were_measured_with():
+    hardware = measured_machine()
+    same, other = (plan(air(**Q4), hardware, Wants(threads=n)).forecast for n in (hardware.cpu.threads, 3))
+    assert (same.decode_tokens_per_s[0].basis, other.decode_tokens_per_s[0].basis) == ("measured", "modelled")
+    plain = replace(hardware, cpu=replace(hardware.cpu, kernels=None, basis="modelled"))
+    assert other == plan(air(**Q4), plain, Wants(threads=3)).forecast
