@@ -3,9 +3,10 @@
     python benchmarks/plan.py MODEL ... [--contexts 0,2000] [--prompts 512,1500] [--repeat 5] [--threads N] [--cpu-time]
 
 MODEL is what ``glmlocal chat`` takes (``demo``, or what ``benchmarks/synth.py`` wrote). Each model is loaded in a
-process of its own, so that its memory can be compared with the plan's. A round measures the kernels as ``glmlocal
-doctor`` does (on shapes that no released model has) and then every model once; medians of all rounds are compared. That
-way other work on the machine slows both sides down. ``--doctor`` takes what doctor has stored instead of measuring.
+process of its own, so that its memory can be compared with the plan's. A round measures the kernels on doctor's shapes,
+which no released model has, and then every model once; medians of all rounds are compared, and of doctor's repeats in
+each, not the best: that way other work on the machine slows both sides down alike. ``--doctor`` takes what doctor has
+stored instead of measuring, for a machine that does nothing else.
 
 ``--cpu-time`` counts the seconds that the processor worked for us, which other work changes little, instead of those on
 the clock, and wants one thread. Ends with one JSON line; exit code 1 where a median is off by more than ``--limit``.
@@ -17,6 +18,7 @@ import argparse
 import json
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -24,7 +26,7 @@ from typing import Any
 
 from _common import Summary, Worker, serve
 
-DECODE_TOKENS = 24
+DECODE_TOKENS = 16
 
 
 class Engine:
@@ -70,17 +72,17 @@ class Engine:
 class Calibrator:
     """In a worker of its own: what doctor would find now."""
 
-    def __init__(self, threads: int | None, cpu_time: bool, quick: bool) -> None:
+    def __init__(self, threads: int | None, cpu_time: bool, schemes: list[str]) -> None:
         from glmlocal import kernels
 
         kernels.set_num_threads(threads)
-        self.clock, self.quick = (time.process_time if cpu_time else time.perf_counter), quick
+        self.clock, self.schemes = (time.process_time if cpu_time else time.perf_counter), schemes
 
     def rates(self) -> dict[str, Any]:
         from glmlocal import calibrate
         from glmlocal.machine.kernel_rates import as_json
 
-        return as_json(calibrate.measure(quick=self.quick, clock=self.clock))
+        return as_json(calibrate.measure(schemes=self.schemes, clock=self.clock, pick=median))
 
 
 def middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="measure the kernels as doctor --quick does")
+    parser.add_argument("--schemes", default="Q4_0,Q8_0,bf16,f32", help="that the models have, of doctor's")
     parser.add_argument("--doctor", action="store_true", help="predict from what `glmlocal doctor` has stored")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="for LLM: quant=int4")
     parser.add_argument("--limit", type=float, default=0.15)
@@ -164,25 +166,31 @@ def main() -> int:
     runs: dict[str, dict[str, list[float]]] = {model: {} for model in args.models}
     plans: dict[str, Any] = {}
     rounds: list[dict[str, Any]] = []
-    memory: dict[str, int] = {}
-    for number in range(args.repeat):
-        if not args.doctor:
-            with Worker("calibrator", [*command, "calibrator"]) as calibrator:
-                calibrator.call("load", **common, quick=args.quick)
-                rounds.append(calibrator.call("rates"))
+    with ExitStack() as workers:
+        engines = {}
         for model in args.models:
-            with Worker(model, [*command, "engine"]) as engine:
-                engine.call("load", model=model, context=context, options=options, **common)
-                plans.setdefault(model, engine.call("plan"))
-                for depth in args.contexts:
-                    found = engine.call("run", prompt_tokens=max(depth, 1))
-                    runs[model].setdefault(f"decode at {depth}", []).append(found["decode"])
-                for tokens in args.prompts:
-                    found = engine.call("run", prompt_tokens=tokens, tokens=1)
-                    runs[model].setdefault(f"prefill of {tokens}", []).append(found["prefill"])
-                memory[model] = max(memory.get(model, 0), engine.call("memory")["process_bytes"])
-        print(f"round {number + 1} of {args.repeat}", file=sys.stderr)
+            engine = engines[model] = workers.enter_context(Worker(model, [*command, "engine"]))
+            engine.call("load", model=model, context=context, options=options, **common)
+            plans[model] = engine.call("plan")
+        calibrator = workers.enter_context(Worker("calibrator", [*command, "calibrator"]))
+        calibrator.call("load", **common, schemes=args.schemes.split(","))
+        for number in range(args.repeat):
+            if not args.doctor:
+                rounds.append(calibrator.call("rates"))
+            for model, engine in engines.items():
+                measure_once(engine, args, runs[model])
+            print(f"round {number + 1} of {args.repeat}", file=sys.stderr, flush=True)
+        memory = {model: engine.call("memory")["process_bytes"] for model, engine in engines.items()}
     return report(args, runs, plans, middle(rounds) if rounds else None, memory)
+
+
+def measure_once(engine: Worker, args: argparse.Namespace, rates: dict[str, list[float]]) -> None:
+    for depth in args.contexts:
+        found = engine.call("run", prompt_tokens=max(depth, 1))
+        rates.setdefault(f"decode at {depth}", []).append(found["decode"])
+    for tokens in args.prompts:
+        found = engine.call("run", prompt_tokens=tokens, tokens=1)
+        rates.setdefault(f"prefill of {tokens}", []).append(found["prefill"])
 
 
 def report(

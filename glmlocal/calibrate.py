@@ -8,7 +8,7 @@ measurement only ever makes it slower.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import cycle
 
@@ -43,12 +43,20 @@ DECODE_CONTEXT, PREFILL_CONTEXT, CHUNK = 6000, 1500, 512
 
 
 def measure(
-    *, quick: bool = False, clock: Clock = time.perf_counter, on_step: Callable[[str], None] = lambda step: None
+    *,
+    quick: bool = False,
+    schemes: Sequence[str] | None = None,
+    clock: Clock = time.perf_counter,
+    pick: Callable[[Sequence[float]], float] = min,
+    on_step: Callable[[str], None] = lambda step: None,
 ) -> KernelRates:
-    """All rates of the native kernels, with the threads and the instruction set in use."""
-    best = _Best(clock, rounds=2 if quick else 4)
+    """All rates of the native kernels, with the threads and the instruction set in use.
+
+    ``schemes`` limits them to those that somebody needs; ``pick`` chooses among the times of a call: the least, or on a machine that stays busy their median.
+    """
+    best = _Best(clock, rounds=2 if quick else 4, pick=pick)
     products = {}
-    for scheme in QUICK_SCHEMES if quick else SCHEMES:
+    for scheme in schemes or (QUICK_SCHEMES if quick else SCHEMES):
         on_step(f"measuring the kernels: {scheme}")
         both: tuple[Activations, ...] = ("int8", "fp32") if FORMS[scheme].is_integer else ("fp32",)
         for activations in both:
@@ -63,10 +71,10 @@ def measure(
 
 
 class _Best:
-    """Seconds of a call: the fastest of some."""
+    """Seconds of a call: the fastest of some, or what ``pick`` says."""
 
-    def __init__(self, clock: Clock, rounds: int) -> None:
-        self._clock, self._rounds = clock, rounds
+    def __init__(self, clock: Clock, rounds: int, pick: Callable[[Sequence[float]], float] = min) -> None:
+        self._clock, self._rounds, self._pick = clock, rounds, pick
 
     def of(self, calls: Iterable[Callable[[], object]], times: int) -> float:
         """The calls take turns, so that none finds its weights in a cache; the first turn does not count."""
@@ -78,7 +86,7 @@ class _Best:
             start = self._clock()
             call()
             taken.append(self._clock() - start)
-        return max(min(taken), 1e-9)
+        return max(self._pick(taken), 1e-9)
 
 
 def _product(scheme: str, activations: Activations, best: _Best) -> ProductRate:
