@@ -52,7 +52,8 @@ def measure(
 ) -> KernelRates:
     """All rates of the native kernels, with the threads and the instruction set in use.
 
-    ``schemes`` limits them to those that somebody needs; ``pick`` chooses among the times of a call: the least, or on a machine that stays busy their median.
+    ``schemes`` limits them to those that somebody needs; ``pick`` chooses among the times of a call: the least, or on
+    a machine that stays busy their median.
     """
     best = _Best(clock, rounds=2 if quick else 4, pick=pick)
     products = {}
