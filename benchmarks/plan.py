@@ -139,6 +139,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contexts", type=numbers, default=[0, 2000])
     parser.add_argument("--prompts", type=numbers, default=[512, 1500])
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=60.0, help="no further round after so long; default 60")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--schemes", default="Q4_0,Q8_0,bf16,f32", help="that the models have, of doctor's")
@@ -174,12 +175,16 @@ def main() -> int:
             plans[model] = engine.call("plan")
         calibrator = workers.enter_context(Worker("calibrator", [*command, "calibrator"]))
         calibrator.call("load", **common, schemes=args.schemes.split(","))
+        start = time.monotonic()
         for number in range(args.repeat):
+            if number and time.monotonic() - start > 60 * args.minutes:
+                break
             if not args.doctor:
                 rounds.append(calibrator.call("rates"))
             for model, engine in engines.items():
                 measure_once(engine, args, runs[model])
-            print(f"round {number + 1} of {args.repeat}", file=sys.stderr, flush=True)
+            latest = {Path(model).name: {what: rates[-1] for what, rates in runs[model].items()} for model in runs}
+            print(f"round {number + 1} of {args.repeat}: {json.dumps(latest)}", file=sys.stderr, flush=True)
         memory = {model: engine.call("memory")["process_bytes"] for model, engine in engines.items()}
     return report(args, runs, plans, middle(rounds) if rounds else None, memory)
 
@@ -216,7 +221,8 @@ def report(
         print(f"{name:22} memory: planned {planned >> 20} MiB without margin, process {memory[model] >> 20} MiB")
         print(f"{name:22} ledger lines that differ from the real tensors: {', '.join(wrong) or 'none'}")
         results.append({"model": name, "planned_bytes": planned, "process_bytes": memory[model], "lines_off": wrong})
-    print(json.dumps({"threads": args.threads, "cpu_time": args.cpu_time, "results": results, "kernels": kernels}))
+    how = {"threads": args.threads, "cpu_time": args.cpu_time, "repeats": min(map(len, runs[args.models[0]].values()))}
+    print(json.dumps({**how, "results": results, "kernels": kernels}))
     return 1 if off else 0
 
 
