@@ -24,6 +24,7 @@ from glmlocal.machine import cgroups, disk, gpus, measurements
 from glmlocal.machine.cpu import Cpu, busy_cpus, probe, times
 from glmlocal.machine.files import key_values, read_int, read_text
 from glmlocal.machine.findings import findings, is_busy
+from glmlocal.machine.kernel_rates import KernelRates
 from glmlocal.machine.measurements import Measurements
 from glmlocal.paths import cache_home, measurements_file
 from glmlocal.units import KIB, MIB
@@ -72,14 +73,18 @@ def examine(
     }
     peaks = None if kernels["cause"] == "torch" else _measure_peaks(on_step)
     on_step("measuring the disk")
-    facts["disk"], rates = _measure_disk(disk_path, quick)
+    facts["disk"], disk_rates = _measure_disk(disk_path, quick)
     if peaks is not None:
         on_step("measuring the peaks again")
         facts["peaks"] = _peak_facts(*peaks, again=not quick)
+    rates = (
+        _measure_kernels(quick, on_step) if peaks is not None and kernels["isa"] not in ("none", "reference") else None
+    )
+    facts["kernel_rates"] = None if rates is None else _rate_facts(rates)
     facts["gpus"] = [asdict(gpu) for gpu in gpus.probe()]
     facts["gpus_on_bus"] = gpus.on_the_bus()
     facts["versions"] = _versions(torch_works=kernels["cause"] != "torch")
-    facts["stored"] = _store(facts, rates)
+    facts["stored"] = _store(facts, disk_rates, rates)
     facts["findings"] = [asdict(finding) for finding in findings(facts)]
     return facts
 
@@ -193,6 +198,40 @@ def _measure_peaks(on_step: Callable[[str], None]) -> tuple[Any, Any]:
     return peaks.measure(1), peaks.measure()
 
 
+def _measure_kernels(quick: bool, on_step: Callable[[str], None]) -> KernelRates:
+    from glmlocal import calibrate
+
+    return calibrate.measure(quick=quick, on_step=on_step)
+
+
+def _rate_facts(rates: KernelRates) -> dict[str, Any]:
+    products = []
+    for name, product in rates.products.items():
+        scheme, _, activations = name.rpartition(" ")
+        by_rows = zip(product.rows, product.weights_per_s, strict=True)
+        products.append(
+            {
+                "scheme": scheme,
+                "activations": activations,
+                "weights_per_s": {str(rows): _round(rate) for rows, rate in by_rows},
+            }
+        )
+    attention = [
+        {
+            "kv_dtype": dtype,
+            "decode_gflop_per_s": _round(rate / 1e9),
+            "prefill_gflop_per_s": _round(rates.attention_prefill[dtype] / 1e9),
+        }
+        for dtype, rate in rates.attention_decode.items()
+    ]
+    return {
+        "products": products,
+        "attention": attention,
+        "layer_s": _round(rates.layer_s),
+        "token_s": _round(rates.token_s),
+    }
+
+
 def _peak_facts(one: Any, before: Any, *, again: bool) -> dict[str, Any]:
     from glmlocal import peaks
 
@@ -246,7 +285,7 @@ def _versions(*, torch_works: bool) -> dict[str, str | None]:
     }
 
 
-def _store(facts: dict[str, Any], rates: disk.DiskRates | None) -> dict[str, str | None]:
+def _store(facts: dict[str, Any], rates: disk.DiskRates | None, kernels: KernelRates | None) -> dict[str, str | None]:
     """Keep what was measured; where, or why not."""
     if facts["peaks"] is None:
         return {"path": None, "problem": "there are no measurements"}
@@ -264,6 +303,7 @@ def _store(facts: dict[str, Any], rates: disk.DiskRates | None) -> dict[str, str
         fp32_gflop_per_s=peaks["fp32_gflop_per_s"],
         int8_gop_per_s=peaks["int8_gop_per_s"],
         disk=rates,
+        kernels=kernels,
     )
     try:
         measurements.save(measured, path)

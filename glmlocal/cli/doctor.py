@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from glmlocal.cli.terminal import Console, one_line
+from glmlocal.formats.forms import FORMS
 from glmlocal.units import format_bytes
 
+_SHOWN = (("Q4_0", "int8"), ("Q4_K", "int8"), ("Q8_0", "int8"), ("fp8_block128", "fp32"), ("bf16", "fp32"))
 _STYLES = {"fix": "red", "warn": "yellow", "ok": "green"}
 
 
@@ -21,9 +23,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="examine this machine, and say what to fix",
-        description="Examine this machine: kernels, cores, memory, bandwidth, arithmetic peaks, disk, GPUs. It takes "
-        "about 15 seconds, writes a temporary file of at most 1 GiB to measure the disk with, keeps the results for "
-        "later commands, and says what to fix.",
+        description="Examine this machine: kernels and their speed, cores, memory, bandwidth, arithmetic peaks, disk, "
+        "GPUs. It takes about 30 seconds, writes a temporary file of at most 1 GiB to measure the disk with, keeps the "
+        "results for later commands, and says what to fix.",
     )
     parser.add_argument(
         "--disk", type=Path, metavar="PATH", help="measure the disk of this directory (default: glmlocal's cache)"
@@ -107,6 +109,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
         int8 = "" if peaks["int8_gop_per_s"] is None else f", int8 {peaks['int8_gop_per_s']:.0f} GOP/s"
         yield "arithmetic", f"fp32 {peaks['fp32_gflop_per_s']:.0f} GFLOP/s{int8}"
+    if facts["kernel_rates"] is not None:
+        yield "our kernels", _kernels_line(facts["kernel_rates"])
     yield "disk", _disk_line(facts["disk"])
     yield "GPUs", "; ".join(_gpu(gpu) for gpu in facts["gpus"]) or "none"
     torch = "cuda " + versions["torch_cuda"] if versions["torch_cuda"] else "CPU build"
@@ -118,6 +122,21 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     if facts["stored"]["path"]:
         yield "kept in", facts["stored"]["path"]
+
+
+def _kernels_line(rates: Mapping[str, Any]) -> str:
+    """The most common schemes, for people; --json has all of them."""
+    shown = []
+    for product in rates["products"]:
+        rows = {int(number): rate for number, rate in product["weights_per_s"].items()}
+        nbytes = FORMS[product["scheme"]].held_bytes(1 << 10, 1 << 10) / (1 << 20)
+        if (product["scheme"], product["activations"]) in _SHOWN:
+            many = max(rows)
+            shown.append(
+                f"{product['scheme']} {nbytes * rows[1] / 1e9:.1f} GB/s at one row, "
+                f"{2 * many * rows[many] / 1e9:.0f} GFLOP/s at {many}"
+            )
+    return f"{'; '.join(shown)}; {1e6 * rates['layer_s']:.0f} µs per layer, {1e3 * rates['token_s']:.2g} ms per token"
 
 
 def _disk_line(disk: Mapping[str, Any]) -> str:

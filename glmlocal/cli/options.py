@@ -48,7 +48,7 @@ def gibibytes(text: str) -> int:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1 << 20:  # also what is not a number
-        raise argparse.ArgumentTypeError(f"wanted a number of GiB, found {text!r}")
+        raise argparse.ArgumentTypeError(f"wanted a number of GiB, 0 or more, found {text!r}")
     return int(value * GIB)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from xml.sax.saxutils import escape, quoteattr
 
@@ -13,7 +14,7 @@ from glmlocal.units import format_bytes
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS = dict(zip(CATEGORIES, ("#0072b2", "#56b4e9", "#cc79a7", "#009e73", "#e69f00", "#999999"), strict=True))
 _WIDTH, _LEFT, _RIGHT, _BAR, _ROW = 900, 180, 190, 22, 34
-_LINE = 20
+_LINE, _LETTERS = 20, 85
 _FONT = 'font-family="system-ui, sans-serif" font-size="13"'
 
 
@@ -73,10 +74,11 @@ def _bar(bar: Bar, y: int) -> Iterator[str]:
 
 
 def _legend(y: int) -> Iterator[tuple[int, str]]:
-    for index, name in enumerate(CATEGORIES):
-        x = _LEFT + index * 112
+    x = _LEFT
+    for name in CATEGORIES:
         yield y + 12, f'<rect x="{x}" y="{y}" width="12" height="12" fill="{_COLOURS[name]}"/>'
         yield y + 12, _text(x + 17, y + 11, name)
+        x += 45 + 7 * len(name)  # about as wide as the letters are
 
 
 def _table(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -84,12 +86,18 @@ def _table(plan: Plan) -> Iterator[tuple[str, str]]:
         span = f" ({speed.range})" if speed.range else ""
         yield speed.label, f"{speed.value}{span}, {speed.basis}, bound by {speed.bound_by}"
     if missing := content.shortfall(plan):
-        yield "missing", _cut(missing)
+        yield from _wrapped("missing", missing)
         for text, option in content.advice(plan):
-            yield _cut(option, 24), _cut(text)
+            yield from _wrapped("instead", f"{option}: {text}" if option else text)
 
 
-def _cut(text: str, most: int = 85) -> str:
+def _wrapped(label: str, text: str) -> Iterator[tuple[str, str]]:
+    for line in textwrap.wrap(text, _LETTERS, break_long_words=True):
+        yield label, line
+        label = ""
+
+
+def _cut(text: str, most: int = _LETTERS) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

@@ -40,7 +40,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "verified by SHA-256, and never twice. An interrupted pull goes on where it stopped.",
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="org/name, org/name:QUANT for GGUF, a release such as GLM-4.5-Air-FP8, or demo"
+        "model",
+        metavar="MODEL",
+        help="org/name, org/name:QUANT for GGUF, a release such as GLM-4.5-Air-FP8, a family such as GLM-4.5-Air (the "
+        "release that suits this machine), or demo",
     )
     add_hub_options(parser)
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask before fetching")
@@ -85,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
 def find_source(args: argparse.Namespace, choose: Choose | None = None) -> tuple[Source, bool]:
     """What the arguments name, and whether it was chosen for them: only a family was named. ``choose`` does that
-    (default: ``choose_release``)."""
+    (default: ``pull_choice.choose_release``)."""
+    from glmlocal.cli.pull_choice import choose_release
     from glmlocal.hub.known import KnownReleases
     from glmlocal.hub.names import parse_source
 
@@ -98,14 +102,6 @@ def find_source(args: argparse.Namespace, choose: Choose | None = None) -> tuple
 
     source = parse_source(args.model, KnownReleases(choose_and_say_so), hub=args.hub, revision=args.revision)
     return source, was_chosen
-
-
-def choose_release(family: str, hub: HubName) -> str:
-    """The release of a family that suits this machine, as ``org/name[:QUANT]``. The planner's place: until it can say,
-    the user is told what there is (ConfigError)."""
-    from glmlocal.hub.known import list_releases
-
-    return list_releases(family, hub)
 
 
 def transfer_options(args: argparse.Namespace) -> Options:

@@ -11,9 +11,8 @@ from glmlocal.errors import ConfigError
 from glmlocal.hub.names import HubName
 from glmlocal.units import format_bytes
 
-Choose = Callable[
-    [str, HubName], str
-]  # a family's name → the ``org/name`` or ``org/name:QUANT`` of one of its releases
+# A family's name → the ``org/name`` or ``org/name:QUANT`` of one of its releases.
+Choose = Callable[[str, HubName], str]
 
 
 def list_releases(family: str, hub: HubName) -> str:
@@ -24,7 +23,7 @@ def list_releases(family: str, hub: HubName) -> str:
 
 def hub_ids(family: str, hub: HubName) -> list[str]:
     """The ``org/name[:QUANT]`` of every release of a family on a hub that this version runs."""
-    return [_hub_id(release, hub) for release in _releases(family, hub)]
+    return [hub_id(release, hub) for release in _releases(family, hub)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class KnownReleases:
         if getattr(found, hub) is None:
             other = f"; it is at {', '.join(found.hub_ids)}" if found.hub_ids else ""
             raise ConfigError(f"no repository of {found.name} is known on {hub}{other}")
-        return _hub_id(found, hub)
+        return hub_id(found, hub)
 
     def near_misses(self, name: str) -> Sequence[str]:
         return catalogue.near_misses(name)
@@ -53,7 +52,8 @@ def _releases(family: str, hub: HubName) -> list[Release]:
     return [release for release in every if release.family.name == family and release.runs and getattr(release, hub)]
 
 
-def _hub_id(release: Release, hub: HubName) -> str:
+def hub_id(release: Release, hub: HubName) -> str:
+    """``org/name``, or ``org/name:QUANT`` of a GGUF repository; the release must be on that hub."""
     return f"{getattr(release, hub)}:{release.quant}" if release.quant else str(getattr(release, hub))
 
 

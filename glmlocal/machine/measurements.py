@@ -2,12 +2,13 @@
 
 The file is JSON:
 
-    schema       1; another number is another format
+    schema       2; another number is another format
     fingerprint  of the machine, see ``fingerprint``; a file of another machine is not believed
     date         ISO 8601, UTC
     glmlocal, isa, threads, quick
     busy         true when something else ran: the rates are too low
     peaks        {read_gb_per_s, read_gb_per_s_one_thread, fp32_gflop_per_s, int8_gop_per_s or null}
+    kernels      null, or the rates of our own kernels: see ``kernel_rates``; of this ``isa`` and these ``threads``
     disk         null, or {path, filesystem, direct, file_bytes, gb_per_s {"1": …, "2": …, "4": …}}
 """
 
@@ -26,13 +27,14 @@ from typing import Any
 
 from glmlocal.machine.cpu import Cpu
 from glmlocal.machine.disk import DiskRates
+from glmlocal.machine.kernel_rates import KernelRates
+from glmlocal.machine.kernel_rates import as_json as kernels_json
+from glmlocal.machine.kernel_rates import from_json as kernels_from_json
 from glmlocal.units import GIB, MIB
 
-SCHEMA = 1
+SCHEMA = 2
 _MOST_BYTES = MIB
 _MOST_THREADS = 1 << 16
-_FACTS = ("fingerprint", "date", "glmlocal", "isa", "threads", "quick", "busy")
-_PEAKS = ("read_gb_per_s", "read_gb_per_s_one_thread", "fp32_gflop_per_s", "int8_gop_per_s")
 _FACTS = ("fingerprint", "date", "glmlocal", "isa", "threads", "quick", "busy")
 _PEAKS = ("read_gb_per_s", "read_gb_per_s_one_thread", "fp32_gflop_per_s", "int8_gop_per_s")
 
@@ -53,6 +55,7 @@ class Measurements:
     fp32_gflop_per_s: float
     int8_gop_per_s: float | None
     disk: DiskRates | None
+    kernels: KernelRates | None = None  # None: there are no native ones
 
 
 def fingerprint(cpu: Cpu, memory_bytes: int) -> str:
@@ -110,6 +113,7 @@ def as_json(measurements: Measurements) -> dict[str, Any]:
         "schema": SCHEMA,
         **{name: getattr(measurements, name) for name in _FACTS},
         "peaks": {name: getattr(measurements, name) for name in _PEAKS},
+        "kernels": None if measurements.kernels is None else kernels_json(measurements.kernels),
         "disk": None if disk is None else disk_json(disk),
     }
 
@@ -141,6 +145,7 @@ def from_json(values: Mapping[str, Any]) -> Measurements:
         fp32_gflop_per_s=_rate(peaks["fp32_gflop_per_s"]),
         int8_gop_per_s=None if peaks["int8_gop_per_s"] is None else _rate(peaks["int8_gop_per_s"]),
         disk=None if disk is None else _disk(disk),
+        kernels=None if values["kernels"] is None else kernels_from_json(values["kernels"]),
     )
 
 

@@ -6,7 +6,10 @@ Each is a guess in threes (pessimistic, expected, optimistic), so that every rat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+from glmlocal.formats.forms import FORMS
+from glmlocal.machine.kernel_rates import KernelRates
 from glmlocal.planner.machine import Gpu, Machine
 
 GUESSES = 3
@@ -17,9 +20,10 @@ Guess = tuple[float, float, float]  # pessimistic, expected, optimistic
 class Efficiency:
     """What part of a peak is reached, and the times that no peak explains.
 
-    CPU: this runtime's kernels on two cores of Zen 5 (docs/benchmarks.md). GPU: no kernel of ours has run on one yet;
-    60 to 85 % of bandwidth is what serving stacks publish for decode (MBU), a third to two thirds of dense peak
-    for prefill. ``_s``: seconds.
+    CPU: this runtime's kernels on two cores of Zen 5 (docs/benchmarks.md), for machines that doctor has not examined;
+    where it has, the kernels' own rates take the place of ``cpu_*``, and ``measured`` is their range. GPU: no kernel of
+    ours has run on one yet; 60 to 85 % of bandwidth is what serving stacks publish for decode (MBU), a third to two
+    thirds of dense peak for prefill. ``_s``: seconds.
     """
 
     cpu_read: Guess = (0.72, 0.80, 0.85)  # native calls of a decode step over read bandwidth
@@ -29,6 +33,7 @@ class Efficiency:
     cpu_attention_prefill: Guess = (0.60, 1.00, 1.30)  # of the fp32 peak; above 1 with bf16 dot products
     cpu_layer_s: Guess = (60e-6, 40e-6, 25e-6)  # three native calls and Python between them
     cpu_token_s: Guess = (3e-3, 2e-3, 1.5e-3)  # embedding row, sampling 151,552 logits, detokenizing, scheduling
+    measured: Guess = (0.87, 1.00, 1.13)  # of the kernels' rates: what judging on other shapes leaves to doubt
     gpu_read: Guess = (0.50, 0.65, 0.80)
     gpu_arithmetic: Guess = (0.25, 0.40, 0.60)
     gpu_layer_s: Guess = (100e-6, 50e-6, 25e-6)  # launches of about ten kernels without a CUDA graph
@@ -57,11 +62,37 @@ class Speeds:
         self.cpu_int8 = (cpu.int8_gop_per_s or 0.0) * e.cpu_int8[guess] * arithmetic or self.cpu_fp32
         self.attention_decode = cpu.fp32_gflop_per_s * e.cpu_attention_decode[guess] * arithmetic
         self.attention_prefill = cpu.fp32_gflop_per_s * e.cpu_attention_prefill[guess] * arithmetic
+        self.layer_s, self.token_s = e.cpu_layer_s[guess], e.cpu_token_s[guess]
+        self.kernels = cpu.kernels
+        if cpu.kernels is not None:
+            self.layer_s, self.token_s = (
+                seconds / e.measured[guess] for seconds in (cpu.kernels.layer_s, cpu.kernels.token_s)
+            )
         nvme = machine.nvme
         self.nvme = nvme.read_gb_per_s * e.nvme_read[guess] * unsure[nvme.basis] * 1e9 if nvme else 1e-9
 
     def time(self, guess: Guess) -> float:
         return guess[self.guess]
+
+    def product(
+        self, scheme: str, nbytes: float, weights: float, rows: float, *, is_integer: bool
+    ) -> tuple[float, float]:
+        """Seconds of reading and of computing a product on the CPU; where kernels were measured, one of them is 0."""
+        measured = None if self.kernels is None else _weight_s(self.kernels, scheme, rows, is_integer)
+        if measured is None:
+            arithmetic = self.cpu_int8 if is_integer else self.cpu_fp32
+            return nbytes / self.cpu_read, 2 * weights * rows / arithmetic
+        seconds_each, is_memory_bound = measured
+        seconds = weights * seconds_each / self.e.measured[self.guess]
+        return (seconds, 0.0) if is_memory_bound else (0.0, seconds)
+
+    def attention(self, kv_dtype: str, *, in_prefill: bool) -> float:
+        """Operations per second of attention on the CPU over a cache of that dtype."""
+        if self.kernels is not None:
+            found = (self.kernels.attention_prefill if in_prefill else self.kernels.attention_decode).get(kv_dtype)
+            if found is not None:
+                return found * self.e.measured[self.guess]
+        return self.attention_prefill if in_prefill else self.attention_decode
 
     def gpu_read(self, gpu: Gpu) -> float:
         return gpu.read_gb_per_s * self.e.gpu_read[self.guess] * 1e9
@@ -75,3 +106,34 @@ class Speeds:
 
     def link(self, gpu: Gpu) -> float:
         return gpu.link_gb_per_s * self.e.link[self.guess] * 1e9
+
+
+@lru_cache(maxsize=1 << 14)
+def _class_rates(scheme: str) -> tuple[str, ...]:
+    """The measured schemes that stand for one; several for an expert whose matrices differ, one for each matrix."""
+    parts = [kernel_class(part) for part in scheme.split(" + ")]
+    return (parts[0], parts[0], parts[1]) if len(parts) == 2 else tuple(parts)
+
+
+def _weight_s(kernels: KernelRates, scheme: str, rows: float, is_integer: bool) -> tuple[float, bool] | None:
+    """Seconds per weight of a product with so many rows, and is it bound by memory; None: nothing like it is known."""
+    found = [kernels.product(name, "int8" if is_integer else "fp32") for name in _class_rates(scheme)]
+    rates = [rate for rate in found if rate is not None]
+    if len(rates) < len(found):
+        return None
+    seconds = sum(1 / rate.at(rows) for rate in rates) / len(rates)
+    return seconds, all(rate.is_memory_bound(rows) for rate in rates)
+
+
+def kernel_class(scheme: str) -> str:
+    """Which of the schemes that doctor measures runs like this one: codes of as many bits, scales of as many levels."""
+    form = FORMS.get(scheme)
+    if form is None:
+        return scheme  # of which nothing was measured
+    if form.scheme is None:
+        return "f32" if scheme == "f32" else "bf16"
+    if form.scheme.code_type == "e4m3":
+        return "fp8_block128"
+    if form.scheme.bits == 4:
+        return "Q4_K" if form.scheme.scale_codec == "two_level" else "Q4_0"
+    return {2: "Q2_K", 3: "Q3_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}[form.scheme.bits]

@@ -85,7 +85,7 @@ def forecast(
     efficiency: Efficiency = DEFAULT,
 ) -> Forecast:
     """Decode, prefill and time to first token of one sequence that has the machine to itself, without drafts."""
-    model = _Model(footprint, placement, machine, resolved, efficiency)
+    model = PlacedModel(footprint, placement, machine, resolved, efficiency)
     contexts = sorted({c for c in DECODE_CONTEXTS if c < resolved.context} | {resolved.context})
     prompts = [n for n in FIRST_TOKEN_PROMPTS if n <= resolved.context]
     prefill_tokens = min(PREFILL_TOKENS, resolved.context)
@@ -98,12 +98,14 @@ def forecast(
     )
 
 
-class _Model:
+class PlacedModel:
     """A placed model and the machine: clocks for one decode step and for a prompt."""
 
     def __init__(
         self, footprint: Footprint, placement: Placement, machine: Machine, resolved: Resolved, efficiency: Efficiency
     ) -> None:
+        if resolved.threads != machine.cpu.threads:  # rates of kernels are those of the threads they were measured with
+            machine = replace(machine, cpu=replace(machine.cpu, kernels=None, basis="modelled"))
         self.footprint, self.placement, self.machine, self.resolved = footprint, placement, machine, resolved
         self.efficiency = efficiency
         self.speeds = [Speeds(machine, efficiency, guess) for guess in range(GUESSES)]
@@ -143,10 +145,11 @@ class _Model:
     def _decode_on_cpu(self, clock: _Clock, s: Speeds, step: _Step, count: int, context: int, rows: int) -> None:
         for part in step.layer.parts:
             self._add_cpu(clock, s, part, count, part.nbytes, part.params * rows)
-        attention = rows * self._attention_flops(step, context) / s.attention_decode
+        operations = rows * self._attention_flops(step, context)
+        attention = operations / s.attention(self.resolved.kv_dtype, in_prefill=False)
         keys = self._kv_read(step, context) / s.cpu_read
         clock.add("cpu arithmetic" if attention > keys else "cpu memory", count * max(attention, keys))
-        clock.add("overhead", count * s.time(s.e.cpu_layer_s))
+        clock.add("overhead", count * s.layer_s)
         expert = step.layer.expert
         if expert is None:
             return
@@ -189,7 +192,7 @@ class _Model:
         """The head, hops between devices, and what a step costs outside the model."""
         self._head(clock, s, rows)
         on_cpu = self.placement.head_device == CPU
-        clock.add("overhead", s.time(s.e.cpu_token_s if on_cpu else s.e.gpu_token_s) + self.hops * s.time(s.e.hop_s))
+        clock.add("overhead", (s.token_s if on_cpu else s.time(s.e.gpu_token_s)) + self.hops * s.time(s.e.hop_s))
 
     def _head(self, clock: _Clock, s: Speeds, rows: int) -> None:
         device = self.placement.head_device
@@ -216,7 +219,7 @@ class _Model:
         for step, count in self.steps.items():
             flops = count * (step.attention_flops * windowed + step.index_flops * everything)
             if step.device == CPU:
-                clock.add("cpu arithmetic", flops / speeds.attention_prefill)
+                clock.add("cpu arithmetic", flops / speeds.attention(self.resolved.kv_dtype, in_prefill=True))
             else:
                 clock.add("gpu arithmetic", flops / speeds.gpu_arithmetic(self.machine.gpus[step.device], "bf16"))
         self._around(clock, speeds, 1)
@@ -225,7 +228,7 @@ class _Model:
     def _prefill_on_cpu(self, clock: _Clock, s: Speeds, step: _Step, count: int, tokens: int) -> None:
         for part in step.layer.parts:
             self._add_cpu(clock, s, part, count, part.nbytes, part.params * tokens)
-        clock.add("overhead", count * s.time(s.e.cpu_layer_s))
+        clock.add("overhead", count * s.layer_s)
         if step.layer.expert is None:
             return
         touched = distinct_experts(step.layer.num_experts, self._per_token(step.layer), tokens)
@@ -303,7 +306,9 @@ class _Model:
     def _seconds_on_cpu(self, s: Speeds, part: Part, nbytes: float, macs: float) -> tuple[float, float]:
         """Reading and computing."""
         is_integer = part.is_integer and self.resolved.activations == "int8"
-        return nbytes / s.cpu_read, 2 * macs / (s.cpu_int8 if is_integer else s.cpu_fp32)
+        weights = part.params * nbytes / part.nbytes if part.nbytes else 0.0
+        rows = macs / weights if weights else 1.0
+        return s.product(part.scheme, nbytes, weights, rows, is_integer=is_integer)
 
     def _per_token(self, layer: Layer) -> int:
         return min(self.footprint.num_experts_per_tok, layer.num_experts)

@@ -160,6 +160,8 @@ def find(name: str, memory_bytes: int | None = None) -> Gpu:
         found.sort(key=lambda spec: abs(spec.memory_mib * MIB - memory_bytes))
     elif size_gb is not None:
         found = [spec for spec in found if spec.size_gb == size_gb] or _refuse_size(name, found)
+    if not found and not word and size_gb is not None:
+        raise ConfigError(f"a GPU that is only described needs its memory's GB/s too: {name.strip()[:80]}@1008")
     if not found:
         raise ConfigError(f"there is no GPU {name[:80]!r} in the table{_near(word)}, or describe it as 24GiB@1008")
     return found[0].gpu(memory_bytes)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from glmlocal.machine.kernel_rates import KernelRates
+
 Basis = Literal["exact", "measured", "modelled"]  # modelled: from a datasheet, or from a formula
 
 
@@ -28,6 +30,7 @@ class Cpu:
     fp32_gflop_per_s: float
     int8_gop_per_s: float | None  # None: no integer dot product
     basis: Basis = "modelled"
+    kernels: KernelRates | None = None  # what doctor measured of our own, with these threads; None: only the peaks
 
 
 @dataclass(frozen=True, slots=True)

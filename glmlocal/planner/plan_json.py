@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from glmlocal.errors import PlanError
+from glmlocal.machine import kernel_rates
+from glmlocal.machine.kernel_rates import KernelRates
 from glmlocal.planner.machine import Cpu, Gpu, Machine, Nvme, Ram
 from glmlocal.planner.plan import (
     CPU,
@@ -106,6 +108,8 @@ def _renamed(values: dict[str, Any], old: str, new: str) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Dataclasses → dicts, tuples → lists, keys → text."""
+    if isinstance(value, KernelRates):
+        return kernel_rates.as_json(value)
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -179,6 +183,8 @@ def _read(hint: Any, value: Any) -> Any:
         if not isinstance(value, dict) or len(value) > _MOST_ITEMS:
             raise TypeError("an object of numbers was wanted")
         return {_integer(int(key)): _read(arguments[1], each) for key, each in value.items()}
+    if hint is KernelRates:
+        return kernel_rates.from_json(value)
     if is_dataclass(hint):
         return _read_fields(hint, value)
     return _SCALARS[hint](value)

@@ -7,6 +7,7 @@ the number of cores, and a note says so.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from glmlocal.machine import cgroups
 from glmlocal.machine import cpu as cpu_probe
 from glmlocal.machine import gpus as gpu_probe
 from glmlocal.machine.disk import nearest_directory
+from glmlocal.machine.kernel_rates import build_id
 from glmlocal.machine.measurements import Measurements
 from glmlocal.paths import cache_home
 from glmlocal.planner import gpus as known
@@ -113,12 +115,24 @@ def runtime_machine(ram: str | None = None) -> Machine:
 
 def _cpu(facts: cpu_probe.Cpu, measured: Measurements | None, root: Path = Path("/")) -> Cpu:
     if measured is not None:
-        return Cpu(facts.name, measured.threads, measured.fp32_gflop_per_s, measured.int8_gop_per_s, basis="measured")
+        return Cpu(
+            facts.name,
+            measured.threads,
+            measured.fp32_gflop_per_s,
+            measured.int8_gop_per_s,
+            basis="measured",
+            kernels=measured.kernels if _runs(measured.isa) else None,
+        )
     threads = max(1, min(facts.allowed_cores, math.floor(min(cgroups.cpu_limit(root), 1 << 16))))
     for isa, fp32, int8 in _PER_CORE:
         if isa in facts.instruction_sets:
             return Cpu(facts.name, threads, fp32 * threads, int8 * threads)
     return Cpu(facts.name, threads, _PER_CORE_PLAIN * threads, None)
+
+
+def _runs(isa: str) -> bool:
+    """Are the kernels of that instruction set those that will run, and not others that were asked for?"""
+    return os.environ.get("GLMLOCAL_CPU_ISA", "") in ("", isa)
 
 
 def _ram(facts: cpu_probe.Cpu, measured: Measurements | None, root: Path = Path("/")) -> Ram:
@@ -218,6 +232,11 @@ def _measurement_notes(measured: Measurements | None, reason: str) -> Iterator[s
         yield f"the rates of CPU, memory and disk are modelled: {reason}"
     elif measured.busy:
         yield "something else ran while `glmlocal doctor` measured: the rates are too low; run it again"
+    if measured is not None and measured.kernels is not None:
+        if not _runs(measured.isa):
+            yield f"the kernels were measured as {measured.isa}, not as GLMLOCAL_CPU_ISA says: their rates are modelled"
+        elif measured.kernels.kernels_id != build_id():
+            yield "the kernels were built anew since `glmlocal doctor` measured them; run it again"
 
 
 def _described_note(gpus_are_own: bool, ram: str | None, nvme_is_own: bool) -> str:

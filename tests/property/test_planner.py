@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmlocal.errors import ConfigError
+from glmlocal.machine.kernel_rates import KernelRates, ProductRate
 from glmlocal.models.footprint import Footprint, Layer
 from glmlocal.planner.machine import Cpu, Gpu, Machine, Nvme, Ram
 from glmlocal.planner.plan import CPU, Plan, Wants
@@ -17,7 +18,7 @@ from glmlocal.planner.solve import choose, plan
 from glmlocal.units import GIB, MIB
 from planned import follow, footprint
 
-SCHEMES = [("bf16", 16.0), ("fp8_channel", 8.0), ("int4 group 32", 4.5)]
+SCHEMES = [("bf16", 16.0), ("fp8_channel", 8.0), ("int4", 4.5)]
 
 
 @st.composite
@@ -56,13 +57,28 @@ def gpus(read: st.SearchStrategy[float]) -> st.SearchStrategy[Gpu]:
 
 
 @st.composite
+def kernels(draw: st.DrawFn) -> KernelRates:
+    """As doctor might find them, disturbed or not; one row reads at most as fast as RAM of the machines below."""
+    gb_per_s, rows = draw(st.sampled_from([20.0, 40.0])), (1, 4, 32, 512)
+    slower = st.lists(st.sampled_from([1.0, 1.3, 0.5, 0.1]), min_size=3, max_size=3)
+    products = {}
+    for name, nbytes in (("bf16 fp32", 2.0), ("f32 fp32", 4.0), ("fp8_block128 fp32", 1.0), ("Q4_0 int8", 0.5625)):
+        rates = [gb_per_s * 1e9 / nbytes]
+        for factor in draw(slower):
+            rates.append(rates[-1] * factor)
+        products[name] = ProductRate(rows, tuple(rates))
+    attention = {"bf16": 50e9, "fp8": 40e9}
+    return KernelRates("made", products, attention, attention, 30e-6, 1e-3)
+
+
+@st.composite
 def machines(draw: st.DrawFn, *, mixed: bool = True) -> Machine:
     """GPUs read at least twice as fast as RAM, RAM more than NVMe: a machine in which the tiers are in that order."""
     ram = Ram(0, draw(st.integers(1 << 10, 96 << 10)) * MIB, draw(st.sampled_from([40.0, 80.0, 200.0])))
     one = draw(gpus(st.sampled_from([500.0, 1000.0, 3000.0])))
     more = draw(st.integers(0, 3))
     cards = tuple(draw(gpus(st.sampled_from([500.0, 1000.0, 3000.0]))) for _ in range(more)) if mixed else (one,) * more
-    cpu = Cpu("made", 8, 1000.0, draw(st.sampled_from([None, 4000.0])))
+    cpu = Cpu("made", 8, 1000.0, draw(st.sampled_from([None, 4000.0])), kernels=draw(st.none() | kernels()))
     nvme = draw(
         st.none() | st.builds(Nvme, st.integers(1, 200).map(lambda gib: gib * GIB), st.sampled_from([3.0, 12.0]))
     )

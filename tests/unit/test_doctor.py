@@ -10,13 +10,22 @@ from typing import Any
 
 import pytest
 
-from glmlocal import doctor, peaks
+from glmlocal import calibrate, doctor, peaks
 from glmlocal.cli import main as cli
 from glmlocal.machine import disk, gpus
 from glmlocal.machine.disk import DiskProblem, DiskRates
 from glmlocal.machine.gpus import Gpu
+from glmlocal.machine.kernel_rates import KernelRates, ProductRate
 from glmlocal.peaks import Peaks
 
+RATES = KernelRates(
+    "b" * 16,
+    {"Q4_0 int8": ProductRate((1, 512), (16e9, 0.1e9)), "bf16 fp32": ProductRate((1, 64), (5e9, 0.5e9))},
+    {"bf16": 47e9},
+    {"bf16": 62e9},
+    50e-6,
+    1e-3,
+)
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -32,6 +41,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return DiskRates(str(directory), "ext4", True, 1 << 30, {1: 1.23456, 2: 2.0, 4: 3.0})
 
     monkeypatch.setattr(disk, "measure", rates)
+    monkeypatch.setattr(calibrate, "measure", lambda **options: RATES)
     monkeypatch.setattr(gpus, "probe", lambda: (Gpu("NVIDIA", "RTX 4090", 24 << 30, 23 << 30, "560"),))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setenv("GLMLOCAL_HOME", str(tmp_path / "home"))
@@ -54,7 +64,13 @@ def test_json_has_the_documented_keys(measured: list[Any], tmp_path: Path, capsy
     facts = json.loads(captured.out)
     documented = set(re.findall(r"`(\w+)`", (DOCS / "doctor.md").read_text("utf-8")))
     assert keys(facts) - {"NVIDIA", "AMD"} <= documented
-    assert facts["schema"] == 1
+    assert facts["schema"] == 2
+    assert facts["kernel_rates"]["products"][0] == {
+        "scheme": "Q4_0", "activations": "int8", "weights_per_s": {"1": 16e9, "512": 0.1e9}
+    }  # fmt: skip
+    assert facts["kernel_rates"]["attention"] == [
+        {"kv_dtype": "bf16", "decode_gflop_per_s": 47.0, "prefill_gflop_per_s": 62.0}
+    ]
     assert facts["peaks"] == {
         "threads": 2, "read_gb_per_s": 80.0, "read_gb_per_s_one_thread": 40.0, "fp32_gflop_per_s": 400.0,
         "int8_gop_per_s": 1700.0, "read_bytes": 7, "difference": 0.125,
@@ -75,6 +91,7 @@ def test_what_was_measured_is_kept_for_this_machine(measured: list[Any], tmp_pat
     assert found is not None
     assert (found.read_gb_per_s, found.read_gb_per_s_one_thread, found.threads) == (80.0, 40.0, 2)
     assert (found.fp32_gflop_per_s, found.int8_gop_per_s, found.quick) == (400.0, 1700.0, False)
+    assert found.kernels == RATES
     assert found.disk is not None
     assert found.disk.gb_per_s == {1: 1.235, 2: 2.0, 4: 3.0}
     assert facts["stored"] == {"path": str(tmp_path / "home" / "measurements.json"), "problem": None}

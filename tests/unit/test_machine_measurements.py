@@ -13,6 +13,7 @@ import pytest
 from glmlocal.errors import ConfigError
 from glmlocal.machine import cpu, measurements
 from glmlocal.machine.disk import DiskRates
+from glmlocal.machine.kernel_rates import KernelRates, ProductRate
 from glmlocal.machine.measurements import Measurements
 from glmlocal.paths import measurements_file
 from machines import machine
@@ -31,10 +32,20 @@ MEASURED = Measurements(
     fp32_gflop_per_s=450.0,
     int8_gop_per_s=1800.0,
     disk=DiskRates("/models", "ext4", True, 1 << 30, {1: 1.5, 2: 2.5, 4: 3.0}),
+    kernels=KernelRates(
+        "b" * 16,
+        {"Q4_0 int8": ProductRate((1, 8, 512), (16e9, 6e9, 0.1e9)), "bf16 fp32": ProductRate((1,), (5e9,))},
+        {"bf16": 47e9},
+        {"bf16": 62e9},
+        50e-6,
+        1e-3,
+    ),
 )
 
 
-@pytest.mark.parametrize("measured", [MEASURED, replace(MEASURED, int8_gop_per_s=None, disk=None, busy=False)])
+@pytest.mark.parametrize(
+    "measured", [MEASURED, replace(MEASURED, int8_gop_per_s=None, disk=None, kernels=None, busy=False)]
+)
 def test_what_is_saved_is_loaded(tmp_path: Path, measured: Measurements) -> None:
     path = tmp_path / "new" / "measurements.json"
     measurements.save(measured, path)
@@ -78,7 +89,7 @@ def test_another_machine_is_not_believed(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[tuple[str, ...], Any]] = [
-    (("schema",), 2),
+    (("schema",), 1),
     (("schema",), None),
     (("date",), "yesterday"),
     (("date",), 5),
@@ -97,6 +108,19 @@ WRONG: list[tuple[tuple[str, ...], Any]] = [
     (("peaks", "fp32_gflop_per_s"), None),
     (("peaks", "fp32_gflop_per_s"), 10**400),
     (("peaks", "int8_gop_per_s"), True),
+    (("kernels",), 5),
+    (("kernels", "kernels_id"), 5),
+    (("kernels", "products"), {}),
+    (("kernels", "products"), {str(i): {"1": 1.0} for i in range(100)}),
+    (("kernels", "products"), {"x" * 100: {"1": 1.0}}),
+    (("kernels", "products", "Q4_0 int8"), {"2": 1.0}),
+    (("kernels", "products", "Q4_0 int8"), {"1": 0.0}),
+    (("kernels", "products", "Q4_0 int8"), {"1": 1.0, "one": 1.0}),
+    (("kernels", "products", "Q4_0 int8"), {"1": 1.0, str(1 << 40): 1.0}),
+    (("kernels", "attention_decode", "bf16"), -1.0),
+    (("kernels", "attention_prefill"), None),
+    (("kernels", "layer_s"), 0),
+    (("kernels", "token_s"), "slow"),
     (("disk",), 5),
     (("disk", "gb_per_s"), {}),
     (("disk", "gb_per_s"), {"one": 1.0}),

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from glmlocal.planner.efficiency import DEFAULT, Efficiency
+from glmlocal.machine.kernel_rates import KernelRates, ProductRate
+from glmlocal.planner.efficiency import DEFAULT, Efficiency, Speeds
 from glmlocal.planner.forecast import ACCEPTANCE, forecast
 from glmlocal.planner.hits import hit_rate
 from glmlocal.planner.machine import Nvme
@@ -244,3 +245,78 @@ def test_prefill_reads_from_nvme_only_what_has_no_slot():
     rate = ideal(found, model).prefill_tokens_per_s
     assert rate.bound_by == "nvme"
     assert 2048 / rate.value == pytest.approx(4 * away, rel=0.05)
+
+
+Q4 = {"scheme": "int4", "bits": 4.5, "quant": "int4"}
+
+
+def rates_of(scheme: str = "Q4_0") -> KernelRates:
+    """One row: 10⁹ weights/s of the scheme, 0.5 of bf16 and f32; many: 0.1 and 0.05 of 10⁹ at 100 rows."""
+    fast, slow = ProductRate((1, 100), (1e9, 0.1e9)), ProductRate((1, 100), (0.5e9, 0.05e9))
+    products = {f"{scheme} int8": fast, "bf16 fp32": slow, "f32 fp32": slow}
+    return KernelRates("x", products, {"bf16": 2e9}, {"bf16": 8e9}, 1e-3, 20e-3)
+
+
+def measured_machine(**changes: object):
+    hardware = machine(ram_gib=96)
+    cpu = replace(hardware.cpu, basis="measured", kernels=replace(rates_of(), **changes))
+    return replace(hardware, cpu=cpu, ram=replace(hardware.ram, basis="measured"))
+
+
+def test_decode_is_what_was_measured_of_our_kernels():
+    """Seconds of every weight that a token meets, of its layers, of attention and of what is around; no peak counts."""
+    model, hardware = air(**Q4), measured_machine()
+    found = plan(model, hardware, Wants(kv_dtype="bf16"))
+    integer = sum(sum(p.params for p in layer.parts if p.is_integer) for layer in model.layers)
+    integer += 45 * 8 * model.layers[1].expert.params
+    floats = sum(sum(p.params for p in layer.parts if not p.is_integer) for layer in model.layers)
+    floats += sum(part.params for part in model.top[1:])
+    attention = 46 * 4 * 96 * 128 * 8193 / 2e9
+    wanted = integer / 1e9 + floats / 0.5e9 + attention + 46 * 1e-3 + 20e-3
+    rates = found.forecast.decode_tokens_per_s
+    assert 1 / rates[8192].value == pytest.approx(wanted, rel=1e-3)
+    assert rates[8192].basis == "measured"
+    faster = replace(hardware, cpu=replace(hardware.cpu, fp32_gflop_per_s=9e9, int8_gop_per_s=9e9))
+    assert plan(model, faster, Wants(kv_dtype="bf16")).forecast.decode_tokens_per_s == rates
+
+
+def test_prefill_interpolates_by_the_rows_that_each_expert_gets():
+    model, tokens = air(**Q4), 512
+    found = plan(model, measured_machine(), Wants(kv_dtype="bf16", context=tokens))
+    touched = 128 * (1 - (1 - 8 / 128) ** tokens)
+    rows = tokens * 8 / touched
+    expert_s = 1 / rates_of().products["Q4_0 int8"].at(rows)
+    experts = 45 * touched * model.layers[1].expert.params * expert_s
+    fixed = sum(sum(p.params for p in layer.parts if p.is_integer) for layer in model.layers) / (0.1e9 * 100 / tokens)
+    floats = sum(sum(p.params for p in layer.parts if not p.is_integer) for layer in model.layers)
+    floats = floats / (0.05e9 * 100 / tokens)
+    attention = 46 * 4 * 96 * 128 * tokens * (tokens + 1) / 2 / 8e9
+    around = sum(part.params for part in model.top[1:]) / 0.5e9 + 46 * 1e-3 + 20e-3
+    wanted = experts + fixed + floats + attention + around
+    assert tokens / found.forecast.prefill_tokens_per_s.value == pytest.approx(wanted, rel=1e-3)
+    assert rows == pytest.approx(32, rel=0.01)
+
+
+def test_schemes_and_dtypes_that_were_not_measured_are_modelled():
+    hardware = measured_machine(products={"bf16 fp32": ProductRate((1,), (1e6,))})
+    plain = replace(hardware, cpu=replace(hardware.cpu, kernels=None))
+    slow, modelled = (plan(air(**Q4), each, Wants()).forecast for each in (hardware, plain))
+    experts = 45 * 8 * air(**Q4).layers[1].expert.nbytes / (0.8 * 60e9)
+    assert 1 / slow.decode_tokens_per_s[0].value > 100 > 1 / modelled.decode_tokens_per_s[0].value > experts
+
+
+def test_an_expert_of_two_schemes_takes_the_time_of_its_three_matrices():
+    rates = KernelRates(
+        "x", {"Q4_K int8": ProductRate((1,), (3e9,)), "Q6_K int8": ProductRate((1,), (1e9,))}, {}, {}, 1e-6, 1e-6
+    )
+    hardware = replace(machine(), cpu=replace(machine().cpu, kernels=rates))
+    seconds = Speeds(hardware, DEFAULT, 1).product("Q4_K + Q6_K", 1.0, 3e9, 1, is_integer=True)
+    assert sum(seconds) == pytest.approx(2 / 3 + 1)
+
+
+def test_rates_of_kernels_count_for_the_threads_they_were_measured_with():
+    hardware = measured_machine()
+    same, other = (plan(air(**Q4), hardware, Wants(threads=n)).forecast for n in (hardware.cpu.threads, 3))
+    assert (same.decode_tokens_per_s[0].basis, other.decode_tokens_per_s[0].basis) == ("measured", "modelled")
+    plain = replace(hardware, cpu=replace(hardware.cpu, kernels=None, basis="modelled"))
+    assert other == plan(air(**Q4), plain, Wants(threads=3)).forecast

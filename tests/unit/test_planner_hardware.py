@@ -15,6 +15,7 @@ from glmlocal.errors import ConfigError
 from glmlocal.machine import gpus as gpu_probe
 from glmlocal.machine.cpu import Cpu as CpuFacts
 from glmlocal.machine.disk import DiskRates
+from glmlocal.machine.kernel_rates import KernelRates, ProductRate
 from glmlocal.machine.measurements import Measurements
 from glmlocal.planner import gpus, hardware, probe
 from glmlocal.planner.machine import Nvme, Ram
@@ -147,7 +148,7 @@ def test_a_link_replaces_the_cards_own_but_not_shared_memory() -> None:
         ("1x24GiB@nan", "as GB/s"),
         ("1x24GiB@-3", "as GB/s"),
         ("24GiB@0", "as GB/s"),
-        ("24GiB", "no GPU '24GiB'"),
+        ("24GiB", "GB/s too: 24GiB@1008"),
         ("-1GiB@900", "as a size"),
         ("２xH100", "no GPU"),
         ("-2xH100", "no GPU"),
@@ -378,3 +379,19 @@ def test_probing_needs_no_torch() -> None:
     code = "import sys, glmlocal.planner.probe; print([m for m in ('torch', 'rich', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_rates_of_kernels_are_taken_unless_others_run_and_a_new_build_is_said(own: pytest.MonkeyPatch) -> None:
+    rates = KernelRates("b" * 16, {"bf16 fp32": ProductRate((1,), (1e9,))}, {}, {}, 1e-5, 1e-3)
+    own.setattr(probe.doctor, "load_measurements", lambda: (_measured(kernels=rates), ""))
+    own.setattr(probe, "build_id", lambda: "b" * 16)
+    own.delenv("GLMLOCAL_CPU_ISA", raising=False)
+    machine = probe.machine()
+    assert machine.cpu.kernels == rates
+    assert not any("kernels" in note for note in machine.notes)
+    own.setattr(probe, "build_id", lambda: "c" * 16)
+    assert any("built anew" in note for note in probe.machine().notes)
+    assert probe.machine().cpu.kernels == rates
+    own.setenv("GLMLOCAL_CPU_ISA", "avx2")
+    assert probe.machine().cpu.kernels is None
+    assert any("measured as avx512" in note for note in probe.machine().notes)

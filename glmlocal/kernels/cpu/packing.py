@@ -72,6 +72,14 @@ def unpack(weight: PackedWeight) -> Tensor | QuantizedMatrix:
     return _unpack_dense(weight) if weight.scheme is None else _unpack_quantized(weight, weight.scheme)
 
 
+def duplicate(weight: PackedWeight) -> PackedWeight:
+    """The same matrix once more, elsewhere in memory: for measurements that must not find it in a cache."""
+    buffer = _cpu.allocate(weight.nbytes)
+    buffer[:] = weight.buffer
+    form = _Form(weight.format, weight.kind, weight.scheme)
+    return _bind(form, weight.layout, buffer, "int8" if weight.int8_activations else "fp32")
+
+
 def _supported(scheme: QuantScheme) -> bool:
     sizes = (scheme.group_size, scheme.super_size)
     powers_of_two = all(size >= 16 and size & (size - 1) == 0 for size in sizes)

@@ -1,0 +1,136 @@
+"""KernelRates: how fast this machine's kernels are, as ``glmlocal doctor`` measured them. Torch-free values and JSON.
+
+A product is a matrix and some rows of activations. What is kept of one is how many of a matrix's weights are done with
+per second when so many rows meet them: at one row that is memory bandwidth, at hundreds it is arithmetic, and between
+the two it is what the kernels make of both. A forecast asks for the rows it needs and gets the rate between two that
+were measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_MOST_ROWS = 1 << 20
+_MOST_ENTRIES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ProductRate:
+    """Weights per second by rows of activations. Raises ValueError unless rows rise from 1 and all rates are positive.
+
+    More rows never get done with more weights per second, nor fewer multiply-adds: where a measurement says otherwise
+    it was disturbed, and is moved to the nearest that does not.
+    """
+
+    rows: tuple[int, ...]
+    weights_per_s: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        rises = all(a < b for a, b in zip(self.rows, self.rows[1:], strict=False))
+        if len(self.rows) != len(self.weights_per_s) or not self.rows or self.rows[0] != 1 or not rises:
+            raise ValueError(f"rows {self.rows} do not rise from 1, or have not one rate each")
+        if not all(math.isfinite(rate) and rate > 0 for rate in self.weights_per_s):
+            raise ValueError("a rate is not positive")
+        smooth = [self.weights_per_s[0]]
+        for before, now, rate in zip(self.rows, self.rows[1:], self.weights_per_s[1:], strict=False):
+            smooth.append(min(max(rate, smooth[-1] * before / now), smooth[-1]))
+        object.__setattr__(self, "weights_per_s", tuple(smooth))
+
+    def at(self, rows: float) -> float:
+        """Weights per second at so many rows: between two measurements on the straight line of the logarithms."""
+        if rows <= 1:
+            return self.weights_per_s[0]
+        if rows >= self.rows[-1]:
+            return self.weights_per_s[-1] * self.rows[-1] / rows
+        right = bisect_left(self.rows, rows)
+        x0, x1 = math.log(self.rows[right - 1]), math.log(self.rows[right])
+        y0, y1 = math.log(self.weights_per_s[right - 1]), math.log(self.weights_per_s[right])
+        return math.exp(y0 + (y1 - y0) * (math.log(rows) - x0) / (x1 - x0))
+
+    def is_memory_bound(self, rows: float) -> bool:
+        """Do so many rows take nearly as long as one, so that reading the weights is what takes the time?"""
+        return self.at(rows) > self.weights_per_s[0] / 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRates:
+    """Of one instruction set and number of threads; ``kernels_id`` tells which build of the kernels it was."""
+
+    kernels_id: str
+    products: Mapping[str, ProductRate]  # by "SCHEME ACTIVATIONS": "Q4_0 int8", "Q4_0 fp32", "bf16 fp32"
+    attention_decode: Mapping[str, float]  # by KV dtype: operations per second of one query over a long context
+    attention_prefill: Mapping[str, float]  # the same of a chunk of a prompt
+    layer_s: float  # of a decoder layer, beside its products and attention
+    token_s: float  # of a step, outside the layers and the head
+
+    def product(self, scheme: str, activations: str) -> ProductRate | None:
+        """None where nothing like it was measured; floats meet fp32 whatever is asked."""
+        wanted = f"{scheme} {activations}"
+        return self.products.get(wanted) or self.products.get(f"{scheme} fp32")
+
+
+def build_id() -> str:
+    """Which kernels are installed: 16 hex digits of the extension's bytes, or "none". Imports nothing."""
+    for file in sorted((Path(__file__).parents[1] / "kernels" / "cpu").glob("_cpu.*")):
+        if file.suffix in (".so", ".pyd"):
+            return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return "none"
+
+
+def as_json(rates: KernelRates) -> dict[str, Any]:
+    return {
+        "kernels_id": rates.kernels_id,
+        "products": {
+            name: {str(rows): rate for rows, rate in zip(product.rows, product.weights_per_s, strict=True)}
+            for name, product in rates.products.items()
+        },
+        "attention_decode": dict(rates.attention_decode),
+        "attention_prefill": dict(rates.attention_prefill),
+        "layer_s": rates.layer_s,
+        "token_s": rates.token_s,
+    }
+
+
+def from_json(values: Mapping[str, Any]) -> KernelRates:
+    """The inverse of ``as_json``. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
+    if not isinstance(values["kernels_id"], str):
+        raise TypeError("kernels_id is no text")
+    return KernelRates(
+        values["kernels_id"],
+        {_name(name): _product(rates) for name, rates in _few(values["products"]).items()},
+        {_name(name): _positive(rate) for name, rate in _few(values["attention_decode"]).items()},
+        {_name(name): _positive(rate) for name, rate in _few(values["attention_prefill"]).items()},
+        _positive(values["layer_s"]),
+        _positive(values["token_s"]),
+    )
+
+
+def _product(values: Mapping[str, Any]) -> ProductRate:
+    found = sorted((int(rows), _positive(rate)) for rows, rate in _few(values).items())
+    if any(rows > _MOST_ROWS for rows, _ in found):
+        raise ValueError("too many rows")
+    return ProductRate(tuple(rows for rows, _ in found), tuple(rate for _, rate in found))
+
+
+def _few(values: Any) -> Mapping[str, Any]:
+    if not isinstance(values, dict) or not 0 < len(values) <= _MOST_ENTRIES:
+        raise TypeError("not a few named rates")
+    return values
+
+
+def _name(value: str) -> str:
+    if len(value) > 80:
+        raise ValueError("a name is too long")
+    return value
+
+
+def _positive(value: object) -> float:
+    if type(value) not in (int, float) or not math.isfinite(float(value)) or not float(value) > 0:  # type: ignore[arg-type]
+        raise ValueError(f"{value!r} is no positive number")
+    return float(value)  # type: ignore[arg-type]
