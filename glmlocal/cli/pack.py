@@ -56,7 +56,9 @@ def add_pack_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what experts that are not quantized become; auto (the default): what `glmlocal plan` chooses here",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to (default: below GLMLOCAL_HOME, as `ls` shows)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where to (default: below GLMLOCAL_HOME, as `ls` shows)"
+    )
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: one per core)")
 
 
@@ -103,7 +105,9 @@ def verify(path: Path, threads: int | None, *, as_json: bool) -> int:
         for each in damaged:
             print(f"damaged: {one_line(str(each))}", file=sys.stderr)
         verdict = f"{len(damaged)} damaged; pack the model again" if damaged else "all right"
-        print(f"{one_line(path.name)}: {format_bytes(num_bytes)}, {verdict}", file=sys.stderr if damaged else sys.stdout)
+        print(
+            f"{one_line(path.name)}: {format_bytes(num_bytes)}, {verdict}", file=sys.stderr if damaged else sys.stdout
+        )
     return _DAMAGED if damaged else 0
 
 
