@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmlocal.cli.options import PLAN_QUANTS, at_least
+from glmlocal.cli.options import add_pack_options
 from glmlocal.cli.terminal import one_line
 from glmlocal.errors import ConfigError
 from glmlocal.units import format_bytes
@@ -47,19 +47,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--verify", action="store_true", help="compare every record with its checksum instead")
     add_pack_options(parser)
     parser.add_argument("--json", action="store_true", help="print progress as JSON, one object per line")
-
-
-def add_pack_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--quant",
-        choices=PLAN_QUANTS,
-        default="auto",
-        help="what experts that are not quantized become; auto (the default): what `glmlocal plan` chooses here",
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where to (default: below GLMLOCAL_HOME, as `ls` shows)"
-    )
-    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Expert packs: the routed experts of a model in one file, one page-aligned record each, ready for the kernels.
 
-    bytes 0 … 63        magic, version, length of the JSON, entries of the table, where records start, checksum of the header
+    bytes 0 … 63        magic, version, length of the JSON, entries of the table, where records start, and a checksum
+                        of all this
     JSON                model, quantization, source, number of experts, the layouts of records, layers
     a table             xxh3-64 of every record, padding included, then of every tensor of the file beside it in the
                         order of that file, 8 bytes little-endian each
@@ -99,7 +100,7 @@ class PackHeader:
 
 @dataclass(frozen=True)
 class ExpertPack:
-    """An opened pack. ``checksums`` are those of the records, then those of the dense tensors, in order of the files."""
+    """An opened pack. ``checksums`` are those of the records, then of the dense tensors, in the order of the files."""
 
     path: Path
     version: int

@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +25,7 @@ from glmlocal.models.weights import Quant, WeightReader, quantized_already
 from glmlocal.packing import make, partial
 from glmlocal.packing.job import plan_job
 from glmlocal.packing.verify import Damage, verify_pack
-from packs import files_of, pack
+from packs import CountedWrites, files_of, killed_at, pack
 
 pytestmark = pytest.mark.skipif(not cpu.available, reason="no native kernels, whose layout a pack has")
 
@@ -140,50 +137,13 @@ def test_mtp_that_cannot_be_used_is_left_out_and_said(source: Path, tmp_path: Pa
 # Stopped on the way
 
 
-class _Counted:
-    """Calls of the functions that change the disk; ``at`` that many, something happens instead."""
-
-    names = ("pwrite", "ftruncate", "fsync", "fdatasync", "rename")
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, happens: Callable[[], None]) -> None:
-        self.count, self._at, self._happens = 0, at, happens
-        for name in self.names:
-            monkeypatch.setattr(os, name, self._wrapped(getattr(os, name)))
-
-    def _wrapped(self, function: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object) -> object:
-            self.count += 1
-            if self.count == self._at:
-                self._happens()
-            return function(*args)
-
-        return call
-
-
-def killed_at(call: int, source: Path, target: Path) -> None:
-    """A process of its own packs, and is killed at that call that changes the disk."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forked with threads: it only ever runs this
-        child = os.fork()
-    if child == 0:
-        try:
-            patch = pytest.MonkeyPatch()
-            patch.setattr(make, "COMMIT_EVERY_S", 0.0)
-            _Counted(patch, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            pack(source, target, "int4")
-        finally:
-            os._exit(1)  # it was to be killed
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), f"call {call} never came"
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
 def test_killed_anywhere_and_resumed_the_pack_is_byte_identical(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = files_of(pack(source, tmp_path / "whole", "int4"))
     with pytest.MonkeyPatch.context() as patch:
-        counted = _Counted(patch, -1, lambda: None)
+        counted = CountedWrites(patch)
         pack(source, tmp_path / "counted", "int4")
     made: list[int] = []
     original = make.Maker._pack
@@ -193,10 +153,10 @@ def test_killed_anywhere_and_resumed_the_pack_is_byte_identical(
         original(self, piece, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(make.Maker, "_pack", count)
-    first_rename = counted.count - 1  # then only the directory is synced
-    for call in (1, 6, 12, 30, 45, counted.count // 2 + 10, first_rename - 2, first_rename):
+    rename = counted.count - 2  # then the directory is synced and the journal removed
+    for call in (1, 6, 12, 30, 45, counted.count // 2 + 10, rename - 2, rename):
         target = tmp_path / f"killed-{call}"
-        killed_at(call, source, target)
+        killed_at(call, lambda target=target: pack(source, target, "int4"))
         assert not target.exists()
         journal = target.with_name(target.name + ".partial.journal").read_bytes().splitlines()[1:]
         records = {int(line.split()[0]) for line in journal} & set(range(24))
