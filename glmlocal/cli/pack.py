@@ -72,6 +72,11 @@ def run(args: argparse.Namespace) -> int:
         with shown(sum(job.source_bytes), as_json=args.json) as on_bytes:
             pack_model(checkpoint, job, quant, out, threads=num_threads(args.threads), on_bytes=on_bytes)
     tell_done(out, time.monotonic() - started, as_json=args.json)
+    if not args.json and not Path(args.model).exists():  # of a hub, or the demo
+        print(
+            f"the pack is all that is needed now; `glmlocal rm {args.model}` removes what it was made of",
+            file=sys.stderr,
+        )
     return 0
 
 

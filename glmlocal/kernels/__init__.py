@@ -44,6 +44,7 @@ if TYPE_CHECKING or not cpu.available:
         pack_experts,
         pack_record,
         paged_attention,
+        quantize,
         record_buffer,
         rms_norm,
         rope_store_,
@@ -74,6 +75,7 @@ else:
     )
     from glmlocal.kernels.cpu.packing import PackedWeight as Weight
     from glmlocal.kernels.cpu.packing import bind_record, pack, pack_record, record_buffer
+    from glmlocal.kernels.cpu.quantize import quantize
 
 __all__ = [
     "AttentionBlock",
@@ -103,6 +105,7 @@ __all__ = [
     "pack_experts",
     "pack_record",
     "paged_attention",
+    "quantize",
     "record_buffer",
     "rms_norm",
     "rope_store_",

@@ -20,6 +20,7 @@ from torch import Tensor
 from glmlocal.errors import KernelUnavailable
 from glmlocal.formats.expert_pack_layout import ExpertLayout
 from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme
+from glmlocal.formats.quantize import quantize as quantize  # the plain twin of cpu/quantize.py
 from glmlocal.kernels import blocks
 from glmlocal.kernels.blocks import AttentionBlock, BlockOutput, LayerCache, StepIndex
 

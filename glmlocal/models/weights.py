@@ -19,7 +19,7 @@ from glmlocal.formats.fp8 import FP8_DTYPE, Fp8Matrix
 from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, unpack
 from glmlocal.formats.index import TensorIndex, TensorRef
 from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme
-from glmlocal.formats.quantize import INT4, INT8, quantize
+from glmlocal.formats.quantize import INT4, INT8
 from glmlocal.layers.embedding import TORCH_DTYPE, Embedding
 from glmlocal.layers.linear import Linear
 from glmlocal.layers.norm import RMSNorm
@@ -169,7 +169,7 @@ def _matrix(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> Tenso
 
 def _quantized(name: str, part: Tensor | QuantizedMatrix, scheme: QuantScheme) -> QuantizedMatrix:
     try:
-        return quantize(_wide(part), scheme)
+        return kernels.quantize(_wide(part), scheme)
     except ValueError as error:
         raise CheckpointError(f"tensor {name} cannot be quantized to {scheme.name}: {error}") from error
 
