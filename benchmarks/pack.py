@@ -2,16 +2,15 @@
 
     python benchmarks/pack.py DIR [--quant int4] [--scratch DIR] [--kills 20]
 
-DIR is a checkpoint of BF16 safetensors (``benchmarks/synth.py --format safetensors-bf16``). Measured, in this order, with
-what is in the page cache left as it is: the disk (sequential reads of the input, sequential writes and one fdatasync of
-as many bytes as the pack has), the arithmetic of one expert on one core (reading it from the page cache included) and
-of as many at once as there are threads; then the pack itself in a process of its own. The prediction is
+DIR is a checkpoint of safetensors (``benchmarks/synth.py --format safetensors-bf16``). What is in the page cache stays
+there. Measured are the arithmetic of records, on one core and on all at once, before and after; the pack itself, in a
+process of its own; and the disk: sequential reads of the input, sequential writes and one fdatasync of as many bytes as
+the pack has. The prediction is
 
     seconds = max(input / disk read, input / (threads x rate of a core when all work)) + output / disk write
 
-because reading overlaps computing while the writes, which go on in the background, must have reached the disk at the end.
-With --kills, packing is killed that many times at random moments and resumed; the result must be byte-identical. The last
-line is JSON.
+because reading overlaps computing, while what was written must have reached the disk at the end. With --kills, packing
+is killed that many times at random moments and resumed; the result must be byte-identical. The last line is JSON.
 """
 
 from __future__ import annotations

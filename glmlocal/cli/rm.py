@@ -18,8 +18,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "rm",
         help="remove a model that was pulled or packed",
-        description="Remove a model that was pulled, or a pack by its name. org/name:QUANT removes one quantization, org/name everything of "
-        "the repository.",
+        description="Remove a model that was pulled, or a pack by its name. org/name:QUANT removes one quantization, "
+        "org/name everything of the repository.",
     )
     parser.add_argument("model", metavar="MODEL", help="a name of `glmlocal ls`")
     add_hub_options(parser)

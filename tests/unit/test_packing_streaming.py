@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_no_more_than_two_shards_are_here_at_once(
     pulled(server, tmp_path / "hf", tmp_path / "pack")
     sizes = [path.stat().st_size for path in sorted(release.glob("*.safetensors"))]
     assert len(seen) == NUM_SHARDS
-    assert max(seen) <= max(one + other for one, other in zip(sizes, sizes[1:], strict=False))
+    assert max(seen) <= max(one + other for one, other in pairwise(sizes))
     assert max(seen) > max(sizes)  # borders do cut experts apart
     assert seen[-1] < sum(sizes) / 2
 
