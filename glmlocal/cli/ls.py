@@ -1,7 +1,8 @@
 """``glmlocal ls``: the models on this disk that were pulled.
 
 ``--json`` prints one list of {name, hub, commit, format, quant, bytes, last_used (ISO 8601, UTC), path, complete}; a
-download that waits to be gone on with has ``complete`` false and neither format, commit nor path.
+download or pack that waits to be gone on with has ``complete`` false and neither format, commit nor path. Packs, of
+format "pack", have neither hub nor commit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from glmlocal.units import format_bytes
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser("ls", help="list the models that were pulled", description=__doc__.split("\n")[0])
+    parser = subparsers.add_parser(
+        "ls", help="list the models that were pulled or packed", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON list")
 
 
@@ -64,7 +67,26 @@ def list_models() -> list[dict[str, Any]]:
         }
         for hub, cache in local.unfinished()
     ]
-    return [*_demo(), *rows]
+    return [*_demo(), *_packs(), *rows]
+
+
+def _packs() -> list[dict[str, Any]]:
+    from glmlocal.packing import here
+
+    return [
+        {
+            "name": pack.name,
+            "hub": None,
+            "commit": None,
+            "format": "pack" if pack.header else None,
+            "quant": pack.header.quant if pack.header else None,
+            "bytes": pack.size_bytes,
+            "last_used": datetime.fromtimestamp(pack.last_used_s(), UTC).isoformat(timespec="seconds"),
+            "path": str(pack.path) if pack.header else None,
+            "complete": pack.header is not None,
+        }
+        for pack in here.packs()
+    ]
 
 
 def _demo() -> list[dict[str, Any]]:

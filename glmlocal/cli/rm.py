@@ -1,4 +1,4 @@
-"""``glmlocal rm MODEL``: remove a model that was pulled, and what an unfinished pull of it has left."""
+"""``glmlocal rm MODEL``: remove a model that was pulled or packed, and what an unfinished attempt at it has left."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from glmlocal.units import format_bytes
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "rm",
-        help="remove a model that was pulled",
-        description="Remove a model that was pulled. org/name:QUANT removes one quantization, org/name everything of "
-        "the repository.",
+        help="remove a model that was pulled or packed",
+        description="Remove a model that was pulled, or a pack by its name. org/name:QUANT removes one quantization, "
+        "org/name everything of the repository.",
     )
     parser.add_argument("model", metavar="MODEL", help="a name of `glmlocal ls`")
     add_hub_options(parser)
@@ -27,8 +27,16 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    what, num_bytes, remove = _demo() if args.model == "demo" else _of_hub(args)
-    question = f"Remove {what} ({format_bytes(num_bytes)})?"
+    from glmlocal.packing import here
+
+    pack = here.find(args.model)
+    if pack is not None:
+        what, num_bytes, remove = f"the pack {pack.name}", pack.size_bytes, pack.remove
+    else:
+        what, num_bytes, remove = _demo() if args.model == "demo" else _of_hub(args)
+    packed = here.made_of(args.model)
+    kept = f"; its pack stays: {', '.join(packed)}" if packed else ""
+    question = f"Remove {what} ({format_bytes(num_bytes)}{kept})?"
     if not args.yes and not confirm(question, default=False):
         print("nothing was removed", file=sys.stderr)
         return 0

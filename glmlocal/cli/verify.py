@@ -1,6 +1,7 @@
 """``glmlocal verify MODEL``: hash a pulled model again, name what is damaged, and fetch just that.
 
-``--json`` prints one object: {name, files, bytes, damaged: [path], missing: [path], repaired (true, false)}.
+``--json`` prints one object: {name, files, bytes, damaged: [path], missing: [path], repaired (true, false)}. A pack is
+checked as ``glmlocal pack --verify`` does, and not repaired.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ def run(args: argparse.Namespace) -> int:
         ensure_demo(check_hash=True)
         print("the demo model is whole")
         return 0
+    from glmlocal.packing import here
+
+    pack = here.find(args.model)
+    if pack is not None:
+        from glmlocal.cli.pack import verify as verify_pack
+
+        return verify_pack(pack.path, None, as_json=args.json)
     source, _ = find_source(args, local.the_one_here)
     kept = verify.kept_files(source)
     with byte_bar("hashing", kept.size_bytes, show=not args.json) as on_bytes:

@@ -8,6 +8,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <optional>
@@ -19,6 +20,7 @@
 #include "memory.h"
 #include "ops.h"
 #include "packed_matrix.h"
+#include "quantize.h"
 #include "steps.h"
 #include "thread_pool.h"
 
@@ -411,6 +413,19 @@ nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> allocate(size_t num_bytes) {
   return {memory->get(), {num_bytes}, owner};
 }
 
+bool run_quantize_rows(Address weights, int64_t rows, int64_t columns, float low, float high, const std::vector<float>& candidates,
+                       float limit, Address codes, Address scales) {
+  if (candidates.empty() || candidates.size() > size_t(kMaxCandidates)) throw std::invalid_argument("1 to 16 candidates");
+  if (rows <= 0 || columns <= 0) return true;
+  QuantizeRule rule{low, high, {}, int(candidates.size()), limit};
+  std::copy(candidates.begin(), candidates.end(), rule.candidates);
+  const float* from = pointer<const float>(weights, "weights");
+  uint8_t* code = pointer<uint8_t>(codes, "codes");
+  float* scale = pointer<float>(scales, "scales");
+  nb::gil_scoped_release release;
+  return quantize_rows(from, rows, columns, rule, code, scale);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -439,6 +454,8 @@ NB_MODULE(_cpu, m) {
   m.attr("BLOCK_COLUMNS") = kBlockColumns;
   m.def("poison_scratch", &poison_scratch);
   m.def("allocate", &allocate, "num_bytes"_a);
+  m.def("quantize_rows", &run_quantize_rows, "weights"_a, "rows"_a, "columns"_a, "low"_a, "high"_a, "candidates"_a, "limit"_a,
+        "codes"_a, "scales"_a);
 
   nb::class_<MatrixFormat>(m, "MatrixFormat")
       .def("__init__", [](MatrixFormat* self, const std::string& codes, const std::string& scale_type, int group_size, int super_size,
