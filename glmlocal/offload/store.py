@@ -59,7 +59,7 @@ class ExpertStore:
     """``num_slots`` slots over experts whose homes a ``Source`` reads.
 
     ``layers`` have ``num_experts`` experts each. ``most_reads``: how many may be under way at once; while a prompt is
-    processed, so many slots at a time pass from expert to expert and the others keep what they hold.
+    processed, twice as many slots pass from expert to expert and the others keep what they hold.
     """
 
     def __init__(
