@@ -172,6 +172,18 @@ def _rename(ref: TensorRef) -> list[TensorRef]:
     return [ref]
 
 
+def gguf_name(name: str) -> str:
+    """The inverse of the renaming, for what is no routed expert; names that GGUF has given stay."""
+    if name in _MODEL_NAMES:
+        return _MODEL_NAMES[name]
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    return f"blk.{layer[1]}.{_LAYER_NAMES[layer[2]]}" if layer else name
+
+
+_MODEL_NAMES = {name: stored for stored, name in _MODEL_TENSORS.items()}
+_LAYER_NAMES = {name: stored for stored, name in reversed(_LAYER_TENSORS.items())}  # of two, the one listed first
+
+
 def _named(ref: TensorRef, name: str) -> TensorRef:
     return TensorRef(name, ref.file, ref.offset, ref.nbytes, ref.shape, ref.dtype)
 

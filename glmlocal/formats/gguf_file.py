@@ -69,6 +69,26 @@ def parse_gguf(path: Path, data: bytes | mmap.mmap, size: int) -> GGUFFile:
         raise CheckpointError(f"{path}: {error}") from None
 
 
+def raw_metadata(path: Path) -> list[tuple[str, bytes]]:
+    """Every key with the bytes of its entry (name, type and value) as they are in the file: to be written again.
+
+    Raises CheckpointError as ``read_gguf`` does.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor = _Cursor(data, len(data))
+        entries = []
+        try:
+            _, key_count = _check_preamble(cursor)
+            for i in range(key_count):
+                start = cursor.position
+                key = cursor.string(f"the name of key {i} of {key_count}")
+                cursor.value(cursor.number("I", key), key)
+                entries.append((key, data[start : cursor.position]))
+        except _Bad as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        return entries
+
+
 class HeaderIncomplete(Exception):
     """More of the file's beginning is needed."""
 

@@ -18,12 +18,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glmlocal.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from glmlocal.formats.expert_pack import ExpertPack
 
 MAX_JSON_BYTES = 100_000_000  # config and index files; the limit safetensors itself puts on a header
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -39,7 +42,7 @@ class TensorRef:
     offset: int  # bytes from the start of the file
     nbytes: int
     shape: tuple[int, ...]  # torch order: [out_features, in_features]
-    dtype: str  # safetensors' name ("BF16", "F8_E4M3") or GGUF's type name ("Q4_K")
+    dtype: str  # safetensors' name ("BF16", "F8_E4M3"), GGUF's type name ("Q4_K"), or of a pack ("pack.int4")
 
     @property
     def num_elements(self) -> int:
@@ -53,11 +56,17 @@ class TensorIndex(Mapping[str, TensorRef]):
     """Tensor name → TensorRef, and the bytes behind them. Opens a file when one of its tensors is first read."""
 
     def __init__(
-        self, kind: Literal["safetensors", "gguf"], source: Path, refs: Mapping[str, TensorRef], files: tuple[Path, ...]
+        self,
+        kind: Literal["safetensors", "gguf"],
+        source: Path,
+        refs: Mapping[str, TensorRef],
+        files: tuple[Path, ...],
+        experts: ExpertPack | None = None,
     ) -> None:
         self.kind: Literal["safetensors", "gguf"] = kind
         self.source = source  # the directory, or the (first) GGUF file
         self.files = files  # every file that belongs to the checkpoint, in order
+        self.experts = experts  # of a packed model, whose routed experts are in records instead of tensors
         self._refs = refs
         self._maps: dict[Path, mmap.mmap] = {}
         self._files: dict[Path, int] = {}  # descriptors
@@ -238,6 +247,8 @@ def _open(path: Path) -> Checkpoint:
 
 def _open_directory(path: Path) -> Checkpoint:
     names = sorted(entry.name for entry in os.scandir(path))
+    if "experts.pack" in names:
+        return _open_packed(path, names)
     if any(name.endswith(".safetensors") or name == "model.safetensors.index.json" for name in names):
         from glmlocal.formats import safetensors  # here, as both formats build on this module
 
@@ -256,6 +267,36 @@ def _open_directory(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} has only PyTorch files ({quoted(pickles[0])}): {_PICKLE_REFUSAL}")
     found = f"only {', '.join(map(quoted, names[:5]))}{' …' if len(names) > 5 else ''}" if names else "nothing"
     raise CheckpointError(f"no model in {path}: wanted model.safetensors, its index, or a .gguf file; found {found}")
+
+
+def _open_packed(path: Path, names: list[str]) -> Checkpoint:
+    from glmlocal.formats import expert_pack, gguf, safetensors
+
+    pack_file, dense = path / expert_pack.PACK_FILE, path / expert_pack.DENSE_GGUF
+    if dense.name in names:
+        pack = expert_pack.read_pack(pack_file)
+        model = gguf.read_model(dense)
+        refs = _joined(pack_file, pack.refs(), model.refs)
+        return Checkpoint(
+            path, path, model.config, TensorIndex("gguf", path, refs, (pack_file, dense), pack), model.metadata
+        )
+    dense, config_file = path / expert_pack.DENSE_SAFETENSORS, path / "config.json"
+    for needed in (dense, config_file):
+        if needed.name not in names:
+            raise CheckpointError(f"{path} has {pack_file.name} but no {needed.name}; pack the model again")
+    pack = expert_pack.read_pack(pack_file)
+    refs = _joined(pack_file, pack.refs(), safetensors.read_file(dense))
+    index = TensorIndex("safetensors", path, refs, (pack_file, dense), pack)
+    return Checkpoint(path, path, read_json_object(config_file), index, None)
+
+
+def _joined(
+    pack_file: Path, experts: Mapping[str, TensorRef], others: Mapping[str, TensorRef]
+) -> dict[str, TensorRef]:
+    twice = next((name for name in experts if name in others), None)
+    if twice is not None:
+        raise CheckpointError(f"{pack_file} has {quoted(twice)}, and so has the file beside it; pack the model again")
+    return {**experts, **others}
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -5,6 +5,7 @@ The formula of ``kernels/cpu/src/packed_matrix.cpp``, which tests compare it wit
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from glmlocal.formats.quant import QuantScheme
@@ -26,26 +27,61 @@ def scale_type(scheme: QuantScheme) -> ScaleType:
     return "f32" if scheme.code_type == "e4m3" else "f16"
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Bytes offset … offset + nbytes - 1 of a packed matrix, padding to the next section not counted."""
+
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSections:
+    """Where the parts of a packed matrix are; None for those that its scheme does not have."""
+
+    codes: Section
+    scales: Section | None  # per group, or per super group where there are sub-scales
+    sub_scales: Section | None
+    mins: Section | None
+    sub_mins: Section | None
+    nbytes: int  # of the whole, a multiple of 64
+
+
 def packed_bytes(rows: int, columns: int, kind: str | QuantScheme, scales: ScaleType | None = None) -> int:
     """Bytes of a matrix [rows, columns] of plain floats ("f32", "bf16", "f16") or of a scheme, padding included.
 
     ``scales`` overrides ``scale_type``, for sources whose scales are not fp16 (bf16: MLX).
     """
+    return packed_sections(rows, columns, kind, scales).nbytes
+
+
+def packed_sections(
+    rows: int, columns: int, kind: str | QuantScheme, scales: ScaleType | None = None
+) -> PackedSections:
+    """The same, section by section."""
     tiles, blocks = -(-rows // TILE_ROWS), -(-columns // BLOCK_COLUMNS)
     if isinstance(kind, str):
-        return _aligned(tiles * blocks * _DENSE_BITS[kind] * 64)
-    total = _aligned(tiles * blocks * kind.bits * 64)  # one line of 64 bytes per bit of a block's codes
+        weights = Section(0, tiles * blocks * _DENSE_BITS[kind] * 64)
+        return PackedSections(weights, None, None, None, None, _aligned(weights.nbytes))
     padded_rows, padded_columns = tiles * TILE_ROWS, blocks * BLOCK_COLUMNS
     groups, supers = (-(-padded_columns // size) * padded_rows for size in (kind.group_size, kind.super_size))
     float_bytes = _FLOAT_BYTES[scales or scale_type(kind)]
-    total += _aligned(supers * float_bytes)
-    if kind.scale_codec == "two_level":
-        total += _aligned(groups)
-    if kind.offset_codec == "min":
-        total += _aligned(groups * float_bytes)
-    elif kind.offset_codec != "symmetric":  # a float per super group, an integer per group
-        total += _aligned(supers * float_bytes) + _aligned(groups)
-    return total
+    has_min, has_sub_min = kind.offset_codec != "symmetric", kind.offset_codec in ("two_level_min", "zero_point")
+    sizes = (
+        tiles * blocks * kind.bits * 64,  # one line of 64 bytes per bit of a block's codes
+        supers * float_bytes,
+        groups if kind.scale_codec == "two_level" else None,
+        (supers if has_sub_min else groups) * float_bytes if has_min else None,
+        groups if has_sub_min else None,
+    )
+    sections: list[Section | None] = []
+    end = 0
+    for size in sizes:
+        sections.append(None if size is None else Section(end, size))
+        end += _aligned(size or 0)
+    codes, scale, sub_scale, low, sub_low = sections
+    assert codes is not None
+    return PackedSections(codes, scale, sub_scale, low, sub_low, end)
 
 
 def _aligned(num_bytes: int) -> int:

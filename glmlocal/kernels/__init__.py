@@ -34,13 +34,17 @@ if TYPE_CHECKING or not cpu.available:
         attention_block,
         bind_attention,
         bind_cache,
+        bind_experts,
+        bind_record,
         bind_step,
         combine,
         experts_ffn,
         linear,
         pack,
         pack_experts,
+        pack_record,
         paged_attention,
+        record_buffer,
         rms_norm,
         rope_store_,
         router_topk,
@@ -58,7 +62,7 @@ else:
         combine,
     )
     from glmlocal.kernels.cpu.linear import PackedExperts as ExpertWeights
-    from glmlocal.kernels.cpu.linear import pack_experts
+    from glmlocal.kernels.cpu.linear import bind_experts, pack_experts
     from glmlocal.kernels.cpu.ops import (
         experts_ffn,
         linear,
@@ -69,7 +73,7 @@ else:
         swiglu_ffn,
     )
     from glmlocal.kernels.cpu.packing import PackedWeight as Weight
-    from glmlocal.kernels.cpu.packing import pack
+    from glmlocal.kernels.cpu.packing import bind_record, pack, pack_record, record_buffer
 
 __all__ = [
     "AttentionBlock",
@@ -86,6 +90,8 @@ __all__ = [
     "attention_block",
     "bind_attention",
     "bind_cache",
+    "bind_experts",
+    "bind_record",
     "bind_step",
     "combine",
     "describe",
@@ -95,7 +101,9 @@ __all__ = [
     "num_threads",
     "pack",
     "pack_experts",
+    "pack_record",
     "paged_attention",
+    "record_buffer",
     "rms_norm",
     "rope_store_",
     "router_topk",

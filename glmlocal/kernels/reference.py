@@ -9,11 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from glmlocal.errors import KernelUnavailable
+from glmlocal.formats.expert_pack_layout import ExpertLayout
 from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme
 from glmlocal.kernels import blocks
 from glmlocal.kernels.blocks import AttentionBlock, BlockOutput, LayerCache, StepIndex
@@ -103,6 +108,46 @@ def pack_experts(
 ) -> ExpertWeights:
     """Bring the experts of one layer, in order of expert id, into the form ``experts_ffn`` takes, one at a time."""
     return ExpertWeights(*(tuple(pack(matrix, activations) for matrix in group) for group in (gate, up, down)))
+
+
+def bind_experts(gate: tuple[Weight, ...], up: tuple[Weight, ...], down: tuple[Weight, ...]) -> ExpertWeights:
+    """Experts of matrices that are packed already, in order of expert id."""
+    return ExpertWeights(gate, up, down)
+
+
+def record_buffer(num_bytes: int) -> NDArray[np.uint8]:
+    """Memory for records of an expert pack, 64-byte aligned."""
+    memory = np.empty(num_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + num_bytes]
+
+
+def bind_record(
+    layout: ExpertLayout, record: NDArray[np.uint8], activations: Activations = "int8"
+) -> tuple[Weight, Weight, Weight]:
+    """Gate, up and down of an expert pack's record, taken out of the native layout.
+
+    KernelUnavailable where the extension, which knows that layout, was not built.
+    """
+    native = _native_packing().bind_record(layout, record, activations)
+    gate, up, down = (Weight(w.dequantize(), w.kind, w.int8_activations) for w in native)
+    return gate, up, down
+
+
+def pack_record(matrices: tuple[MatrixRows, MatrixRows, MatrixRows], layout: ExpertLayout) -> NDArray[np.uint8]:
+    """Gate, up and down as a record of an expert pack, uint8 [record_bytes], 64-byte aligned.
+
+    ValueError for matrices that are not what the layout says; KernelUnavailable as ``bind_record``.
+    """
+    return _native_packing().pack_record(matrices, layout)
+
+
+def _native_packing() -> Any:
+    try:
+        from glmlocal.kernels.cpu import packing
+    except ImportError as error:
+        raise KernelUnavailable("an expert pack needs the native kernels, which were not built here") from error
+    return packing
 
 
 def int8_rounded(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class Stored:
     shape: tuple[int, ...]
     form: Form
     nbytes: int  # with its scales
+    is_packed: bool = False  # of an expert pack: held just as it is
 
 
 def component_of(name: str) -> str:
@@ -144,7 +145,9 @@ def _part(tensor: Stored, component: str, quant: str) -> Part:
     if len(tensor.shape) == 1:
         return Part(component, "f32", params, tensor.nbytes, params * _F32_BYTES)
     rows, columns = tensor.shape
-    form = FORMS["f32"] if component == "router" else _held_form(tensor.form, component, quant)
+    form = FORMS["f32"] if component == "router" else tensor.form
+    if component != "router" and not tensor.is_packed:
+        form = _held_form(form, component, quant)
     return Part(component, form.name, params, tensor.nbytes, form.held_bytes(rows, columns), form.is_integer)
 
 

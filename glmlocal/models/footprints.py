@@ -10,9 +10,10 @@ from typing import Any
 from glmlocal.catalogue import Release
 from glmlocal.errors import CheckpointError, ConfigError
 from glmlocal.formats.forms import FORMS, Form
+from glmlocal.formats.expert_pack import PACK_DTYPE
 from glmlocal.formats.fp8 import FP8_DTYPE, scales_of
 from glmlocal.formats.ggml_blocks import DENSE_DTYPES
-from glmlocal.formats.index import Checkpoint, TensorIndex
+from glmlocal.formats.index import Checkpoint, TensorIndex, TensorRef, quoted
 from glmlocal.formats.llama_cpp_types import tensor_type
 from glmlocal.models import dsa_config, tensors
 from glmlocal.models.config import KV_DTYPES, ModelConfig, check_tensors
@@ -194,9 +195,19 @@ def _found(index: TensorIndex, names: Iterable[str]) -> list[Stored]:
         if ref.dtype == FP8_DTYPE:
             scheme, scales = scales_of(index, name)
             found.append(Stored(name, ref.shape, FORMS[scheme.name], ref.nbytes + scales.nbytes))
+        elif ref.dtype.startswith(PACK_DTYPE):
+            form = _packed_form(index, ref)
+            found.append(Stored(name, ref.shape, form, ref.nbytes, is_packed=True))
         else:
             found.append(Stored(name, ref.shape, FORMS[_form_name(ref.dtype)], ref.nbytes))
     return found
+
+
+def _packed_form(index: TensorIndex, ref: TensorRef) -> Form:
+    kind = ref.dtype.removeprefix(PACK_DTYPE)
+    if kind not in FORMS:
+        raise CheckpointError(f"{index.source} has experts in {quoted(kind)}, which this version cannot size")
+    return FORMS[kind]
 
 
 def _stored_mtp(config: _Config, index: TensorIndex, quant: str, *, has_mtp: bool) -> Iterable[tuple[Layer, bool]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from glmlocal import kernels
+from glmlocal.formats.expert_pack import expert_name
 from glmlocal.layers.context import ForwardContext
 from glmlocal.layers.embedding import Embedding
 from glmlocal.layers.experts import Experts, ResidentExperts
@@ -123,7 +124,7 @@ def _decoder_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: T
         i,
         _attention(config, reader, prefix, cos_sin, _router(config, reader, mlp)),
         None,
-        _experts(config, reader, mlp),
+        _experts(config, reader, i),
         _ffn(reader, f"{mlp}.shared_experts") if config.n_shared_experts else None,
     )
 
@@ -181,9 +182,13 @@ def _router(config: ModelConfig, reader: WeightReader, prefix: str) -> kernels.R
     )
 
 
-def _experts(config: ModelConfig, reader: WeightReader, prefix: str) -> ResidentExperts:
+def _experts(config: ModelConfig, reader: WeightReader, i: int) -> ResidentExperts:
+    packed = reader.packed_experts(i)
+    if packed is not None:
+        return ResidentExperts(packed)
+
     def matrices(name: str) -> Iterator[kernels.MatrixRows]:
-        return (reader.rows(f"{prefix}.experts.{e}.{name}_proj.weight") for e in range(config.n_routed_experts))
+        return (reader.rows(expert_name(i, e, name)) for e in range(config.n_routed_experts))
 
     return ResidentExperts(kernels.pack_experts(matrices("gate"), matrices("up"), matrices("down"), reader.activations))
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from glmlocal.errors import CheckpointError
+from glmlocal.formats.expert_pack import PACK_DTYPE
 from glmlocal.formats.fp8 import FP8_DTYPE, scales_of
 from glmlocal.formats.ggml_blocks import DENSE_DTYPES, QUANTIZED_DTYPES
 from glmlocal.formats.index import TensorIndex, quoted
@@ -162,7 +163,8 @@ def _missing(
 
 def _check_dtypes(config: ModelConfig, tensors: TensorIndex, expected: Mapping[str, tuple[int, ...]]) -> None:
     quantized = QUANTIZED_DTYPES if tensors.kind == "gguf" else frozenset({FP8_DTYPE})
-    wrong = [name for name in expected if tensors[name].dtype not in DENSE_DTYPES | quantized]
+    supported = DENSE_DTYPES | quantized
+    wrong = [name for name in expected if not _is_supported(tensors[name].dtype, supported)]
     if wrong:
         method = "" if config.quant_method is None else f" (quantized with {quoted(config.quant_method)})"
         raise CheckpointError(
@@ -180,6 +182,11 @@ def _check_dtypes(config: ModelConfig, tensors: TensorIndex, expected: Mapping[s
             f"tensor {plain[0]} is {tensors[plain[0]].dtype}{_and_more(plain)}; {what} must be "
             f"{', '.join(sorted(DENSE_DTYPES))}"
         )
+
+
+def _is_supported(dtype: str, supported: frozenset[str]) -> bool:
+    # Whatever a pack has stored the kernels can use: nothing else gets past its header.
+    return dtype in supported or dtype.startswith(PACK_DTYPE)
 
 
 def _check_shapes(tensors: TensorIndex, expected: Mapping[str, tuple[int, ...]]) -> None:

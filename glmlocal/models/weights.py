@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glmlocal import kernels
 from glmlocal.errors import CheckpointError, ConfigError
+from glmlocal.formats.expert_pack import PACK_DTYPE
 from glmlocal.formats.fp8 import FP8_DTYPE, Fp8Matrix
 from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, unpack
 from glmlocal.formats.index import TensorIndex, TensorRef
@@ -25,7 +26,7 @@ from glmlocal.layers.norm import RMSNorm
 
 Quant = Literal["keep", "int8", "int4"]
 QUANTS: tuple[Quant, ...] = get_args(Quant)
-_SCHEMES = {"int8": INT8, "int4": INT4}
+SCHEMES: dict[str, QuantScheme] = {"int8": INT8, "int4": INT4}
 
 
 def check_quant(quant: str) -> Quant:
@@ -36,16 +37,25 @@ def check_quant(quant: str) -> Quant:
     raise ConfigError(f"quant is {quant!r}, wanted one of {', '.join(QUANTS)}")
 
 
+def finer_quant(quant: Quant) -> Quant:
+    """What the head and the MTP layers become: 4 bits would hurt them."""
+    return "int8" if quant == "int4" else quant
+
+
 def quantized_already(tensors: TensorIndex) -> str | None:
     """What quantizing leaves as it is, in a line for people; None if that is nothing."""
     linear = [ref for name, ref in tensors.items() if _is_linear(name)]
-    already = sorted({ref.dtype for ref in linear if ref.dtype in QUANTIZED_DTYPES})
+    already = sorted({ref.dtype.removeprefix(PACK_DTYPE) for ref in linear if _stays(ref)})
     if not already:
         return None
-    count = sum(ref.dtype in QUANTIZED_DTYPES for ref in linear)
+    count = sum(map(_stays, linear))
     return (
         f"{count:,} of {len(linear):,} linear weights are quantized already ({', '.join(already)}) and stay as they are"
     )
+
+
+def _stays(ref: TensorRef) -> bool:
+    return ref.dtype in QUANTIZED_DTYPES or ref.dtype.startswith(PACK_DTYPE)
 
 
 def _is_linear(name: str) -> bool:
@@ -84,7 +94,7 @@ class WeightReader:
     def at_least_8_bits(self) -> WeightReader:
         """The same, for weights that 4 bits would hurt: the head and the MTP layers."""
         reader = copy.copy(self)
-        reader._quant = "int8" if self._quant == "int4" else self._quant
+        reader._quant = finer_quant(self._quant)
         return reader
 
     def rows(self, name: str) -> kernels.MatrixRows:
@@ -92,7 +102,7 @@ class WeightReader:
         ref = self._tensors[name]
         num_rows, columns = ref.shape
         read = self._rows_as_stored(ref)
-        scheme = _SCHEMES.get(self._quant)
+        scheme = SCHEMES.get(self._quant)
         if scheme is None or ref.dtype in QUANTIZED_DTYPES:
             return kernels.MatrixRows((num_rows, columns), read)
         return kernels.MatrixRows((num_rows, columns), lambda begin, end: _quantized(name, read(begin, end), scheme))
@@ -103,6 +113,20 @@ class WeightReader:
         tensor = _matrix(ref.dtype, self._tensors.copy(name), ref.shape)
         self._bytes_read.add(ref.nbytes)
         return torch.from_numpy(tensor.dequantize()) if isinstance(tensor, QuantizedMatrix) else tensor.float()
+
+    def packed_experts(self, layer: int) -> kernels.ExpertWeights | None:
+        """A layer's routed experts from their pack, read at once and checked; None where they are tensors."""
+        pack = self._tensors.experts
+        if pack is None or layer not in pack.layers():
+            return None
+        layout, num_experts = pack.layout(layer), pack.num_experts
+        records = kernels.record_buffer(num_experts * layout.record_bytes)
+        pack.read_records(layer, 0, records)
+        self._bytes_read.add(num_experts * layout.nbytes)
+        each = records.reshape(num_experts, layout.record_bytes)
+        bound = [kernels.bind_record(layout, record, self.activations) for record in each]
+        gate, up, down = zip(*bound, strict=True)
+        return kernels.bind_experts(gate, up, down)
 
     def weight(self, name: str) -> kernels.Weight:
         """A linear weight in the form that ``kernels.linear`` takes."""

@@ -10,6 +10,7 @@ too small as the kernels read them, and for integer zero points the scale once m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from glmlocal.formats.expert_pack_layout import ExpertLayout, MatrixLayout
 from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme, has_nan
 from glmlocal.kernels.cpu import _cpu
 from glmlocal.kernels.reference import MatrixRows, takes_int8
@@ -28,6 +30,7 @@ _PANEL_ROWS = _TILE_ROWS * _PANEL_TILES
 _BLOCK: int = _cpu.BLOCK_COLUMNS
 _DENSE_CODES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}  # low bits first
+_LINE_BYTES = 64  # what packed data is aligned to
 _LITTLE = np.dtype("<u4")
 _CHUNK_WEIGHTS = 1 << 18  # packed at once; the temporaries are a few bytes for each
 _E4M3_UNIT = np.float32(2.0**120)
@@ -67,6 +70,32 @@ def pack(matrix: Tensor | QuantizedMatrix | MatrixRows, activations: Activations
     return packed
 
 
+def bind_record(
+    layout: ExpertLayout, record: NDArray[np.uint8], activations: Activations = "int8"
+) -> tuple[PackedWeight, PackedWeight, PackedWeight]:
+    """Gate, up and down of an expert pack's record, as it lies in memory (64-byte aligned): nothing is copied.
+
+    ValueError for a record of another size or a layout that these kernels do not have.
+    """
+    if record.nbytes != layout.record_bytes:
+        raise ValueError(f"record wanted {layout.record_bytes:,} bytes, found {record.nbytes:,}")
+    gate, up, down = (_bind_packed(matrix, record, activations) for matrix in layout.matrices)
+    return gate, up, down
+
+
+def _bind_packed(matrix: MatrixLayout, record: NDArray[np.uint8], activations: Activations) -> PackedWeight:
+    form = _Form.of_kind(matrix.kind if matrix.scheme is None else matrix.scheme, matrix.scale_type)
+    layout = _cpu.matrix_layout(*matrix.shape, form.format)
+    if layout.num_bytes != matrix.nbytes or form.scheme != matrix.scheme:
+        raise ValueError(f"{matrix.kind} {list(matrix.shape)}: {matrix.nbytes:,} bytes are not what these kernels pack")
+    return _bind(form, layout, record[matrix.offset : matrix.offset + matrix.nbytes], activations)
+
+
+def record_buffer(num_bytes: int) -> NDArray[np.uint8]:
+    """Memory for records, in huge pages where the system has them."""
+    return _cpu.allocate(num_bytes)
+
+
 def unpack(weight: PackedWeight) -> Tensor | QuantizedMatrix:
     """The matrix that was packed, from the packed bytes alone (fp32 for a scheme that had to be widened)."""
     return _unpack_dense(weight) if weight.scheme is None else _unpack_quantized(weight, weight.scheme)
@@ -91,10 +120,13 @@ class _Form:
 
     @classmethod
     def of(cls, matrix: Tensor | QuantizedMatrix, scale_type: str) -> _Form:
-        if isinstance(matrix, Tensor):
-            codes = _DENSE_CODES[matrix.dtype]
-            return cls(_cpu.MatrixFormat(codes), codes, None)
-        scheme = matrix.scheme
+        return cls.of_kind(_DENSE_CODES[matrix.dtype] if isinstance(matrix, Tensor) else matrix.scheme, scale_type)
+
+    @classmethod
+    def of_kind(cls, scheme: str | QuantScheme, scale_type: str) -> _Form:
+        """Of plain floats ("f32", "bf16", "f16") or a scheme."""
+        if isinstance(scheme, str):
+            return cls(_cpu.MatrixFormat(scheme), scheme, None)
         if not _supported(scheme):
             return cls(_cpu.MatrixFormat("f32"), scheme.name, None)
         format_ = _cpu.MatrixFormat(
@@ -109,7 +141,34 @@ class _Form:
         return cls(format_, scheme.name, scheme)
 
 
-def _pack_as(rows: MatrixRows, scale_types: tuple[str, ...], activations: Activations) -> PackedWeight | None:
+def pack_record(matrices: tuple[MatrixRows, MatrixRows, MatrixRows], layout: ExpertLayout) -> NDArray[np.uint8]:
+    """Gate, up and down as a record of an expert pack. ValueError for matrices that are not what the layout says."""
+    record = np.zeros(layout.record_bytes + _LINE_BYTES, np.uint8)
+    record = record[-record.ctypes.data % _LINE_BYTES :][: layout.record_bytes]
+    for rows, matrix in zip(matrices, layout.matrices, strict=True):
+        if rows.shape != matrix.shape:
+            raise ValueError(f"{matrix.kind} {list(matrix.shape)}: found {list(rows.shape)}")
+        place = record[matrix.offset : matrix.offset + matrix.nbytes]
+
+        def there(num_bytes: int, place: NDArray[np.uint8] = place) -> NDArray[np.uint8]:
+            if num_bytes != place.nbytes:
+                raise ValueError(f"{num_bytes:,} bytes are to be packed into {place.nbytes:,}")
+            return place
+
+        packed = _pack_as(rows, (matrix.scale_type,), "fp32", there)
+        if packed is None:
+            raise ValueError(f"scales of {matrix.kind} do not fit {matrix.scale_type}")
+        if (packed.kind, packed.scheme) != (matrix.kind, matrix.scheme):
+            raise ValueError(f"wanted {matrix.kind}, found {packed.kind}")
+    return record
+
+
+def _pack_as(
+    rows: MatrixRows,
+    scale_types: tuple[str, ...],
+    activations: Activations,
+    allocate: Callable[[int], NDArray[np.uint8]] = _cpu.allocate,
+) -> PackedWeight | None:
     """With the first of the types that holds the scales of the first rows; None when later rows need a wider one."""
     num_rows, columns = rows.shape
     step = max(1, _CHUNK_WEIGHTS // max(columns, 1) // _PANEL_ROWS) * _PANEL_ROWS
@@ -127,8 +186,10 @@ def _pack_as(rows: MatrixRows, scale_types: tuple[str, ...], activations: Activa
                 if sections is not None:
                     break
             assert form is not None
+            if sections is None:
+                return None
             layout = _cpu.matrix_layout(num_rows, columns, form.format)
-            buffer = _cpu.allocate(layout.num_bytes)
+            buffer = allocate(layout.num_bytes)
         else:
             sections = _tiles(part, form)
         if sections is None:
