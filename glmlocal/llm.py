@@ -22,6 +22,7 @@ from glmlocal.errors import CheckpointError, RequestError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.models.config import ModelConfig
 from glmlocal.models.weights import check_quant, quantized_already
+from glmlocal.offload.stats import OffloadStats
 from glmlocal.planner.plan import Plan, Wants
 from glmlocal.progress import byte_bar
 from glmlocal.resolve import resolve
@@ -110,6 +111,11 @@ class LLM:
         return self._engine
 
     @property
+    def offload_stats(self) -> OffloadStats | None:
+        """Hit rates, bytes read and time spent waiting for the disk since the start; None where all experts are in RAM."""
+        return self._engine.offloads.stats()
+
+    @property
     def supports_thinking(self) -> bool:
         """Does the chat template know reasoning (``<think>``)?"""
         return self.chat_template is not None and self.chat_template.supports_thinking
@@ -180,6 +186,7 @@ class LLM:
         with self._lock:
             for request_id in list(self._queues):
                 self._abort(request_id)
+            self._engine.offloads.close()
         self._checkpoint.tensors.close()
 
     def __enter__(self) -> Self:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from glmlocal.engine.model_runner import ModelRunner
+from glmlocal.engine.placing import Offloads
 from glmlocal.engine.request import Request, RequestOutput, SamplingParams
 from glmlocal.engine.sampler import Sampler
 from glmlocal.engine.scheduler import Batch, ScheduledRequest, Scheduler
@@ -17,8 +18,8 @@ from glmlocal.errors import RequestError
 class Engine:
     """Several requests over one model. Not thread-safe: one thread owns it."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
-        self.runner, self.scheduler = runner, scheduler
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, offloads: Offloads) -> None:
+        self.runner, self.scheduler, self.offloads = runner, scheduler, offloads
         self.sampler = Sampler(runner.model.config.vocab_size)
 
     @property
