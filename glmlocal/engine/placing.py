@@ -102,5 +102,3 @@ def _wanted(plan: Plan, record_bytes: int, layers: Sequence[int]) -> int:
     """In proportion to the plan's slots of these layers; never nothing."""
     assert plan.placement is not None
     return record_bytes * max(1, sum(plan.placement.ram_slots[layer] for layer in layers))
-
-

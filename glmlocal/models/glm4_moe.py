@@ -206,9 +206,7 @@ def _experts(config: ModelConfig, reader: WeightReader, i: int) -> ResidentExper
     return ResidentExperts(kernels.pack_experts(matrices("gate"), matrices("up"), matrices("down"), reader.activations))
 
 
-def _mtp_layer(
-    config: ModelConfig, reader: WeightReader, i: int, cos_sin: Tensor, place: PlaceExperts
-) -> MTPLayer:
+def _mtp_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: Tensor, place: PlaceExperts) -> MTPLayer:
     prefix, eps = f"model.layers.{i}", config.rms_norm_eps
     embed, head = f"{prefix}.embed_tokens.weight", f"{prefix}.shared_head.head"
     return MTPLayer(

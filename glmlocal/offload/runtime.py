@@ -55,7 +55,9 @@ class Offload:
         self._pool = host.HostPool(num_slots, slot_bytes)
         self._source = PackSource(pack, self._pool, open_reader(pack, max(top_k, 1)))
         self._policy = policy or LFRU()
-        self.store = ExpertStore(layers, pack.num_experts, num_slots, self._source, self._policy, most_reads=max(top_k, 1))
+        self.store = ExpertStore(
+            layers, pack.num_experts, num_slots, self._source, self._policy, most_reads=max(top_k, 1)
+        )
         self._buffer = RowBuffer()
         self._bound: dict[ExpertLayout, SlotExperts] = {}
         self._available_bytes, self._next_check_s = available_bytes, 0.0

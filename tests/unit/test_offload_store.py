@@ -156,6 +156,10 @@ def store_of(num_slots: int, *, most_reads: int = 16, policy: LRU | LFRU | None 
     return ExpertStore(LAYERS, EXPERTS, num_slots, disk, policy or LRU(), most_reads=most_reads), disk
 
 
+def everyone(store: ExpertStore, layer: int, *experts: int) -> list[int]:
+    return sorted(expert for wave in run(store, layer, *experts) for expert in wave)
+
+
 def run(store: ExpertStore, layer: int, *experts: int) -> list[list[int]]:
     with store.acquire(layer, uses(*experts)) as lease:
         return [[expert for expert, _ in wave] for wave in lease.waves()]
@@ -206,7 +210,7 @@ def test_a_failed_read_fails_the_lease_and_nothing_else() -> None:
     store.drain()
     assert store.lookup(ExpertKey(3, 0)) is Residency.MISS
     assert store.num_leased == 0
-    assert sorted(sum(run(store, 3, 0, 1), [])) == [0, 1]
+    assert everyone(store, 3, 0, 1) == [0, 1]
 
 
 def test_a_long_step_passes_through_few_slots_and_leaves_the_others() -> None:
@@ -247,7 +251,7 @@ def test_shrinking_gives_up_the_least_worth_and_growing_takes_it_back() -> None:
     assert store.resident() == {ExpertKey(3, 1), ExpertKey(3, 2)}
     assert len(store.shrink(5)) == 1, "one slot is left to work with"
     assert len(store.grow(9)) == 2
-    assert sorted(sum(run(store, 3, 0, 1, 2), [])) == [0, 1, 2]
+    assert everyone(store, 3, 0, 1, 2) == [0, 1, 2]
 
 
 def test_worths_of_an_earlier_run_decide_at_first() -> None:

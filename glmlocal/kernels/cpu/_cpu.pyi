@@ -103,17 +103,13 @@ class SlotExperts:
     def rows(
         self, x: int, num_tokens: int, topk_ids: int, top_k: int, experts: list[int], addresses: list[int], out: int
     ) -> None: ...
-    def weigh(
-        self, rows: int, num_tokens: int, topk_ids: int, topk_weights: int, top_k: int, out: int
-    ) -> None: ...
+    def weigh(self, rows: int, num_tokens: int, topk_ids: int, topk_weights: int, top_k: int, out: int) -> None: ...
 
 SECTOR_BYTES: int
 SHORT_READ: int
 
 class NvmeReader:
-    def __init__(
-        self, path: str, threads: int, piece_bytes: int, max_queued: int, direct: bool = True
-    ) -> None: ...
+    def __init__(self, path: str, threads: int, piece_bytes: int, max_queued: int, direct: bool = True) -> None: ...
     @property
     def direct(self) -> bool: ...
     @property
