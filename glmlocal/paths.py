@@ -45,6 +45,11 @@ def demo_dir() -> Path:
     return cache_home() / "demo"
 
 
+def packs_dir() -> Path:
+    """Where ``pack`` puts packed models that were given no other place."""
+    return cache_home() / "packs"
+
+
 def measurements_file(environ: Mapping[str, str] = os.environ) -> Path:
     """Where ``glmlocal doctor`` keeps what it measured: with ``GLMLOCAL_HOME``, else the platform's state directory,
     because emptying a cache must not lose it. Raises ConfigError as ``cache_home`` does."""

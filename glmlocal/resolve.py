@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 
 from glmlocal.errors import ConfigError
+from glmlocal.paths import packs_dir
 
+PACK_FILE = "experts.pack"  # formats.expert_pack.PACK_FILE, which would import numpy
 DEMO = "demo"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?(@[\w./-]+)?")
@@ -17,7 +19,7 @@ _MAX_SIBLINGS = 10_000  # looked at for a near miss
 
 
 def resolve(model: str | Path, *, progress: bool = True) -> Path:
-    """A directory, a ``.gguf`` file, ``demo``, or a name of a hub that was pulled → the path to open.
+    """A directory, a ``.gguf`` file, ``demo``, a packed model of ``ls``, or a name of a hub that was pulled → its path.
 
     ``demo`` is the built-in demonstration model, fetched on first use (DownloadError when that fails), even where a
     directory of that name exists: write ``./demo``, or pass a Path, for the directory. Whether what lies at the path is
@@ -37,6 +39,8 @@ def resolve(model: str | Path, *, progress: bool = True) -> Path:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
+        if isinstance(model, str) and (packed := _packed(path)):
+            return packed
         if isinstance(model, str) and _is_hub_name(model, path):
             return _pulled(model, path)
         raise _not_found(str(model), path) from None
@@ -50,6 +54,12 @@ def resolve(model: str | Path, *, progress: bool = True) -> Path:
     what = "a file, but not a .gguf" if path.is_file() else "neither a directory nor a file"
     hint = f"; did you mean its directory, {str(path.parent)!r}?" if path.suffix in (".safetensors", ".json") else ""
     raise ConfigError(f"{str(model)!r} is {what}; give a directory, a .gguf file or `demo`{hint}")
+
+
+def _packed(path: Path) -> Path | None:
+    """Where the packed model of that plain name is, as ``ls`` shows it."""
+    directory = packs_dir() / path.name
+    return directory if len(path.parts) == 1 and (directory / PACK_FILE).is_file() else None
 
 
 def _is_hub_name(name: str, path: Path) -> bool:

@@ -24,7 +24,7 @@ from glmlocal.errors import ConfigError, GlmlocalError
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-COMMANDS = ("plan", "pull", "ls", "show", "rm", "verify", "chat", "eval", "bench", "doctor")
+COMMANDS = ("plan", "pull", "ls", "show", "rm", "verify", "pack", "chat", "eval", "bench", "doctor")
 EXIT_BUG, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 _DEBUG_HELP = "show the traceback of an error"
 

@@ -169,6 +169,18 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("threads", "quant", "activations", "kv_dtype", "ram")}
 
 
+def add_pack_options(parser: argparse._ActionsContainer) -> None:
+    """How a pack is made, for ``pack`` and ``pull --pack``."""
+    parser.add_argument(
+        "--quant",
+        choices=PLAN_QUANTS,
+        default="auto",
+        help="what experts that are not quantized become; auto (the default): what `glmlocal plan` chooses here",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to (default: below GLMLOCAL_HOME, see `ls`)")
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads (default: one per core)")
+
+
 def add_plan_option(parser: argparse.ArgumentParser) -> None:
     """For commands that can run a saved plan as it stands; ``planned`` reads it."""
     parser.add_argument(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmlocal.cli.ask import confirm, somebody_is_there
-from glmlocal.cli.options import at_least
+from glmlocal.cli.options import add_pack_options, at_least
 from glmlocal.errors import ConfigError
 from glmlocal.units import format_bytes, parse_size
 
@@ -46,6 +46,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask before fetching")
     parser.add_argument("--json", action="store_true", help="print progress as JSON, one object per line")
     add_transfer_options(parser)
+    pack = parser.add_argument_group("packing")
+    pack.add_argument(
+        "--pack",
+        action="store_true",
+        help="write a pack (see `glmlocal pack`) instead of the files, shard by shard: the whole checkpoint is never "
+        "on the disk",
+    )
+    add_pack_options(pack)
 
 
 def add_hub_options(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +82,12 @@ def run(args: argparse.Namespace) -> int:
     if Path(args.model).exists() and not _looks_like_hub_id(args.model):
         raise ConfigError(f"{args.model!r} is on this disk already; nothing to pull")
     source, is_chosen_for_you = find_source(args)
+    if args.pack:
+        from glmlocal.cli.pull_pack import pull_pack
+
+        return pull_pack(args, source, must_ask=is_chosen_for_you)
+    if (args.quant, args.out, args.threads) != ("auto", None, None):
+        raise ConfigError("--quant, --out and --threads are for packing; give --pack as well")
     path = fetch(source, transfer_options(args), as_json=args.json, ask=not args.yes, must_ask=is_chosen_for_you)
     if path is None:
         print("nothing was fetched", file=sys.stderr)

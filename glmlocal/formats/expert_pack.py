@@ -1,8 +1,10 @@
 """Expert packs: the routed experts of a model in one file, one page-aligned record each, ready for the kernels.
 
-    bytes 0 … 63        magic, version, length of the JSON, number of records, where they start, checksum of the header
+    bytes 0 … 63        magic, version, length of the JSON, entries of the table, where records start, and a checksum
+                        of all this
     JSON                model, quantization, source, number of experts, the layouts of records, layers
-    a table             xxh3-64 of every record, padding included, 8 bytes little-endian each
+    a table             xxh3-64 of every record, padding included, then of every tensor of the file beside it in the
+                        order of that file, 8 bytes little-endian each
     zeros               to a multiple of 4096
     records             layer after layer, expert after expert; every one starts and ends at a multiple of 4096
 
@@ -42,7 +44,7 @@ KERNEL_LAYOUT = "panels of 4 tiles of 16 rows, blocks of 32 columns, 1"  # chang
 
 _MAGIC = b"GLMPACK\n"
 _PREAMBLE = struct.Struct("<8sIIQQQ16xQ")  # magic, version, 0, JSON bytes, records, data offset, checksum
-_MAX_JSON_BYTES, _MAX_RECORDS, _MAX_EXPERTS, _MAX_LAYER = 16 << 20, 1 << 20, 4096, 9999
+_MAX_JSON_BYTES, _MAX_CHECKSUMS, _MAX_EXPERTS, _MAX_LAYER = 16 << 20, 1 << 20, 4096, 9999
 _REMAKE = "pack the model again"
 
 
@@ -70,11 +72,16 @@ class PackHeader:
     quant: str  # the word of --quant it was made with
     source: str  # the MODEL it was made of
     num_experts: int
+    num_dense: int  # tensors that are no routed experts
     layouts: dict[int, ExpertLayout]  # by layer, ascending
 
     @property
     def num_records(self) -> int:
         return len(self.layouts) * self.num_experts
+
+    @property
+    def num_checksums(self) -> int:
+        return self.num_records + self.num_dense
 
     def to_json(self) -> bytes:
         distinct = list(dict.fromkeys(self.layouts.values()))
@@ -84,6 +91,7 @@ class PackHeader:
             "quant": self.quant,
             "source": self.source,
             "num_experts": self.num_experts,
+            "num_dense": self.num_dense,
             "layouts": [layout_to_json(layout) for layout in distinct],
             "layers": [[layer, distinct.index(layout)] for layer, layout in self.layouts.items()],
         }
@@ -92,7 +100,7 @@ class PackHeader:
 
 @dataclass(frozen=True)
 class ExpertPack:
-    """An opened pack. ``checksums`` are those of the records, in their order in the file."""
+    """An opened pack. ``checksums`` are those of the records, then of the dense tensors, in the order of the files."""
 
     path: Path
     version: int
@@ -134,8 +142,9 @@ class ExpertPack:
         return (self.record(layer, expert) for layer in self.layers() for expert in range(self.num_experts))
 
     @property
-    def file_bytes(self) -> int:
-        return file_bytes(self.header)
+    def dense_checksums(self) -> tuple[int, ...]:
+        """Of the tensors in the file beside the pack, in the order of their bytes."""
+        return self.checksums[self.header.num_records :]
 
     def refs(self) -> dict[str, TensorRef]:
         """The experts' matrices under their Hugging Face names, as ``TensorIndex`` has them."""
@@ -185,7 +194,7 @@ def read_exactly(file: int, out: NDArray[np.uint8], offset: int, path: Path) -> 
 
 
 def data_offset(header: PackHeader) -> int:
-    return -(-(_PREAMBLE.size + len(header.to_json()) + 8 * header.num_records) // PAGE) * PAGE
+    return -(-(_PREAMBLE.size + len(header.to_json()) + 8 * header.num_checksums) // PAGE) * PAGE
 
 
 def file_bytes(header: PackHeader) -> int:
@@ -198,7 +207,7 @@ def header_bytes(header: PackHeader, checksums: Sequence[int]) -> bytes:
     body = header.to_json()
     table = np.asarray(checksums, "<u8").tobytes()
     start = data_offset(header)
-    fields = (_MAGIC, VERSION, 0, len(body), header.num_records, start)
+    fields = (_MAGIC, VERSION, 0, len(body), header.num_checksums, start)
     digest = checksum(_PREAMBLE.pack(*fields, 0) + body + table)
     return (_PREAMBLE.pack(*fields, digest) + body + table).ljust(start, b"\0")
 
@@ -214,26 +223,26 @@ def read_pack(path: Path) -> ExpertPack:
             raise CheckpointError(f"{path} is not an expert pack (it starts with {preamble[:8]!r}); {_REMAKE}")
         if len(preamble) < _PREAMBLE.size:
             raise CheckpointError(f"{path} ends inside its header; {_REMAKE}")
-        magic, version, zero, json_bytes, num_records, start, digest = _PREAMBLE.unpack(preamble)
+        magic, version, zero, json_bytes, num_checksums, start, digest = _PREAMBLE.unpack(preamble)
         if version != VERSION:
             raise CheckpointError(f"{path} is an expert pack of version {version}, this is {VERSION}; {_REMAKE}")
-        if json_bytes > _MAX_JSON_BYTES or num_records > _MAX_RECORDS or start > size or start % PAGE:
+        if json_bytes > _MAX_JSON_BYTES or num_checksums > _MAX_CHECKSUMS or start > size or start % PAGE:
             raise CheckpointError(
-                f"{path} claims a header of {json_bytes:,} bytes, {num_records:,} records and data from byte "
+                f"{path} claims a header of {json_bytes:,} bytes, {num_checksums:,} checksums and data from byte "
                 f"{start:,} on, which its {size:,} bytes cannot be; {_REMAKE}"
             )
-        rest = file.read(json_bytes + 8 * num_records)
-    if len(rest) < json_bytes + 8 * num_records:
+        rest = file.read(json_bytes + 8 * num_checksums)
+    if len(rest) < json_bytes + 8 * num_checksums:
         raise CheckpointError(f"{path} ends inside its header; {_REMAKE}")
-    fields = (magic, version, zero, json_bytes, num_records, start)
+    fields = (magic, version, zero, json_bytes, num_checksums, start)
     if checksum(_PREAMBLE.pack(*fields, 0) + rest) != digest:
         raise CheckpointError(f"the header of {path} is damaged (its checksum is wrong); {_REMAKE}")
     header = _parse_header(path, rest[:json_bytes])
-    if (header.num_records, data_offset(header)) != (num_records, start) or header.to_json() != rest[:json_bytes]:
+    if (header.num_checksums, data_offset(header)) != (num_checksums, start) or header.to_json() != rest[:json_bytes]:
         raise CheckpointError(f"the header of {path} contradicts itself; {_REMAKE}")
     if file_bytes(header) != size:
         raise CheckpointError(f"{path} has {size:,} bytes, its header wants {file_bytes(header):,}; {_REMAKE}")
-    checksums = np.frombuffer(rest, "<u8", num_records, json_bytes)
+    checksums = np.frombuffer(rest, "<u8", num_checksums, json_bytes)
     return ExpertPack(path, version, header, tuple(checksums.tolist()))
 
 
@@ -248,16 +257,19 @@ def _parse_header(path: Path, raw: bytes) -> PackHeader:
     if value.get("kernel_layout") != KERNEL_LAYOUT:
         raise CheckpointError(f"{path} is laid out for the kernels of another version; {_REMAKE}")
     model, quant, source = (value.get(name) for name in ("model", "quant", "source"))
-    num_experts, layouts, layers = (value.get(name) for name in ("num_experts", "layouts", "layers"))
+    names = ("num_experts", "num_dense", "layouts", "layers")
+    num_experts, num_dense, layouts, layers = (value.get(name) for name in names)
     if not (isinstance(model, str) and isinstance(quant, str) and isinstance(source, str)):
         raise CheckpointError(f"{where} has no model, quant and source; {_REMAKE}")
     if type(num_experts) is not int or not 0 < num_experts <= _MAX_EXPERTS:
         raise CheckpointError(f"{where} claims {quoted(num_experts)} experts per layer; {_REMAKE}")
+    if type(num_dense) is not int or not 0 <= num_dense <= _MAX_CHECKSUMS:
+        raise CheckpointError(f"{where} claims {quoted(num_dense)} other tensors; {_REMAKE}")
     if not isinstance(layouts, list) or not isinstance(layers, list) or not layers or len(layouts) > len(layers):
         raise CheckpointError(f"{where} lists no layers; {_REMAKE}")
     known = [layout_from_json(layout, where) for layout in layouts]
     _check_layers(where, layers, len(known))
-    return PackHeader(model, quant, source, num_experts, {layer: known[i] for layer, i in layers})
+    return PackHeader(model, quant, source, num_experts, num_dense, {layer: known[i] for layer, i in layers})
 
 
 def _check_layers(where: str, layers: list[Any], num_layouts: int) -> None:

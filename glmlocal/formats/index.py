@@ -290,9 +290,7 @@ def _open_packed(path: Path, names: list[str]) -> Checkpoint:
     return Checkpoint(path, path, read_json_object(config_file), index, None)
 
 
-def _joined(
-    pack_file: Path, experts: Mapping[str, TensorRef], others: Mapping[str, TensorRef]
-) -> dict[str, TensorRef]:
+def _joined(pack_file: Path, experts: Mapping[str, TensorRef], others: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     twice = next((name for name in experts if name in others), None)
     if twice is not None:
         raise CheckpointError(f"{pack_file} has {quoted(twice)}, and so has the file beside it; pack the model again")

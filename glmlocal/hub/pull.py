@@ -71,7 +71,7 @@ def prepare(source: Source, hub: Hub, options: Options = DEFAULTS) -> Pull:
     index = next((file for file in listing.files if file.path == INDEX_FILE), None)
     shards: frozenset[str] = frozenset()
     if index is not None and source.quant is None and all(file.path != SINGLE_FILE for file in listing.files):
-        with _storing(cache):
+        with storing_in(cache):
             if not cache.has(index):
                 with cache.locked():
                     _fetch([index], cache, listing, hub, options)
@@ -89,10 +89,10 @@ def pull(
 
     Raises DownloadError. Whatever ends it, the next call goes on from there.
     """
-    with _storing(plan.cache):
+    with storing_in(plan.cache):
         if not plan.missing and plan.cache.is_published(plan.listing, plan.selection.files):
             return plan.path  # nothing to write, so a cache that cannot be written will do
-    with _storing(plan.cache), plan.cache.locked(on_wait):
+    with storing_in(plan.cache), plan.cache.locked(on_wait):
         missing = plan.missing  # another process may have brought some while this one waited
         check_space({plan.cache.directory: _bytes_to_write(plan.cache, missing)})
         _fetch(missing, plan.cache, plan.listing, plan.hub, options, on_progress)
@@ -124,6 +124,16 @@ def _bytes_to_write(cache: RepoCache, files: Sequence[HubFile]) -> int:
     return sum(max(file.size_bytes - blocks_bytes(cache.partial(file)), 0) for file in files)
 
 
+def fetch_files(
+    plan: Pull, files: Sequence[HubFile], options: Options, on_progress: OnProgress = lambda progress: None
+) -> None:
+    """Bring these files of the model into the cache, and leave the rest. The cache's lock must be held.
+
+    Raises DownloadError; OSError is for ``storing_in``.
+    """
+    _fetch(files, plan.cache, plan.listing, plan.hub, options, on_progress)
+
+
 def _fetch(
     files: Sequence[HubFile],
     cache: RepoCache,
@@ -132,6 +142,8 @@ def _fetch(
     options: Options,
     on_progress: OnProgress = lambda progress: None,
 ) -> None:
+    if not files:
+        return
     (cache.directory / "blobs").mkdir(parents=True, exist_ok=True)
     by_digest = {file.digest: file for file in files}  # two names for the same bytes are one download
     download(
@@ -147,7 +159,7 @@ def _fetch(
 
 
 @contextmanager
-def _storing(cache: RepoCache) -> Iterator[None]:
+def storing_in(cache: RepoCache) -> Iterator[None]:
     """OSError of the cache → one clear line."""
     try:
         yield

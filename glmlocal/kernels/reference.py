@@ -139,7 +139,8 @@ def pack_record(matrices: tuple[MatrixRows, MatrixRows, MatrixRows], layout: Exp
 
     ValueError for matrices that are not what the layout says; KernelUnavailable as ``bind_record``.
     """
-    return _native_packing().pack_record(matrices, layout)
+    record: NDArray[np.uint8] = _native_packing().pack_record(matrices, layout)
+    return record
 
 
 def _native_packing() -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 from glmlocal.catalogue import Release
 from glmlocal.errors import CheckpointError, ConfigError
-from glmlocal.formats.forms import FORMS, Form
 from glmlocal.formats.expert_pack import PACK_DTYPE
+from glmlocal.formats.forms import FORMS, Form
 from glmlocal.formats.fp8 import FP8_DTYPE, scales_of
 from glmlocal.formats.ggml_blocks import DENSE_DTYPES
 from glmlocal.formats.index import Checkpoint, TensorIndex, TensorRef, quoted

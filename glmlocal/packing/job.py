@@ -63,11 +63,13 @@ def plan_job(checkpoint: Checkpoint, quant: Quant, *, model: str, source: str) -
     order = {file: place for place, file in enumerate(tensors.files)}
     dense.sort(key=lambda ref: (order[ref.file], ref.offset))
     per_record = [
-        sum(ref.nbytes for ref in parts_of(tensors, layer, 0)) for layer in layouts for _ in range(config.n_routed_experts)
+        sum(ref.nbytes for ref in parts_of(tensors, layer, 0))
+        for layer in layouts
+        for _ in range(config.n_routed_experts)
     ]
     left_out = any(name.startswith(unused) for name in tensors) if unused else False
     return PackJob(
-        PackHeader(model, quant, source, config.n_routed_experts, layouts),
+        PackHeader(model, quant, source, config.n_routed_experts, len(dense), layouts),
         config,
         tensors.kind,
         tuple(dense),
@@ -107,4 +109,3 @@ def _packed_kind(tensors: TensorIndex, name: str, quant: Quant) -> str | QuantSc
         return scales_of(tensors, name)[0]
     assert dtype in DENSE_DTYPES  # check_tensors saw to it
     return dtype.lower()
-

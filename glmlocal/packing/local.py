@@ -41,14 +41,13 @@ def pack_model(
     """Make the pack at ``target``, going on from an earlier attempt of the same. Raises whatever ``Maker`` does,
     ConfigError where the target exists, and DownloadError where it cannot be stored."""
     check_target(target)
-    dense = dense_file(job, checkpoint.tensors)
+    dense = dense_file(job, checkpoint)
     identity = identity_of(job, dense, _files_identity(checkpoint.tensors))
-    with storing(target):
-        with Maker(job, dense, target, identity, threads=threads, on_bytes=on_bytes) as maker:
-            check_space(maker, target)
-            maker.make(maker.missing(), checkpoint.tensors, quant)
-            copy_text_files(checkpoint.directory, maker.directory, job)
-            maker.finish()
+    with storing(target), Maker(job, dense, target, identity, threads=threads, on_bytes=on_bytes) as maker:
+        check_space(maker, target)
+        maker.make(maker.missing(), checkpoint.tensors, quant)
+        copy_text_files(checkpoint.directory, maker.directory, job)
+        maker.finish()
 
 
 def check_target(target: Path) -> None:
@@ -58,11 +57,11 @@ def check_target(target: Path) -> None:
         raise ConfigError(f"{target} {what}; remove it, or give another --out")
 
 
-def dense_file(job: PackJob, tensors: TensorIndex, first: Path | None = None) -> DenseFile:
-    """``first``: where the (first) file of the source is, if not where its index says."""
-    if job.kind == "safetensors":
+def dense_file(job: PackJob, checkpoint: Checkpoint) -> DenseFile:
+    """Of the dense tensors; of a GGUF model with its metadata."""
+    if checkpoint.gguf_metadata is None:
         return safetensors_file(job.dense)
-    return gguf_file(job.dense, first or tensors.files[0])
+    return gguf_file(job.dense, checkpoint.tensors.files[0], checkpoint.gguf_metadata.get("general.alignment"))
 
 
 def identity_of(job: PackJob, dense: DenseFile, source: str) -> str:

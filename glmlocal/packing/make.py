@@ -22,6 +22,7 @@ from glmlocal.formats.expert_pack import (
     DENSE_GGUF,
     DENSE_SAFETENSORS,
     PACK_FILE,
+    VERSION,
     ExpertPack,
     checksum,
     expert_name,
@@ -60,7 +61,7 @@ class Maker:
         self.job, self._dense = job, dense
         self._dense_name = DENSE_GGUF if job.kind == "gguf" else DENSE_SAFETENSORS
         self._records = job.records()
-        empty = ExpertPack(target / PACK_FILE, 1, job.header, (0,) * len(self._records))
+        empty = ExpertPack(target / PACK_FILE, VERSION, job.header, (0,) * job.header.num_checksums)
         pieces = [Piece(PACK_FILE, record.offset, record.nbytes) for record in empty.records()]
         pieces += [
             Piece(self._dense_name, offset, ref.nbytes) for ref, offset in zip(job.dense, dense.offsets, strict=True)
@@ -140,8 +141,9 @@ class Maker:
 
     def finish(self) -> None:
         """Publish the pack. All pieces must be there."""
-        checksums = [self._partial.checksums[piece] for piece in range(len(self._records))]
-        self._partial.publish({PACK_FILE: header_bytes(self.job.header, checksums), self._dense_name: self._dense.header})
+        checksums = [self._partial.checksums[piece] for piece in range(self.job.header.num_checksums)]
+        pack_header = header_bytes(self.job.header, checksums)
+        self._partial.publish({PACK_FILE: pack_header, self._dense_name: self._dense.header})
         self.close()
 
     def close(self) -> None:

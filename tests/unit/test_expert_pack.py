@@ -1,0 +1,206 @@
+"""The file of records: what is read is what was written, and nothing that is damaged or hostile is believed."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+
+from glmlocal.errors import CheckpointError
+from glmlocal.formats import expert_pack
+from glmlocal.formats.expert_pack import PACK_FILE, PackHeader, checksum, header_bytes, read_pack
+from glmlocal.formats.expert_pack_layout import PAGE, expert_layout, layout_from_json, layout_to_json
+from glmlocal.formats.forms import FORMS
+from glmlocal.formats.packed_size import packed_bytes
+from glmlocal.formats.quantize import INT4, INT8
+
+SMALL, LARGE = expert_layout(64, 48, (INT4, INT4, INT8)), expert_layout(64, 48, ("bf16", "bf16", "f32"))
+HEADER = PackHeader("tiny", "int4", "org/tiny", 3, 2, {1: SMALL, 2: LARGE, 7: SMALL})
+PREAMBLE = struct.Struct("<8sIIQQQ16xQ")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(1)
+    sizes = [layout.record_bytes for layout in HEADER.layouts.values() for _ in range(HEADER.num_experts)]
+    records = [rng.integers(0, 256, size, np.uint8) for size in sizes]
+    path = tmp_path / PACK_FILE
+    path.write_bytes(header_bytes(HEADER, [*map(checksum, records), 5, 6]) + b"".join(map(bytes, records)))
+    return path
+
+
+def rewritten(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """The file with the JSON of its header changed and every length and checksum made right again."""
+    data = file.read_bytes()
+    magic, version, zero, json_bytes, entries, start, _ = PREAMBLE.unpack_from(data)
+    value = json.loads(data[64 : 64 + json_bytes])
+    change(value)
+    body, table = (
+        json.dumps(value, separators=(",", ":")).encode(),
+        data[64 + json_bytes : 64 + json_bytes + 8 * entries],
+    )
+    fields = (magic, version, zero, len(body), entries, start)
+    digest = xxhash.xxh3_64_intdigest(PREAMBLE.pack(*fields, 0) + body + table)
+    file.write_bytes((PREAMBLE.pack(*fields, digest) + body + table).ljust(start, b"\0") + data[start:])
+
+
+def test_records_are_where_the_pack_says_and_start_at_pages(file: Path) -> None:
+    pack = read_pack(file)
+    assert (pack.header, pack.layers(), pack.num_experts) == (HEADER, (1, 2, 7), 3)
+    assert pack.dense_checksums == (5, 6)
+    data, end = np.frombuffer(file.read_bytes(), np.uint8), None
+    for record in pack.records():
+        assert record.offset % PAGE == record.nbytes % PAGE == 0
+        assert end in (None, record.offset)  # one after another
+        end = record.offset + record.nbytes
+        assert record.nbytes == pack.layout(record.layer).record_bytes
+        pack.check(record, data[record.offset : end])
+        assert record == pack.record(record.layer, record.expert)
+    assert end == data.size
+    for layer, expert in ((0, 0), (1, 3), (1, -1), (3, 0)):
+        with pytest.raises(KeyError):
+            pack.record(layer, expert)
+
+
+@pytest.mark.parametrize("kind", sorted(FORMS))
+def test_layouts_survive_their_json_and_take_what_the_kernels_take(kind: str) -> None:
+    form = FORMS[kind]
+    layout = expert_layout(256, 80, (form.scheme or kind, "bf16", form.scheme or kind))
+    assert layout_from_json(json.loads(json.dumps(layout_to_json(layout))), "x") == layout
+    assert layout.gate.shape == (80, 256)
+    assert layout.down.shape == (256, 80)
+    assert layout.gate.nbytes == packed_bytes(80, 256, form.scheme or kind)
+    assert layout.up.offset == layout.gate.nbytes
+    assert layout.down.offset == layout.gate.nbytes + layout.up.nbytes
+    assert 0 <= layout.record_bytes - layout.nbytes < PAGE
+
+
+def test_read_records_brings_them_and_names_the_damaged_one(file: Path) -> None:
+    pack = read_pack(file)
+    start, nbytes = pack.record(2, 1).offset, LARGE.record_bytes
+    out = np.empty(2 * nbytes, np.uint8)
+    pack.read_records(2, 1, out)
+    assert out.tobytes() == file.read_bytes()[start : start + 2 * nbytes]
+    with open(file, "r+b") as raw:
+        raw.seek(pack.record(2, 2).offset + nbytes - 1)  # of the padding even
+        byte = raw.read(1)[0]
+        raw.seek(-1, 1)
+        raw.write(bytes([byte ^ 4]))
+    with pytest.raises(CheckpointError, match="layer 2, expert 2 is damaged"):
+        pack.read_records(2, 1, out)
+    with open(file, "r+b") as raw:
+        raw.truncate(start + 100)
+    with pytest.raises(CheckpointError, match="shorter"):
+        pack.read_records(2, 1, out)
+
+
+@pytest.mark.parametrize("position", [0, 9, 13, 17, 25, 33, 57, 70, 200, -9, -1])
+def test_a_flipped_bit_in_the_header_is_seen(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    used = 64 + PREAMBLE.unpack_from(data)[3] + 8 * HEADER.num_checksums
+    data[position % used] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError):
+        read_pack(file)
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 40, 63, 64, 500, 4095, 4096, 5000, -1])
+def test_a_cut_file_is_refused(file: Path, size: int) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[:size])
+    with pytest.raises(CheckpointError, match="pack the model again"):
+        read_pack(file)
+
+
+def test_a_longer_file_and_one_of_another_kind_are_refused(file: Path) -> None:
+    data = file.read_bytes()
+    for wrong, message in (
+        (data + b"\0", "its header wants"),
+        (b"GGUF" + data[4:], "is not an expert pack"),
+        (b"\0" * len(data), "never finished"),
+        (data[:8] + struct.pack("<I", 2) + data[12:], "version 2, this is 1"),
+    ):
+        file.write_bytes(wrong)
+        with pytest.raises(CheckpointError, match=message):
+            read_pack(file)
+
+
+def test_claims_are_checked_before_memory_is_taken_for_them(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    for where in (16, 24, 32):
+        wrong = bytearray(data)
+        wrong[where : where + 8] = struct.pack("<Q", 1 << 60)
+        file.write_bytes(wrong)
+        with pytest.raises(CheckpointError, match="cannot be"):
+            read_pack(file)
+
+
+def set_in(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(value: Any) -> None:
+        for key in path[:-1]:
+            value = value[key]
+        value[path[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_in("num_experts", to=10**9),
+        set_in("num_experts", to=4),
+        set_in("num_experts", to=3.0),
+        set_in("num_experts", to=True),
+        set_in("num_dense", to=-1),
+        set_in("model", to=None),
+        set_in("kernel_layout", to="other"),
+        set_in("layers", to=[]),
+        set_in("layers", to=[[1, 0], [1, 1], [7, 0]]),
+        set_in("layers", to=[[2, 0], [1, 1], [7, 0]]),
+        set_in("layers", 0, to=[1, 2]),
+        set_in("layers", 0, to=[-1, 0]),
+        set_in("layers", 0, to="12"),
+        set_in("layouts", 0, to={}),
+        set_in("layouts", 0, "gate", "shape", to=[48, 1 << 40]),
+        set_in("layouts", 0, "gate", "shape", to=[48, 32]),
+        set_in("layouts", 0, "down", "shape", to=[48, 64]),
+        set_in("layouts", 0, "gate", "kind", to="f64"),
+        set_in("layouts", 0, "gate", "kind", "bits", to=7),
+        set_in("layouts", 0, "gate", "kind", "group_size", to=0),
+        set_in("layouts", 0, "gate", "kind", "group_size", to=48),
+        set_in("layouts", 0, "gate", "kind", "super_size", to=256),
+        set_in("layouts", 0, "gate", "kind", "codebook", to=[1, 2]),
+        set_in("layouts", 0, "gate", "kind", "codebook", to=[1000] * 16),
+        set_in("layouts", 0, "gate", "kind", "scale_codec", to="x"),
+        set_in("layouts", 0, "gate", "kind", "code_type", to="e4m3"),
+        set_in("layouts", 0, "gate", "kind", "zero_point", to="8"),
+        set_in("extra", to=1),
+    ],
+)
+def test_a_hostile_header_is_refused_although_its_checksum_is_right(
+    file: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    rewritten(file, lambda value: None)
+    read_pack(file)
+    rewritten(file, change)
+    with pytest.raises(CheckpointError):
+        read_pack(file)
+
+
+def test_checksums_are_xxh3_of_all_bytes() -> None:
+    data = np.arange(10_000, dtype=np.uint32).view(np.uint8)
+    assert checksum(data) == xxhash.xxh3_64_intdigest(data.tobytes()) == checksum(data.tobytes())
+
+
+def test_reading_packs_imports_no_torch() -> None:
+    code = "import sys, glmlocal.formats.expert_pack; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert expert_pack.VERSION == 1
