@@ -112,7 +112,7 @@ class LLM:
 
     @property
     def offload_stats(self) -> OffloadStats | None:
-        """Hit rates, bytes read and time spent waiting for the disk since the start; None where all experts are in RAM."""
+        """Hit rates, bytes read, time spent waiting for the disk since the start; None where all experts are in RAM."""
         return self._engine.offloads.stats()
 
     @property

@@ -90,7 +90,7 @@ def load_engine(
 def allocations(
     plan: Plan, model: glm4_moe.Glm4MoeForCausalLM, kv_cache: KVCache, offloads: Offloads
 ) -> tuple[Allocation, ...]:
-    """Weights by component, expert slots and the KV cache, planned and real. Other lines are no buffers of their own."""
+    """Weights by component, expert slots and the KV cache, planned and real. Other lines are no buffers."""
     planned: dict[str, int] = {}
     for device in plan.devices:
         for line in device.lines:

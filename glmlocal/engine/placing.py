@@ -1,4 +1,4 @@
-"""A plan's homes of experts → what the model's layers get: stores of slots over the pack, or nothing where all is in RAM."""
+"""A plan's homes of experts → what the model's layers get: slots over the pack, or nothing where all is in RAM."""
 
 from __future__ import annotations
 

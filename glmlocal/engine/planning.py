@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from glmlocal.errors import PlanError
+from glmlocal.formats.expert_pack import file_bytes
 from glmlocal.formats.index import Checkpoint
 from glmlocal.models.footprints import QUANTS, of_checkpoint
 from glmlocal.planner.advise import TIERS_RUN
@@ -37,7 +38,7 @@ def plan_here(checkpoint: Checkpoint, quant: str, wants: Wants, ram: str | None 
 
 
 def _with_pack(machine: Machine, checkpoint: Checkpoint) -> Machine:
-    """The disk is the one the pack is on already, as much of it as the pack takes; without a pack there is none to use."""
+    """The disk is the one the pack is on, as much of it as the pack takes; without a pack there is none to use."""
     pack = checkpoint.tensors.experts
     if pack is None:
         return replace(machine, nvme=None)
@@ -46,7 +47,7 @@ def _with_pack(machine: Machine, checkpoint: Checkpoint) -> Machine:
         if machine.nvme is None
         else (machine.nvme.read_gb_per_s, machine.nvme.basis)
     )
-    return replace(machine, nvme=Nvme(pack.file_bytes, rate, str(pack.path.parent), basis))
+    return replace(machine, nvme=Nvme(file_bytes(pack.header), rate, str(pack.path.parent), basis))
 
 
 def _pack_hint(checkpoint: Checkpoint) -> str:

@@ -51,7 +51,7 @@ class LFRU:
         if worth < now - _FADED:
             return now + self.admit_at
         high, low = (now, worth) if now > worth else (worth, now)
-        return high + math.log2(1.0 + 2.0 ** (low - high))
+        return high + math.log2(1.0 + math.exp2(low - high))
 
 
 _FADED = 4.0  # half-lives
@@ -97,7 +97,7 @@ def burst_weight(num_uses: int, num_tokens: int, half_life_tokens: float = HALF_
 
 def sum_of_decay(num_tokens: int, half_life_tokens: float) -> float:
     """Σ 2^(-i / half life) over the chunk's tokens, i = 0 … num_tokens - 1."""
-    step = 2.0 ** (-1.0 / half_life_tokens)
+    step = math.exp2(-1.0 / half_life_tokens)
     return (1.0 - step**num_tokens) / (1.0 - step)
 
 

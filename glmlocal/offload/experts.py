@@ -1,4 +1,4 @@
-"""OffloadedExperts: routed experts of a layer whose records come and go. The model cannot tell them from resident ones."""
+"""OffloadedExperts: routed experts of a layer whose records come and go. The model cannot tell."""
 
 from __future__ import annotations
 

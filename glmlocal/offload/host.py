@@ -33,7 +33,8 @@ class HostPool:
             self._map = mmap.mmap(-1, num_slots * slot_bytes + HUGE_PAGE, flags=flags)
         except OSError as error:
             raise PlanError(
-                f"cannot reserve {format_bytes(num_slots * slot_bytes)} for {num_slots} expert slots: {error.strerror}; "
+                f"cannot reserve {format_bytes(num_slots * slot_bytes)} for {num_slots} expert slots: "
+                f"{error.strerror}; "
                 "give less with --ram"
             ) from error
         whole = np.frombuffer(self._map, np.uint8)

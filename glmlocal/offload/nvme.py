@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from glmlocal.errors import CheckpointError
-from glmlocal.formats.expert_pack import ExpertPack, Record
+from glmlocal.formats.expert_pack import ExpertPack, Record, file_bytes
 from glmlocal.kernels.cpu import _cpu
 from glmlocal.offload.host import HostPool
 from glmlocal.offload.store import Arrival
@@ -77,9 +77,9 @@ class PackSource:
     def __init__(self, pack: ExpertPack, pool: HostPool, reader: Reader) -> None:
         self._pack, self._pool, self._reader = pack, pool, reader
         self._state = _FileState.of(reader.descriptor)
-        if self._state.size != pack.file_bytes:
+        if self._state.size != file_bytes(pack.header):
             raise CheckpointError(
-                f"{pack.path} has {self._state.size:,} bytes, its header wants {pack.file_bytes:,}; it was changed "
+                f"{pack.path} has {self._state.size:,} bytes, its header wants {file_bytes(pack.header):,}; it was changed "
                 "while it was opened, start again"
             )
         self._seen: set[tuple[int, int]] = set()

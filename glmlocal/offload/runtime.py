@@ -1,4 +1,4 @@
-"""Offload: everything between a pack and the layers that use it, built from a plan's budget; what it reports of itself."""
+"""Offload: everything between a pack and the layers that use it, built from a plan's budget."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ class Offload:
         open_reader: OpenReader = open_reader,
         available_bytes: Callable[[], int] = host.available_bytes,
     ) -> None:
-        """As many slots as fit into ``budget_bytes``. Raises CheckpointError, and PlanError if that is less than one."""
+        """As many slots as fit into ``budget_bytes``. Raises CheckpointError, and PlanError if none does."""
         self._pack, self._activations = pack, activations
         self._layouts = {layer: pack.layout(layer) for layer in layers}
         slot_bytes = max(layout.record_bytes for layout in self._layouts.values())
         num_slots = min(budget_bytes // slot_bytes, len(layers) * pack.num_experts)
         if num_slots < 1:
             raise PlanError(
-                f"{format_bytes(budget_bytes)} are too little for one expert of {format_bytes(slot_bytes)}; give more --ram"
+                f"{format_bytes(budget_bytes)} are too little for one expert of {format_bytes(slot_bytes)}; "
+                "give more --ram"
             )
         self._pool = host.HostPool(num_slots, slot_bytes)
         self._source = PackSource(pack, self._pool, open_reader(pack, max(top_k, 1)))

@@ -1,4 +1,4 @@
-"""What offloading reports of itself: values for ``/v1/stats``, ``bench`` and the chat footer, and the warning. Torch-free."""
+"""What offloading reports of itself: values for ``/v1/stats``, ``bench`` and the chat footer. Torch-free."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def bottleneck(stats: OffloadStats, seconds: float, num_experts: int) -> str:
     more = format_bytes(missing * stats.slot_bytes // max(1, stats.slots))
     return (
         f"NVMe is the bottleneck: {stats.store.stall_s / seconds:.0%} of the time is spent waiting for it "
-        f"({stats.read_bytes_per_s / 1e9:.1f} GB/s, {stats.hit_rate:.0%} of experts found in RAM); more --ram would help "
-        f"(all experts take {more} more), or a smaller --quant when packing, or a faster disk"
+        f"({stats.read_bytes_per_s / 1e9:.1f} GB/s, {stats.hit_rate:.0%} of experts found in RAM); more --ram would "
+        f"help (all experts take {more} more), or a smaller --quant when packing, or a faster disk"
     )
 
 

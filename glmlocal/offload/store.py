@@ -177,11 +177,13 @@ class ExpertStore:
 
     def drain(self) -> None:
         """Wait for all reads that are under way."""
-        while self._pending and self._collect(_POLL_S):
-            pass
+        while self._pending:
+            self._collect(_POLL_S)
 
     def stats(self) -> StoreStats:
-        return StoreStats(*self._counts, self._stall_s, int(max(self._time, default=0)))
+        lookups, hits, evictions, prefetched, prefetch_hits = self._counts
+        num_tokens = int(max(self._time, default=0))
+        return StoreStats(lookups, hits, evictions, prefetched, prefetch_hits, self._stall_s, num_tokens)
 
     def worths(self) -> dict[ExpertKey, float]:
         """What every expert that was ever used is worth, in the policy's numbers at the present time."""

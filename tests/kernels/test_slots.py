@@ -113,8 +113,8 @@ def test_bad_arguments_are_refused() -> None:
         layer.slots.rows(x, ids, [0], [layer.address(0)], rows[:5])
     with pytest.raises(ValueError, match="weigh: topk_weights"):
         layer.slots.weigh(rows, ids, weights.double())
+    form = (layer.packed.gate[0], layer.packed.up[0], layer.packed.down[0])
     with pytest.raises(ValueError, match="do not fit in a record"):
-        form = (layer.packed.gate[0], layer.packed.up[0], layer.packed.down[0])
         bind_slots(form, layer.offsets, 5, layer.record_bytes - 4096)
     with pytest.raises(ValueError, match="multiple of 64"):
         bind_slots(form, (1, *layer.offsets[1:]), 5, layer.record_bytes)
