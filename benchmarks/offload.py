@@ -59,11 +59,11 @@ def working_set(layers: int, experts: int, top_k: int, tokens: int, seed: int = 
     quarter of a token's experts are those of the token before."""
     generator = random.Random(seed)
     trace: Trace = []
-    sets = [generator.sample(range(experts), round(0.68 * experts)) for _ in range(layers)]
+    sets = [generator.sample(range(experts), round(0.6 * experts)) for _ in range(layers)]
     for token in range(tokens):
         step = []
         for layer, members in enumerate(sets):
-            if token % 8 == 7:  # one comes in, one goes
+            if token % 4 == 3:  # one comes in, one goes
                 outside = [e for e in range(experts) if e not in members]
                 members[generator.randrange(len(members))] = generator.choice(outside)
             before = trace[-1][layer] if trace else []
@@ -101,10 +101,10 @@ def policies(trace: Trace, experts: int, fraction: float) -> dict[str, float]:
         for key in keys:
             uses.setdefault(key, []).append(float(place))
     slots = round(fraction * layers * experts)
-    half_life = eviction.HALF_LIFE_TOKENS * layers  # the simulation counts steps of layers
+    lfru = eviction.lfru(slots, layers * len(trace[0][0]))
     found = {
-        "lfru": eviction.hit_rate(steps, slots, eviction.LFRU(half_life)),
-        "lru": eviction.hit_rate(steps, slots, eviction.LRU()),
+        "lfru": eviction.hit_rate(steps, slots, lfru, layers),
+        "lru": eviction.hit_rate(steps, slots, eviction.LRU(), layers),
         "belady": eviction.hit_rate(steps, slots, eviction.Belady(uses)),
     }
     return {name: round(value, 4) for name, value in found.items()}

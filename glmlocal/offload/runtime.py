@@ -13,7 +13,7 @@ from glmlocal.formats.expert_pack_layout import ExpertLayout
 from glmlocal.formats.quant import Activations
 from glmlocal.kernels.cpu.slots import SlotExperts, bind_slots
 from glmlocal.offload import host, trace
-from glmlocal.offload.eviction import LFRU, Policy
+from glmlocal.offload.eviction import Policy, lfru
 from glmlocal.offload.experts import OffloadedExperts, RowBuffer
 from glmlocal.offload.nvme import PackSource, Reader, open_reader
 from glmlocal.offload.stats import OffloadStats, bottleneck
@@ -55,17 +55,17 @@ class Offload:
             )
         self._pool = host.HostPool(num_slots, slot_bytes)
         self._source = PackSource(pack, self._pool, open_reader(pack, max(top_k, 1)))
-        self._policy = policy or LFRU()
+        chosen = policy or lfru(num_slots, len(layers) * top_k)
         self.store = ExpertStore(
-            layers, pack.num_experts, num_slots, self._source, self._policy, most_reads=max(top_k, 1)
+            layers, pack.num_experts, num_slots, self._source, chosen, most_reads=max(top_k, 1)
         )
         self._buffer = RowBuffer()
         self._bound: dict[ExpertLayout, SlotExperts] = {}
         self._available_bytes, self._next_check_s = available_bytes, 0.0
         self._start_s, self._has_warned = 0.0, False
-        self._earlier = trace.load(pack) if policy is None else None
+        self._earlier = trace.load(pack)
         if self._earlier is not None:
-            self.store.seed(self._earlier.worths)
+            self.store.seed(self._earlier.heats)
 
     @property
     def nbytes(self) -> int:
@@ -94,12 +94,9 @@ class Offload:
     def close(self) -> None:
         """Wait for reads that are under way, and keep what was learned of the routing for the next start."""
         self.store.drain()
-        if not isinstance(self._policy, LFRU) or not (num_tokens := self.store.stats().num_tokens):
-            return
-        now = num_tokens / self._policy.half_life_tokens
-        worths = {key: worth - now for key, worth in self.store.worths().items()}
-        earlier = self._earlier.num_tokens if self._earlier is not None else 0
-        trace.save(self._pack, trace.RouteTrace(earlier + num_tokens, worths))
+        if num_tokens := self.store.stats().num_tokens:
+            earlier = self._earlier.num_tokens if self._earlier is not None else 0
+            trace.save(self._pack, trace.RouteTrace(earlier + num_tokens, self.store.heats()))
 
     def _look_after(self) -> None:
         now = time.monotonic()

@@ -15,7 +15,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from glmlocal.errors import CheckpointError
-from glmlocal.offload.eviction import NEVER, Policy
+from glmlocal.offload.eviction import NEVER, History, Policy, heat_after
 from glmlocal.offload.tiers import ExpertKey, Residency
 
 _EMPTY = -1
@@ -77,13 +77,15 @@ class ExpertStore:
         self._row = {layer: row for row, layer in enumerate(layers)}
         self._layers, self._num_experts = tuple(layers), num_experts
         self._source, self._policy, self._most_reads = source, policy, most_reads
-        self._worth = np.full(len(layers) * num_experts, NEVER)
+        self._known: dict[int, History] = {}  # by key
         self._slot_of: dict[int, int] = {}
         self._key_in = [_EMPTY] * num_slots
         self._leases = [0] * num_slots
         self._pending: set[int] = set()  # slots
         self._retired: set[int] = set()  # slots whose memory was given back
-        self._rank = np.full(num_slots, NEVER)  # worth of what is in the slot; inf where it may not be evicted
+        # Worth of what is in the slot, less its layer's time; inf where it may not be evicted.
+        self._rank = np.full(num_slots, NEVER)
+        self._row_in = np.full(num_slots, _EMPTY)
         self._open: list[Lease] = []
         self._prefetched: set[int] = set()  # keys, until they are used
         self._time = [0.0] * len(layers)  # tokens that the layer has seen
@@ -118,14 +120,14 @@ class ExpertStore:
         """``num_tokens`` tokens have been routed to these experts of the layer, with what their uses count."""
         row = self._row[layer]
         self._time[row] += num_tokens
+        self._rank[self._row_in == row] -= num_tokens
         now = self._time[row]
         for expert, weight in uses.items():
             key = row * self._num_experts + expert
-            worth = self._policy.touched(key, float(self._worth[key]), now, weight)
-            self._worth[key] = worth
+            self._known[key] = self._policy.touched(key, self._known.get(key, History()), now, weight)
             slot = self._slot_of.get(key)
             if slot is not None and self._rank[slot] != np.inf:
-                self._rank[slot] = worth
+                self._rank[slot] = self._rank_of(key)
 
     def acquire(self, layer: int, uses: Mapping[int, float], num_tokens: int = 1) -> Lease:
         """Lease experts of a layer, which counts as using them; reads of those that are missing begin at once."""
@@ -147,7 +149,7 @@ class ExpertStore:
             if key in self._slot_of or len(self._pending) >= self._most_reads:
                 continue
             slot = int(np.argmin(self._rank))
-            if self._rank[slot] == np.inf or not self._rank[slot] <= self._worth[key] or not self._start(key, slot):
+            if self._rank[slot] == np.inf or not self._rank[slot] <= self._rank_of(key) or not self._start(key, slot):
                 break
             begun += 1
             self._prefetched.add(key)
@@ -185,15 +187,19 @@ class ExpertStore:
         num_tokens = int(max(self._time, default=0))
         return StoreStats(lookups, hits, evictions, prefetched, prefetch_hits, self._stall_s, num_tokens)
 
-    def worths(self) -> dict[ExpertKey, float]:
-        """What every expert that was ever used is worth, in the policy's numbers at the present time."""
-        return {self._key(int(key)): float(self._worth[key]) for key in np.flatnonzero(self._worth != NEVER)}
+    def heats(self) -> dict[ExpertKey, float]:
+        """How hot every expert that was ever used is at the present time of its layer."""
+        return {
+            self._key(key): heat_after(known, self._time[key // self._num_experts], 0.0)
+            for key, known in self._known.items()
+        }
 
-    def seed(self, worths: Mapping[ExpertKey, float]) -> None:
-        """Begin with the worths of an earlier run; experts are not read."""
-        for key, worth in worths.items():
+    def seed(self, heats: Mapping[ExpertKey, float]) -> None:
+        """Begin with the heats (> 0) of an earlier run; experts are not read."""
+        for key, heat in heats.items():
             if key.layer in self._row and 0 <= key.expert < self._num_experts:
-                self._worth[self._index(key)] = worth
+                index = self._index(key)
+                self._known[index] = self._policy.touched(index, History(), 0.0, heat)
 
     # What leases are made of.
 
@@ -211,7 +217,11 @@ class ExpertStore:
         self._leases[slot] -= 1
         if not self._leases[slot] and slot not in self._pending:
             key = self._key_in[slot]
-            self._rank[slot] = NEVER if key == _EMPTY else self._worth[key]
+            self._rank[slot] = NEVER if key == _EMPTY else self._rank_of(key)
+
+    def _rank_of(self, key: int) -> float:
+        known = self._known.get(key)
+        return NEVER if known is None else known.worth - self._time[key // self._num_experts]
 
     def _make_room(self) -> int | None:
         """A slot that may be overwritten; None while all are leased or being read into."""
@@ -226,6 +236,7 @@ class ExpertStore:
         self._counts[2] += self._key_in[slot] != _EMPTY
         self._empty(slot)
         self._slot_of[key], self._key_in[slot] = slot, key
+        self._row_in[slot] = key // self._num_experts
         self._pending.add(slot)
         self._rank[slot] = np.inf
         return True
@@ -235,7 +246,7 @@ class ExpertStore:
         if key != _EMPTY:
             del self._slot_of[key]
             self._prefetched.discard(key)
-        self._key_in[slot] = _EMPTY
+        self._key_in[slot] = self._row_in[slot] = _EMPTY
 
     def _collect(self, timeout_s: float) -> bool:
         """Take note of reads that have ended, waiting for the first; False when there was none."""
@@ -251,7 +262,7 @@ class ExpertStore:
                 self._leases[slot] = 0
             key = self._key_in[slot]
             if not self._leases[slot]:
-                self._rank[slot] = NEVER if key == _EMPTY else self._worth[key]
+                self._rank[slot] = NEVER if key == _EMPTY else self._rank_of(key)
         return found
 
     def _wait(self) -> None:

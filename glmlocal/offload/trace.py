@@ -25,14 +25,15 @@ log = logging.getLogger(__name__)
 
 _VERSION = 1
 _MAX_BYTES = 64 << 20
+_LEAST_HEAT = 1e-3  # what is colder is forgotten
 
 
 @dataclass(frozen=True, slots=True)
 class RouteTrace:
-    """``worths``: log2 of how often an expert was lately used, per token, decayed (``eviction.LFRU``)."""
+    """``heats``: how often an expert was used of late (``eviction.History``), > 0."""
 
     num_tokens: int  # seen in all runs
-    worths: Mapping[ExpertKey, float]
+    heats: Mapping[ExpertKey, float]
 
 
 def trace_file(pack: ExpertPack) -> Path:
@@ -48,7 +49,7 @@ def load(pack: ExpertPack) -> RouteTrace | None:
         return _parsed(json.loads(path.read_text("ascii")))
     except FileNotFoundError:
         return None
-    except (OSError, ConfigError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         log.info("the route trace is not used: %s", error)
         return None
 
@@ -56,9 +57,10 @@ def load(pack: ExpertPack) -> RouteTrace | None:
 def save(pack: ExpertPack, trace: RouteTrace) -> None:
     """Written beside and renamed; that it cannot be written is worth a line in the log, no more."""
     layers: dict[str, dict[str, float]] = {}
-    for key, worth in trace.worths.items():
-        layers.setdefault(str(key.layer), {})[str(key.expert)] = round(worth, 3)
-    text = json.dumps({"version": _VERSION, "num_tokens": trace.num_tokens, "worths": layers})
+    for key, heat in trace.heats.items():
+        if heat >= _LEAST_HEAT:
+            layers.setdefault(str(key.layer), {})[str(key.expert)] = round(heat, 4)
+    text = json.dumps({"version": _VERSION, "num_tokens": trace.num_tokens, "heats": layers})
     try:
         path = trace_file(pack)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,11 +80,11 @@ def save(pack: ExpertPack, trace: RouteTrace) -> None:
 def _parsed(value: Any) -> RouteTrace:
     if value["version"] != _VERSION:
         raise ValueError(f"version {value['version']!r}")
-    worths = {
-        ExpertKey(int(layer), int(expert)): float(worth)
-        for layer, experts in value["worths"].items()
-        for expert, worth in experts.items()
+    heats = {
+        ExpertKey(int(layer), int(expert)): float(heat)
+        for layer, experts in value["heats"].items()
+        for expert, heat in experts.items()
     }
-    if not all(math.isfinite(worth) for worth in worths.values()):
-        raise ValueError("a worth is no number")
-    return RouteTrace(int(value["num_tokens"]), worths)
+    if not all(math.isfinite(heat) and heat > 0 for heat in heats.values()):
+        raise ValueError("a heat is no number above 0")
+    return RouteTrace(int(value["num_tokens"]), heats)

@@ -65,7 +65,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.num_slots = 4
         self.others: list[CheckpointError] = []  # errors that no disk gave
         self.disk = Disk(self.num_slots)
-        self.store = ExpertStore(LAYERS, EXPERTS, self.num_slots, self.disk, LFRU(half_life_tokens=4), most_reads=3)
+        self.store = ExpertStore(LAYERS, EXPERTS, self.num_slots, self.disk, LFRU(boost_tokens=2), most_reads=3)
         self.leases: list[tuple[int, Lease, list[int], list[tuple[int, int]]]] = []  # layer, lease, left, wave
 
     @rule(layer=st.sampled_from(LAYERS), experts=st.sets(st.integers(0, EXPERTS - 1), min_size=1))
@@ -220,7 +220,7 @@ def test_a_failed_read_fails_the_lease_and_nothing_else() -> None:
 
 def test_a_long_step_passes_through_few_slots_and_leaves_the_others() -> None:
     """A prompt uses every expert once: it must not cost the ones that answers use."""
-    store, _ = store_of(7, most_reads=2, policy=LFRU())
+    store, _ = store_of(7, most_reads=2, policy=LFRU(2.0))
     for _ in range(8):
         run(store, 3, 0, 1, 2)
     with store.acquire(4, dict.fromkeys(range(EXPERTS), 0.1), num_tokens=2) as lease:
@@ -259,14 +259,29 @@ def test_shrinking_gives_up_the_least_worth_and_growing_takes_it_back() -> None:
     assert everyone(store, 3, 0, 1, 2) == [0, 1, 2]
 
 
-def test_worths_of_an_earlier_run_decide_at_first() -> None:
-    store, _ = store_of(2, policy=LFRU())
-    store.seed({ExpertKey(3, 0): 50.0, ExpertKey(3, 1): -50.0, ExpertKey(99, 0): 1.0})
+def test_heats_of_an_earlier_run_decide_at_first() -> None:
+    first, _ = store_of(2, policy=LFRU(2.0))
+    for _ in range(9):
+        run(first, 3, 0)
+    store, _ = store_of(2, policy=LFRU(2.0))
+    store.seed({**first.heats(), ExpertKey(99, 0): 1.0})
     run(store, 3, 0)
     run(store, 3, 1)
     run(store, 3, 2)
+    run(store, 3, 3)
     assert ExpertKey(3, 0) in store.resident()
-    assert store.worths()[ExpertKey(3, 0)] >= 50.0
+    assert store.heats()[ExpertKey(3, 0)] > 8 > store.heats()[ExpertKey(3, 3)]
+
+
+def test_a_layer_that_is_ahead_does_not_push_out_the_next() -> None:
+    """While a prompt is processed the first layers have seen more tokens: age is by each layer's own clock."""
+    store, _ = store_of(4, most_reads=1, policy=LFRU(2.0))
+    for layer in LAYERS:
+        for _ in range(6):
+            run(store, layer, 0)
+    with store.acquire(3, {0: 6.0, 1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1}, num_tokens=500) as lease:
+        list(lease.waves())
+    assert {ExpertKey(3, 0), ExpertKey(4, 0)} <= store.resident()
 
 
 @pytest.mark.parametrize(("slots", "reads"), [(0, 1), (1, 0)])
