@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def describe(trace: Trace, experts: int) -> dict[str, float]:
     layer = len(trace[0]) // 2
     steps = [set(step[layer]) for step in trace]
     first, second = set().union(*steps[:128]), set().union(*steps[128:256])
-    shared = [len(one & two) / len(one) for one, two in zip(steps, steps[1:], strict=False)]
+    shared = [len(one & two) / len(one) for one, two in pairwise(steps)]
     return {
         "used_by_128_tokens": round(len(first) / experts, 3),
         "new_in_the_next_128": round(len(second - first) / experts, 3),

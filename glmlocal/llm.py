@@ -41,8 +41,10 @@ class LLM:
     weights that are not quantized yet while they are loaded; "keep" leaves them as stored; "auto" takes what the
     planner would. ``activations`` is what quantized weights are multiplied with: "int8", rounded in groups of 32, which
     is several times faster, "fp32", exact, or auto: fp32 for small checkpoints, else int8 (``models/precision.py``).
-    ``ram`` ("16GiB") limits the memory that is planned with. ``plan``, from ``glmlocal plan --save``, is executed as it
-    stands; the other wishes have then been said already and must not be said again.
+    ``ram`` ("16GiB") limits the memory that is planned with: routed experts of a packed model (``glmlocal pack``) that
+    do not fit are read from the disk when they are needed, unless ``offload`` is False. ``plan``, from
+    ``glmlocal plan --save``, is executed as it stands; the other wishes have then been said already and must not be
+    said again.
     Raises CheckpointError, ConfigError, DownloadError or PlanError.
     """
 
@@ -57,6 +59,7 @@ class LLM:
         quant: str = "keep",
         activations: str = "auto",
         ram: str | None = None,
+        offload: bool = True,
         plan: Plan | None = None,
         progress: bool = False,
     ) -> None:
@@ -73,7 +76,14 @@ class LLM:
         self._tokenizer, self.chat_template = text.tokenizer, text.chat_template
         self._defaults, self._eos_token_ids = text.defaults, text.eos_token_ids
         if plan is None:
-            wants = Wants(context=context, batch=max_batch, kv_dtype=kv_dtype, activations=activations, threads=threads)
+            wants = Wants(
+                context=context,
+                batch=max_batch,
+                kv_dtype=kv_dtype,
+                activations=activations,
+                offload=offload,
+                threads=threads,
+            )
             plan = plan_here(checkpoint, quant, wants, ram=ram)
         #: What is executed: where every byte is, and how fast it should be.
         self.plan = plan

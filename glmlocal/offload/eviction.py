@@ -134,6 +134,8 @@ def hit_rate(steps: Sequence[Sequence[int]], num_slots: int, policy: Policy, ste
             if key in held:
                 continue
             if len(held) >= num_slots:
-                held.remove(min((each for each in held if each not in asked), key=lambda each: (known[each].worth, each)))
+                held.remove(
+                    min((each for each in held if each not in asked), key=lambda each: (known[each].worth, each))
+                )
             held.add(key)
     return hits / lookups if lookups else 0.0

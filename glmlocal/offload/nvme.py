@@ -79,8 +79,8 @@ class PackSource:
         self._state = _FileState.of(reader.descriptor)
         if self._state.size != file_bytes(pack.header):
             raise CheckpointError(
-                f"{pack.path} has {self._state.size:,} bytes, its header wants {file_bytes(pack.header):,}; it was changed "
-                "while it was opened, start again"
+                f"{pack.path} has {self._state.size:,} bytes, its header wants {file_bytes(pack.header):,}; it was "
+                "changed while it was opened, start again"
             )
         self._seen: set[tuple[int, int]] = set()
         self._under_way: dict[int, Record] = {}  # by slot

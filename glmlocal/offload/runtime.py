@@ -56,9 +56,7 @@ class Offload:
         self._pool = host.HostPool(num_slots, slot_bytes)
         self._source = PackSource(pack, self._pool, open_reader(pack, max(top_k, 1)))
         chosen = policy or lfru(num_slots, len(layers) * top_k)
-        self.store = ExpertStore(
-            layers, pack.num_experts, num_slots, self._source, chosen, most_reads=max(top_k, 1)
-        )
+        self.store = ExpertStore(layers, pack.num_experts, num_slots, self._source, chosen, most_reads=max(top_k, 1))
         self._buffer = RowBuffer()
         self._bound: dict[ExpertLayout, SlotExperts] = {}
         self._available_bytes, self._next_check_s = available_bytes, 0.0
