@@ -371,7 +371,7 @@ def _remarks(facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"experts: {ram['hit_rate']:.0%} found in {format_bytes(offload['slot_bytes'])} of RAM, the others read "
             f"from NVMe at {nvme['read_bytes_per_s'] / 1e9:.2f} GB/s, "
-            f"{format_bytes(round(nvme['read_bytes_per_token']))} per token; {nvme['stall_s']:.1f} s spent waiting for it"
+            f"{format_bytes(round(nvme['read_bytes_per_token']))} per token; {nvme['stall_s']:.1f} s spent waiting"
         )
     if facts["interrupted"]:
         lines.append("interrupted: fewer repeats than asked for, and no second measurement of the peaks")

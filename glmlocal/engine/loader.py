@@ -77,6 +77,7 @@ def load_engine(
     kv_cache = KVCache.allocate(
         config.num_hidden_layers, num_blocks, BLOCK_SIZE, config.num_key_value_heads, config.head_dim, run.kv_dtype
     )
+    offloads.warm()
     _report(allocations(plan, model, kv_cache, offloads))
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),

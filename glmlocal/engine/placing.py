@@ -40,6 +40,11 @@ class Offloads:
         offload = self.by_layer.get(layer)
         return None if offload is None else offload.experts(layer)
 
+    def warm(self) -> None:
+        """Begin with what was hot in earlier runs."""
+        for each in self.all:
+            each.warm()
+
     def stats(self) -> OffloadStats | None:
         """None where all experts are in RAM."""
         return merged([each.stats() for each in self.all])

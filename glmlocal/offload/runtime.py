@@ -53,10 +53,11 @@ class Offload:
                 f"{format_bytes(budget_bytes)} are too little for one expert of {format_bytes(slot_bytes)}; "
                 "give more --ram"
             )
+        self._most_reads = max(top_k, 1)
         self._pool = host.HostPool(num_slots, slot_bytes)
-        self._source = PackSource(pack, self._pool, open_reader(pack, max(top_k, 1)))
+        self._source = PackSource(pack, self._pool, open_reader(pack, self._most_reads))
         chosen = policy or lfru(num_slots, len(layers) * top_k)
-        self.store = ExpertStore(layers, pack.num_experts, num_slots, self._source, chosen, most_reads=max(top_k, 1))
+        self.store = ExpertStore(layers, pack.num_experts, num_slots, self._source, chosen, most_reads=self._most_reads)
         self._buffer = RowBuffer()
         self._bound: dict[ExpertLayout, SlotExperts] = {}
         self._available_bytes, self._next_check_s = available_bytes, 0.0
@@ -77,6 +78,21 @@ class Offload:
         if slots is None:
             slots = self._bound[layout] = _bind(layout, self._pack.num_experts, self._activations)
         return OffloadedExperts(layer, slots, self.store, self._pool.address, self._buffer, self._look_after)
+
+    def warm(self) -> int:
+        """Read the experts that were hottest in earlier runs into the slots, as many as fit; how many were read.
+
+        What cannot be read is left for the request that needs it to hear of.
+        """
+        if self._earlier is None:
+            return 0
+        heats = self._earlier.heats
+        hottest = sorted((key for key in heats if key.layer in self._layouts), key=lambda key: (-heats[key], key))
+        hottest = hottest[: self.store.num_slots]
+        for begin in range(0, len(hottest), self._most_reads):
+            self.store.prefetch(hottest[begin : begin + self._most_reads])
+            self.store.drain()
+        return self.store.stats().prefetched
 
     def stats(self) -> OffloadStats:
         reader = self._source.reader

@@ -185,7 +185,13 @@ def test_an_answer_after_a_failure_through_the_api(
     assert list((tmp_path / "home").rglob("*.json")), "the route trace is kept"
     monkeypatch.setattr(nvme, "open_reader", open_reader)
     with LLM(model, plan=plan) as llm:
+        warm = llm.offload_stats
+        assert warm is not None
+        assert warm.store.prefetched == 4, "the hottest experts of the earlier run are in the slots at the start"
         assert list(llm.generate(TEXT, max_tokens=1, temperature=0.0).token_ids) == [right]
+        after = llm.offload_stats
+        assert after is not None
+        assert after.store.prefetch_hits > 0
 
 
 def test_a_plan_for_nvme_needs_a_pack(model: Path) -> None:
