@@ -25,6 +25,7 @@ from glmlocal.errors import CheckpointError, EngineError, RequestError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.models.config import ModelConfig
 from glmlocal.models.weights import check_quant, quantized_already
+from glmlocal.offload.stats import OffloadStats
 from glmlocal.planner.plan import Plan, Wants
 from glmlocal.progress import byte_bar
 from glmlocal.resolve import resolve
@@ -45,9 +46,10 @@ class LLM:
     weights that are not quantized yet while they are loaded; "keep" leaves them as stored; "auto" takes what the
     planner would. ``activations`` is what quantized weights are multiplied with: "int8", rounded in groups of 32, which
     is several times faster, "fp32", exact, or auto: fp32 for small checkpoints, else int8 (``models/precision.py``).
-    ``ram`` ("16GiB") limits the memory that is planned with. ``plan``, from ``glmlocal plan --save``, is executed as it
-    stands; the other wishes have then been said already and must not be said again. ``on_bytes(done, total)`` is told
-    how loading comes along, from several threads.
+    ``ram`` ("16GiB") limits the memory that is planned with: routed experts of a packed model (``glmlocal pack``) that
+    do not fit are read from the disk when they are needed, unless ``offload`` is False. ``plan``, from
+    ``glmlocal plan --save``, is executed as it stands; the other wishes have then been said already and must not be
+    said again. ``on_bytes(done, total)`` is told how loading comes along, from several threads.
     Raises CheckpointError, ConfigError, DownloadError or PlanError.
     """
 
@@ -62,6 +64,7 @@ class LLM:
         quant: str = "keep",
         activations: str = "auto",
         ram: str | None = None,
+        offload: bool = True,
         plan: Plan | None = None,
         progress: bool = False,
         on_bytes: OnBytes | None = None,
@@ -81,7 +84,14 @@ class LLM:
         self._tokenizer, self.chat_template = text.tokenizer, text.chat_template
         self._defaults, self._eos_token_ids = text.defaults, text.eos_token_ids
         if plan is None:
-            wants = Wants(context=context, batch=max_batch, kv_dtype=kv_dtype, activations=activations, threads=threads)
+            wants = Wants(
+                context=context,
+                batch=max_batch,
+                kv_dtype=kv_dtype,
+                activations=activations,
+                offload=offload,
+                threads=threads,
+            )
             plan = plan_here(checkpoint, quant, wants, ram=ram)
         #: What is executed: where every byte is, and how fast it should be.
         self.plan = plan
@@ -127,6 +137,11 @@ class LLM:
         """Names the model and how it is computed with, for what outlives the process (KV snapshots)."""
         run = self.plan.resolved
         return model_identity(self._checkpoint, run.quant, run.activations)
+
+    @property
+    def offload_stats(self) -> OffloadStats | None:
+        """Hit rates, bytes read, time spent waiting for the disk since the start; None where all experts are in RAM."""
+        return self._engine.offloads.stats()
 
     @property
     def supports_thinking(self) -> bool:
@@ -199,6 +214,7 @@ class LLM:
         with self._lock:
             for request_id in list(self._queues):
                 self._abort(request_id)
+            self._engine.offloads.close()
         self._checkpoint.tensors.close()
 
     def __enter__(self) -> Self:

@@ -54,3 +54,8 @@ def measurements_file(environ: Mapping[str, str] = os.environ) -> Path:
     """Where ``glmlocal doctor`` keeps what it measured: with ``GLMLOCAL_HOME``, else the platform's state directory,
     because emptying a cache must not lose it. Raises ConfigError as ``cache_home`` does."""
     return _home(environ, platformdirs.user_state_dir) / "measurements.json"
+
+
+def traces_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """What was learned of models' routing, beside what doctor measured. Raises ConfigError as ``cache_home`` does."""
+    return _home(environ, platformdirs.user_state_dir) / "traces"

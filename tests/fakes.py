@@ -72,10 +72,12 @@ class FakeLLM:
         quant: str = "keep",
         activations: str = "auto",
         ram: str | None = None,
+        offload: bool = True,
         plan: Any = None,
         progress: bool = False,
     ) -> None:
         self.plan = plan
+        self.offload_stats = None
         self.model_name = str(model)
         self.quant = quant
         self.note = (

@@ -206,6 +206,7 @@ def describe(
             {"test": s.row.name, "tokens": s.row.tokens, "context": s.row.context, "reason": s.reason}
             for s in result.skipped
         ],
+        "offload": _offload(llm),
         "errors": [m.error for m in measured if m.error is not None],
         "interrupted": result.interrupted,
         "repeat": repeat,
@@ -289,6 +290,12 @@ def _memory(cost: ModelCost, wanted: Sequence[Row]) -> dict[str, int]:
     }
 
 
+def _offload(llm: LLM) -> dict[str, Any] | None:
+    """Of everything since the model was loaded; None where all experts are in RAM."""
+    stats = llm.offload_stats
+    return None if stats is None else {"tiers": stats.tiers(), "nvme": stats.nvme(), "slot_bytes": stats.slot_bytes}
+
+
 def _quant(cost: ModelCost) -> dict[str, int]:
     """Bytes by the name of their quantization, most first."""
     sums: dict[str, int] = {}
@@ -358,6 +365,13 @@ def _remarks(facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"the machine is busy: its peaks before and after differ by {peaks['difference']:.0%}; "
             "measure again when nothing else runs"
+        )
+    if offload := facts["offload"]:
+        ram, nvme = offload["tiers"][0], offload["nvme"]
+        lines.append(
+            f"experts: {ram['hit_rate']:.0%} found in {format_bytes(offload['slot_bytes'])} of RAM, the others read "
+            f"from NVMe at {nvme['read_bytes_per_s'] / 1e9:.2f} GB/s, "
+            f"{format_bytes(round(nvme['read_bytes_per_token']))} per token; {nvme['stall_s']:.1f} s spent waiting"
         )
     if facts["interrupted"]:
         lines.append("interrupted: fewer repeats than asked for, and no second measurement of the peaks")

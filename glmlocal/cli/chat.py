@@ -188,7 +188,7 @@ def _answer_once(
         print(as_json(llm.model_name, completion), flush=True)
         return 0
     console.answer("\n")
-    console.note(footer(answer, llm.context))
+    console.note(footer(answer, llm.context, llm.offload_stats))
     if completion is None:
         return EXIT_INTERRUPTED
     reason = ending(completion, llm.context)

@@ -15,9 +15,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from glmlocal.cli.terminal import Console
+from glmlocal.units import format_bytes
 
 if TYPE_CHECKING:
     from glmlocal.completion import Completion, CompletionDelta
+    from glmlocal.offload.stats import OffloadStats
 
 
 @dataclass(slots=True)
@@ -131,8 +133,9 @@ class AnswerView:
             self.console.answer(delta.text)
 
 
-def footer(answer: Answer, context: int) -> str:
-    """The line under an answer: prompt tokens, generated tokens, tok/s, time to first token, context."""
+def footer(answer: Answer, context: int, offload: OffloadStats | None = None) -> str:
+    """The line under an answer: prompt tokens, generated tokens, tok/s, time to first token, context; with ``offload``
+    how many experts were found in RAM and what was read of the others."""
     completion = answer.completion
     if completion is None:
         elapsed_s = (answer.last_token_s or 0.0) - (answer.first_token_s or 0.0)
@@ -146,6 +149,9 @@ def footer(answer: Answer, context: int) -> str:
         f"first token {timings.time_to_first_token_s:.2f} s",
         f"context {usage.total_tokens:,}/{context:,}",
     ]
+    if offload is not None:
+        parts.append(f"{offload.hit_rate:.0%} of experts in RAM")
+        parts.append(f"{format_bytes(round(offload.read_bytes_per_token))} read per token")
     return " · ".join(parts)
 
 

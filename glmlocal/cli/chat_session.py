@@ -120,7 +120,7 @@ class Session:
         if failure is not None:
             self._show_failure(failure)
         elif kept:
-            self.console.note(footer(answer, self.llm.context))
+            self.console.note(footer(answer, self.llm.context, self.llm.offload_stats))
             self._show_ending(answer)
         else:
             self.console.note("stopped before the first token; the message was taken back")

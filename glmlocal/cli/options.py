@@ -165,8 +165,11 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     if word == "--draft":
         raise ConfigError("--draft: this version loads MTP layers but does not speculate yet; leave it out or give 0")
     if word is not None:
-        raise ConfigError(f"{word}: this version runs models in RAM only; leave it out (`glmlocal plan` knows it)")
-    return {name: getattr(args, name) for name in ("threads", "quant", "activations", "kv_dtype", "ram")}
+        raise ConfigError(
+            f"{word}: this version runs models in RAM and from NVMe only; leave it out (`glmlocal plan` knows it)"
+        )
+    words = {name: getattr(args, name) for name in ("threads", "quant", "activations", "kv_dtype", "ram")}
+    return {**words, "offload": not args.no_offload and args.nvme != "none"}
 
 
 def add_pack_options(parser: argparse._ActionsContainer) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from glmlocal.engine.batch import Batch, SampledToken, ScheduledRequest
 from glmlocal.engine.grammar import Constraint, GrammarCompiler
 from glmlocal.engine.model_runner import ModelRunner
+from glmlocal.engine.placing import Offloads
 from glmlocal.engine.rates import StepRates
 from glmlocal.engine.request import Request, RequestOutput, SamplingParams
 from glmlocal.engine.sampler import Sampler
@@ -26,8 +27,8 @@ class Engine:
     """Several requests over one model. Not thread-safe: one thread owns it, but for ``check``, ``constraint_for`` and
     ``interrupt``."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
-        self.runner, self.scheduler = runner, scheduler
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, offloads: Offloads) -> None:
+        self.runner, self.scheduler, self.offloads = runner, scheduler, offloads
         self.sampler = Sampler(runner.model.config.vocab_size)
         self.grammars: GrammarCompiler | None = None  # whoever has a tokenizer sets it
         self.rates = StepRates()

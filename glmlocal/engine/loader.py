@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 
 from glmlocal.engine.block_pool import BlockPool
 from glmlocal.engine.engine import Engine
 from glmlocal.engine.model_runner import ModelRunner
+from glmlocal.engine.placing import Offloads, open_offloads, slot_bytes
 from glmlocal.engine.planning import check_runs
 from glmlocal.engine.scheduler import Scheduler
 from glmlocal.formats.index import Checkpoint
@@ -23,6 +25,9 @@ from glmlocal.models.weights import WeightReader, check_quant
 from glmlocal.planner.plan import Plan
 from glmlocal.planner.solve import BLOCK_SIZE
 from glmlocal.units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    from glmlocal.offload.runtime import OpenReader
 
 log = logging.getLogger(__name__)
 
@@ -42,45 +47,59 @@ class Allocation:
         return abs(self.actual_bytes - self.planned_bytes) <= max(TOLERANCE * self.planned_bytes, TOLERANCE_BYTES)
 
 
-def load_engine(checkpoint: Checkpoint, plan: Plan, on_bytes: Callable[[int], None] = lambda num_bytes: None) -> Engine:
+def load_engine(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+    open_reader: OpenReader | None = None,
+) -> Engine:
     """Check the checkpoint, read it as the plan says, and return an engine that is ready to step.
 
-    ``on_bytes`` is told how many bytes have been read so far, from several threads.
+    ``on_bytes`` is told how many bytes have been read so far, from several threads; experts whose home is NVMe are not
+    read here. ``open_reader`` is what reads them later: tests give one that fails.
     Raises CheckpointError (nothing is read before every name, shape and dtype is right), and PlanError for a plan that
     does not fit or uses tiers that this version does not run.
     """
     check_runs(plan)
     config, run = ModelConfig.from_hf(checkpoint.config), plan.resolved
     has_mtp = check_tensors(config, checkpoint.tensors)
+    activations = check_activations(run.activations)
+    offloads = open_offloads(checkpoint, config, plan, activations, open_reader)
     model = glm4_moe.build(
         config,
-        WeightReader(checkpoint.tensors, on_bytes, check_quant(run.quant), check_activations(run.activations)),
+        WeightReader(checkpoint.tensors, on_bytes, check_quant(run.quant), activations),
         max_positions=run.context,
         has_mtp=has_mtp and run.num_drafts > 0,  # nothing else uses it
         num_threads=run.threads,
+        place=offloads.place,
     )
     num_blocks = run.kv_tokens // BLOCK_SIZE
     kv_cache = KVCache.allocate(
         config.num_hidden_layers, num_blocks, BLOCK_SIZE, config.num_key_value_heads, config.head_dim, run.kv_dtype
     )
-    _report(allocations(plan, model, kv_cache))
+    offloads.warm()
+    _report(allocations(plan, model, kv_cache, offloads))
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),
         context=run.context,
         max_batch=run.batch,
         max_num_batched_tokens=run.max_num_batched_tokens,
     )
-    return Engine(ModelRunner(model, kv_cache), scheduler)
+    return Engine(ModelRunner(model, kv_cache), scheduler, offloads)
 
 
-def allocations(plan: Plan, model: glm4_moe.Glm4MoeForCausalLM, kv_cache: KVCache) -> tuple[Allocation, ...]:
-    """Weights by component and the KV cache, planned and real. Lines of other things are no buffers of their own."""
+def allocations(
+    plan: Plan, model: glm4_moe.Glm4MoeForCausalLM, kv_cache: KVCache, offloads: Offloads
+) -> tuple[Allocation, ...]:
+    """Weights by component, expert slots and the KV cache, planned and real. Other lines are no buffers."""
     planned: dict[str, int] = {}
     for device in plan.devices:
         for line in device.lines:
             what = line.what.partition(",")[0]  # without the scheme
             planned[what] = planned.get(what, 0) + line.nbytes
     actual = {**held_bytes(model), "KV cache": kv_cache.nbytes}
+    if offloads.nbytes:
+        planned["expert slots"], actual["expert slots"] = slot_bytes(plan), offloads.nbytes
     return tuple(Allocation(what, planned.get(what, 0), nbytes) for what, nbytes in actual.items())
 
 

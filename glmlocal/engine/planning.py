@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from glmlocal.errors import PlanError
+from glmlocal.formats.expert_pack import file_bytes
 from glmlocal.formats.index import Checkpoint
 from glmlocal.models.footprints import QUANTS, of_checkpoint
+from glmlocal.planner.advise import TIERS_RUN
+from glmlocal.planner.hardware import DEFAULT_NVME_GB_PER_S
+from glmlocal.planner.machine import Machine, Nvme
 from glmlocal.planner.plan import Plan, Wants
 from glmlocal.planner.probe import runtime_machine
 from glmlocal.planner.solve import choose, plan
@@ -13,10 +19,11 @@ from glmlocal.planner.solve import choose, plan
 def plan_here(checkpoint: Checkpoint, quant: str, wants: Wants, ram: str | None = None) -> Plan:
     """What ``load_engine`` is to execute on this machine, with the tiers that this version runs.
 
-    ``quant`` "auto" leaves it to the planner; ``ram`` ("16GiB") limits the memory. Raises CheckpointError, ConfigError,
-    or PlanError with what is short and what would fit.
+    ``quant`` "auto" leaves it to the planner; ``ram`` ("16GiB") limits the memory. Experts of a packed model that do
+    not fit stay in its pack; others have to fit. Raises CheckpointError, ConfigError, or PlanError with what is short
+    and what would fit.
     """
-    machine = runtime_machine(ram)
+    machine = _with_pack(runtime_machine(ram), checkpoint)
     if quant == "auto":
         found = choose([of_checkpoint(checkpoint, each) for each in QUANTS], machine, wants)
     else:
@@ -26,8 +33,27 @@ def plan_here(checkpoint: Checkpoint, quant: str, wants: Wants, ram: str | None 
             others = [of_checkpoint(checkpoint, each) for each in QUANTS[finer:]]
             found = plan(of_checkpoint(checkpoint, quant), machine, wants, alternatives=others)
     if not found.fits:
-        raise PlanError(refusal(found))
+        raise PlanError(refusal(found) + _pack_hint(checkpoint))
     return found
+
+
+def _with_pack(machine: Machine, checkpoint: Checkpoint) -> Machine:
+    """The disk is the one the pack is on, as much of it as the pack takes; without a pack there is none to use."""
+    pack = checkpoint.tensors.experts
+    if pack is None:
+        return replace(machine, nvme=None)
+    rate, basis = (
+        (DEFAULT_NVME_GB_PER_S, "modelled")
+        if machine.nvme is None
+        else (machine.nvme.read_gb_per_s, machine.nvme.basis)
+    )
+    return replace(machine, nvme=Nvme(file_bytes(pack.header), rate, str(pack.path.parent), basis))
+
+
+def _pack_hint(checkpoint: Checkpoint) -> str:
+    if checkpoint.tensors.experts is not None:
+        return ""
+    return "; or `glmlocal pack` it and run the packed model: what does not fit then comes from the disk"
 
 
 def refusal(plan: Plan) -> str:
@@ -42,10 +68,10 @@ def check_runs(plan: Plan) -> None:
     """Raises PlanError for a plan that this version cannot execute: made for another machine, or for other tiers."""
     if not plan.fits or plan.placement is None:
         raise PlanError(refusal(plan))
-    used = sorted({device.kind for device in plan.devices if device.used_bytes} - {"ram"})
+    used = sorted({device.kind for device in plan.devices if device.used_bytes} - TIERS_RUN)
     if used:
         names = {"gpu": "GPUs", "nvme": "NVMe"}
         raise PlanError(
             f"the plan of {plan.name} uses {' and '.join(names[kind] for kind in used)}, but this version runs models "
-            "in RAM only; plan it with --gpus none --nvme none"
+            "in RAM and from NVMe only; plan it with --gpus none"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,6 +20,11 @@ from glmlocal.models.config import ModelConfig
 from glmlocal.models.weights import WeightReader
 
 FFN = tuple[kernels.Weight, kernels.Weight, kernels.Weight]  # gate, up, down
+PlaceExperts = Callable[[int], Experts | None]  # layer → its routed experts, None: read them into memory
+
+
+def in_memory(layer: int) -> None:
+    """The ``PlaceExperts`` of a model that fits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +91,23 @@ class Glm4MoeForCausalLM:
 
 
 def build(
-    config: ModelConfig, reader: WeightReader, *, max_positions: int, has_mtp: bool, num_threads: int
+    config: ModelConfig,
+    reader: WeightReader,
+    *,
+    max_positions: int,
+    has_mtp: bool,
+    num_threads: int,
+    place: PlaceExperts = in_memory,
 ) -> Glm4MoeForCausalLM:
-    """Read and pack all weights, several layers at a time."""
+    """Read and pack all weights, several layers at a time, but for routed experts that ``place`` has elsewhere."""
     rotary_dim = int(config.head_dim * config.partial_rotary_factor)
     cos_sin = cos_sin_table(max_positions, rotary_dim, config.rope_theta)
 
     def layer(i: int) -> DecoderLayer:
-        return _decoder_layer(config, reader, i, cos_sin)
+        return _decoder_layer(config, reader, i, cos_sin, place)
 
     def mtp(i: int) -> MTPLayer:
-        return _mtp_layer(config, reader.at_least_8_bits(), config.num_hidden_layers + i, cos_sin)
+        return _mtp_layer(config, reader.at_least_8_bits(), config.num_hidden_layers + i, cos_sin, place)
 
     def lm_head() -> Linear:
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
@@ -120,7 +131,9 @@ def build(
             raise
 
 
-def _decoder_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: Tensor) -> DecoderLayer:
+def _decoder_layer(
+    config: ModelConfig, reader: WeightReader, i: int, cos_sin: Tensor, place: PlaceExperts
+) -> DecoderLayer:
     prefix = f"model.layers.{i}"
     mlp = f"{prefix}.mlp"
     if i < config.first_k_dense_replace:
@@ -129,7 +142,7 @@ def _decoder_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: T
         i,
         _attention(config, reader, prefix, cos_sin, _router(config, reader, mlp)),
         None,
-        _experts(config, reader, i),
+        place(i) or _experts(config, reader, i),
         _ffn(reader, f"{mlp}.shared_experts") if config.n_shared_experts else None,
     )
 
@@ -198,14 +211,14 @@ def _experts(config: ModelConfig, reader: WeightReader, i: int) -> ResidentExper
     return ResidentExperts(kernels.pack_experts(matrices("gate"), matrices("up"), matrices("down"), reader.activations))
 
 
-def _mtp_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: Tensor) -> MTPLayer:
+def _mtp_layer(config: ModelConfig, reader: WeightReader, i: int, cos_sin: Tensor, place: PlaceExperts) -> MTPLayer:
     prefix, eps = f"model.layers.{i}", config.rms_norm_eps
     embed, head = f"{prefix}.embed_tokens.weight", f"{prefix}.shared_head.head"
     return MTPLayer(
         reader.norm(f"{prefix}.enorm", eps),
         reader.norm(f"{prefix}.hnorm", eps),
         reader.linear(f"{prefix}.eh_proj"),
-        _decoder_layer(config, reader, i, cos_sin),
+        _decoder_layer(config, reader, i, cos_sin, place),
         reader.norm(f"{prefix}.shared_head.norm", eps),
         reader.embedding(embed) if embed in reader else None,
         reader.linear(head) if f"{head}.weight" in reader else None,

@@ -15,7 +15,7 @@ from glmlocal.planner.machine import Machine
 from glmlocal.planner.plan import Advice, Placement, Plan, Shortfall, Wants
 from glmlocal.units import GIB, format_bytes
 
-TIERS_RUN: frozenset[str] = frozenset({"ram"})  # kinds of devices that this version's runtime executes plans on
+TIERS_RUN: frozenset[str] = frozenset({"ram", "nvme"})  # kinds of devices that this version's runtime executes plans on
 DRAFTS_RUN = False  # this version's runtime loads the MTP layer but does not speculate
 MOST_GPUS = 64
 
@@ -63,7 +63,7 @@ def _not_run_yet(plan: Plan) -> Iterator[Advice]:
     names = {"gpu": "GPUs", "nvme": "NVMe"}
     missing = [names[kind] for kind in sorted(used - TIERS_RUN)]
     if missing:
-        yield Advice(f"this version plans for {' and '.join(missing)} but runs models only where all of it fits in RAM")
+        yield Advice(f"this version plans for {' and '.join(missing)} but runs models in RAM and from NVMe only")
     if plan.resolved.num_drafts and not DRAFTS_RUN:
         yield Advice("this version plans for MTP drafts but does not speculate yet")
 

@@ -72,9 +72,18 @@ def _engine(*words: str) -> dict[str, object]:
 
 
 def test_commands_that_run_take_the_same_words() -> None:
-    defaults = {"threads": None, "quant": "keep", "activations": "auto", "kv_dtype": "auto", "ram": None}
+    defaults: dict[str, object] = {
+        "threads": None,
+        "quant": "keep",
+        "activations": "auto",
+        "kv_dtype": "auto",
+        "ram": None,
+        "offload": True,
+    }
     assert _engine() == defaults
-    assert _engine("--gpus", "none", "--nvme", "none", "--draft", "0", "--no-offload") == defaults
+    assert _engine("--gpus", "none", "--draft", "0") == defaults
+    for words in (["--nvme", "none"], ["--no-offload"]):
+        assert _engine(*words) == defaults | {"offload": False}
     assert _engine("--quant", "auto", "--ram", "16GiB", "--threads", "2") == defaults | {
         "quant": "auto",
         "ram": "16GiB",

@@ -225,7 +225,7 @@ def compare(path: Path, quant: Any) -> Footprint:
     plan = plan_here(checkpoint, quant, Wants(context=64, draft=1 if footprint.holds_mtp else 0))
     engine = loader.load_engine(checkpoint, plan)
     assert planned(footprint) == held_bytes(engine.runner.model)
-    for allocation in loader.allocations(plan, engine.runner.model, engine.runner.kv_cache):
+    for allocation in loader.allocations(plan, engine.runner.model, engine.runner.kv_cache, engine.offloads):
         # The draft layer's keys and values have no cache before there is speculation.
         assert allocation.planned_bytes == allocation.actual_bytes, allocation
     assert footprint.is_exact

@@ -349,10 +349,12 @@ def _check(matrix: Tensor | QuantizedMatrix) -> None:
         raise ValueError(f"{scheme.name}: codebook of {len(scheme.codebook)} values for codes of {scheme.bits} bits")
 
 
-def _table(scheme: QuantScheme) -> list[float]:
-    if scheme.bits > 4:
-        return []
-    return [float(v) for v in (scheme.codebook or range(-scheme.zero_point, (1 << scheme.bits) - scheme.zero_point))]
+def table_of(scheme: QuantScheme | None) -> tuple[int, list[float]]:
+    """What codes mean: the zero point, and for codes of at most 4 bits the values of all. None: plain floats."""
+    if scheme is None:
+        return 0, []
+    values = scheme.codebook or range(-scheme.zero_point, (1 << scheme.bits) - scheme.zero_point)
+    return 0 if scheme.codebook else scheme.zero_point, [float(v) for v in values] if scheme.bits <= 4 else []
 
 
 def _code_lines(codes: NDArray[np.uint8], layout: _cpu.MatrixLayout, bits: int) -> NDArray[np.uint32]:
@@ -431,8 +433,7 @@ def _load(section: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
 
 def _bind(form: _Form, layout: _cpu.MatrixLayout, buffer: NDArray[np.uint8], activations: Activations) -> PackedWeight:
     scheme = form.scheme
-    zero_point = 0 if scheme is None or scheme.codebook is not None else scheme.zero_point
     int8 = activations == "int8" and scheme is not None and takes_int8(scheme)
-    native = _cpu.Matrix(layout, form.format, buffer, zero_point, [] if scheme is None else _table(scheme), int8)
+    native = _cpu.Matrix(layout, form.format, buffer, *table_of(scheme), int8)
     shape = (layout.out_features, layout.in_features)
     return PackedWeight(native, shape, form.kind, layout.num_bytes, scheme, form.format, layout, buffer, int8)

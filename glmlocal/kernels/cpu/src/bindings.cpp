@@ -15,6 +15,7 @@
 #include <stdexcept>
 
 #include "attention.h"
+#include "bindings_offload.h"
 #include "blocks.h"
 #include "isa.h"
 #include "memory.h"
@@ -527,4 +528,6 @@ NB_MODULE(_cpu, m) {
       .def_ro("hidden_size", &Experts::hidden_size)
       .def_ro("intermediate_size", &Experts::intermediate_size)
       .def("ffn", &Experts::run, "x"_a, "num_tokens"_a, "topk_ids"_a, "topk_weights"_a, "top_k"_a, "out"_a);
+
+  bind_offload(m);
 }

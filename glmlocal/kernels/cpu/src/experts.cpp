@@ -15,6 +15,7 @@ namespace {
 struct Pair {
   int64_t token;
   float weight;
+  int64_t index;  // token · top_k + slot
 };
 
 // All pairs, expert by expert; within an expert by token.
@@ -44,9 +45,22 @@ void sort_by_expert(Routing& routing, int num_experts, int64_t num_pairs, const 
   for (int e = 0; e < num_experts; ++e) first[e + 1] += first[e];
   routing.pairs.resize(size_t(num_pairs));
   // Filling moves first[e] to the start of expert e + 1; the shift afterwards puts it back.
-  for (int64_t i = 0; i < num_pairs; ++i) routing.pairs[size_t(first[ids[i]]++)] = {i / top_k, weights[i]};
+  for (int64_t i = 0; i < num_pairs; ++i) routing.pairs[size_t(first[ids[i]]++)] = {i / top_k, weights[i], i};
   for (int e = num_experts; e > 0; --e) first[e] = first[e - 1];
   first[0] = 0;
+}
+
+// The same with the pairs of those experts alone whose matrices are there.
+void sort_present(Routing& routing, const ExpertMatrices& experts, int64_t num_pairs, const int32_t* ids, int top_k) {
+  std::vector<int64_t>& first = routing.first;
+  first.assign(size_t(experts.num_experts) + 1, 0);
+  for (int64_t i = 0; i < num_pairs; ++i) first[size_t(ids[i]) + 1] += experts.gate[ids[i]] != nullptr;
+  for (int e = 0; e < experts.num_experts; ++e) first[e + 1] += first[e];
+  routing.pairs.resize(size_t(first[experts.num_experts]));
+  std::vector<int64_t> at(first.begin(), first.end() - 1);
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    if (experts.gate[ids[i]] != nullptr) routing.pairs[size_t(at[size_t(ids[i])]++)] = {i / top_k, 1.0f, i};
+  }
 }
 
 void list_hidden_tasks(std::vector<HiddenTask>& tasks, const ExpertMatrices& experts, const Routing& routing) {
@@ -74,7 +88,9 @@ struct Forms {
 
 Forms forms_of(const PackedMatrix* const* matrices, int count) {
   Forms forms{false, false};
-  for (int e = 0; e < count; ++e) (matrices[e]->int8_activations ? forms.int8 : forms.floats) = true;
+  for (int e = 0; e < count; ++e) {
+    if (matrices[e] != nullptr) (matrices[e]->int8_activations ? forms.int8 : forms.floats) = true;
+  }
   return forms;
 }
 
@@ -123,6 +139,29 @@ const std::byte* next_down(const ExpertMatrices& experts, const Routing& routing
   return experts.down[first]->panel_codes(panel + 1);
 }
 
+// silu(gate) · up of all pairs, panel by panel.
+void compute_hidden(const ExpertMatrices& experts, const Routing& routing, const std::vector<HiddenTask>& tasks,
+                    const Activations& input, const Hidden& hidden, double cost) {
+  const KernelTable& kernel = kernels();
+  parallel_for(int(tasks.size()), cost, [&](int index) {
+    const HiddenTask task = tasks[size_t(index)];
+    const PackedMatrix &gate = *experts.gate[task.expert], &up = *experts.up[task.expert];
+    const auto token_of = [&](int i) { return routing.pairs[size_t(task.first_pair + i)].token; };
+    const int width = gate.tiles_in(task.panel) * kTileRows;
+    float* gate_tile = scratch(Scratch::tile, size_t(task.num_pairs) * kPanelRows);
+    float* up_tile = scratch(Scratch::tile2, size_t(task.num_pairs) * kPanelRows);
+    const HiddenTask* following = size_t(index) + 1 < tasks.size() ? &tasks[size_t(index) + 1] : nullptr;
+    panel_product(gate, task.panel, input, task.num_pairs, token_of, gate_tile, kPanelRows, up.panel_codes(task.panel));
+    panel_product(up, task.panel, input, task.num_pairs, token_of, up_tile, kPanelRows,
+                  following == nullptr ? nullptr : experts.gate[following->expert]->panel_codes(following->panel));
+    for (int i = 0; i < task.num_pairs; ++i) {
+      float* row = gate_tile + i * kPanelRows;
+      kernel.silu_mul(row, up_tile + i * kPanelRows, width);
+      hidden.store(task.first_pair + i, task.panel, row, width);
+    }
+  });
+}
+
 }  // namespace
 
 int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_tokens, const int32_t* ids,
@@ -153,23 +192,7 @@ int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_t
     down_cost += product_cost_ns(*experts.down[e], count);
   }
 
-  parallel_for(int(tasks.size()), gate_cost, [&](int index) {
-    const HiddenTask task = tasks[size_t(index)];
-    const PackedMatrix &gate = *experts.gate[task.expert], &up = *experts.up[task.expert];
-    const auto token_of = [&](int i) { return routing.pairs[size_t(task.first_pair + i)].token; };
-    const int width = gate.tiles_in(task.panel) * kTileRows;
-    float* gate_tile = scratch(Scratch::tile, size_t(task.num_pairs) * kPanelRows);
-    float* up_tile = scratch(Scratch::tile2, size_t(task.num_pairs) * kPanelRows);
-    const HiddenTask* following = size_t(index) + 1 < tasks.size() ? &tasks[size_t(index) + 1] : nullptr;
-    panel_product(gate, task.panel, input, task.num_pairs, token_of, gate_tile, kPanelRows, up.panel_codes(task.panel));
-    panel_product(up, task.panel, input, task.num_pairs, token_of, up_tile, kPanelRows,
-                  following == nullptr ? nullptr : experts.gate[following->expert]->panel_codes(following->panel));
-    for (int i = 0; i < task.num_pairs; ++i) {
-      float* row = gate_tile + i * kPanelRows;
-      kernel.silu_mul(row, up_tile + i * kPanelRows, width);
-      hidden.store(task.first_pair + i, task.panel, row, width);
-    }
-  });
+  compute_hidden(experts, routing, tasks, input, hidden, gate_cost);
 
   parallel_for(any_down.panels(), down_cost, [&](int panel) {
     const int64_t column = int64_t(panel) * kPanelRows;
@@ -193,6 +216,73 @@ int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_t
     for (int64_t t = 0; t < num_tokens; ++t) std::memcpy(out + t * hidden_size, sums + t * out_stride, hidden_size * sizeof(float));
   }
   return -1;
+}
+
+int64_t experts_rows(const ExpertMatrices& experts, const float* x, int64_t num_tokens, const int32_t* ids, int top_k, float* rows) {
+  const int64_t num_pairs = num_tokens * top_k;
+  if (const int64_t bad = find_bad_id(ids, num_pairs, experts.num_experts); bad >= 0) return bad;
+  thread_local Routing routing_storage;
+  thread_local std::vector<HiddenTask> task_storage;
+  Routing& routing = routing_storage;
+  std::vector<HiddenTask>& tasks = task_storage;
+  sort_present(routing, experts, num_pairs, ids, top_k);
+  const int64_t num_present = routing.first[experts.num_experts];
+  if (num_present == 0) return -1;
+  list_hidden_tasks(tasks, experts, routing);
+
+  int any = 0;
+  while (routing.first[any + 1] == routing.first[any]) ++any;
+  const PackedMatrix& any_down = *experts.down[any];
+  const int64_t hidden_size = experts.gate[any]->in_features(), row_floats = any_down.layout.tiles * kTileRows;
+  const Forms in = forms_of(experts.gate, experts.num_experts) | forms_of(experts.up, experts.num_experts);
+  const Activations input = prepare_activations(x, num_tokens, hidden_size, in.floats, in.int8);
+  const Hidden hidden(any_down, num_present, forms_of(experts.down, experts.num_experts));
+  double gate_cost = 0, down_cost = 0;
+  std::vector<HiddenTask> down_tasks;
+  for (int e = 0; e < experts.num_experts; ++e) {
+    const int64_t count = routing.first[e + 1] - routing.first[e];
+    if (count == 0) continue;
+    gate_cost += 2 * product_cost_ns(*experts.gate[e], count);
+    down_cost += product_cost_ns(*experts.down[e], count);
+    for (int64_t at = routing.first[e]; at < routing.first[e + 1]; at += kMaxChunkRows) {
+      const int chunk = int(std::min<int64_t>(kMaxChunkRows, routing.first[e + 1] - at));
+      for (int panel = 0; panel < any_down.panels(); ++panel) down_tasks.push_back({e, panel, at, chunk});
+    }
+  }
+  compute_hidden(experts, routing, tasks, input, hidden, gate_cost);
+  parallel_for(int(down_tasks.size()), down_cost, [&](int index) {
+    const HiddenTask task = down_tasks[size_t(index)];
+    const PackedMatrix& down = *experts.down[task.expert];
+    const int width = down.tiles_in(task.panel) * kTileRows;
+    float* tile = scratch(Scratch::tile, size_t(task.num_pairs) * width);
+    const HiddenTask* following = size_t(index) + 1 < down_tasks.size() ? &down_tasks[size_t(index) + 1] : nullptr;
+    panel_product(down, task.panel, hidden.rows(), task.num_pairs, [&](int i) { return task.first_pair + i; }, tile, width,
+                  following == nullptr ? nullptr : experts.down[following->expert]->panel_codes(following->panel));
+    for (int i = 0; i < task.num_pairs; ++i) {
+      const int64_t pair = routing.pairs[size_t(task.first_pair + i)].index;
+      std::copy_n(tile + i * width, width, rows + pair * row_floats + int64_t(task.panel) * kPanelRows);
+    }
+  });
+  return -1;
+}
+
+void weigh_rows(const float* rows, int64_t row_floats, int64_t num_tokens, int64_t hidden_size, const int32_t* ids,
+                const float* weights, int top_k, float* out) {
+  const KernelTable& kernel = kernels();
+  std::vector<int> storage(size_t(num_tokens) * size_t(top_k));
+  parallel_for(int(num_tokens), 0.5 * double(num_tokens) * top_k * double(hidden_size), [&](int token) {
+    int* order = storage.data() + int64_t(token) * top_k;
+    const int32_t* id = ids + int64_t(token) * top_k;
+    for (int i = 0; i < top_k; ++i) order[i] = i;
+    std::stable_sort(order, order + top_k, [&](int a, int b) { return id[a] < id[b]; });
+    float* sum = scratch(Scratch::tile, size_t(row_floats));
+    std::fill_n(sum, row_floats, 0.0f);
+    for (int i = 0; i < top_k; ++i) {
+      const int64_t pair = int64_t(token) * top_k + order[i];
+      kernel.add_scaled(sum, rows + pair * row_floats, weights[pair], int(row_floats));
+    }
+    std::memcpy(out + token * hidden_size, sum, size_t(hidden_size) * sizeof(float));
+  });
 }
 
 void swiglu_ffn(const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, const float* x, int64_t num_rows,

@@ -31,7 +31,16 @@ struct ExpertMatrices {
 int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_tokens, const int32_t* ids,
                     const float* weights, int top_k, float* out);
 
-// The same with one expert for all rows and no weights. x, out [num_rows, hidden].
+// The same in parts, for experts that are not all in memory at once. Null matrices are those of experts that are not there.
+// Writes row token · top_k + slot of `rows` [num_tokens · top_k, row_floats] for every pair whose expert is there, and leaves
+// the others alone: down(silu(gate(x)) · up(x)), not weighed yet. row_floats is hidden padded to whole tiles of down.
+int64_t experts_rows(const ExpertMatrices& experts, const float* x, int64_t num_tokens, const int32_t* ids, int top_k, float* rows);
+
+// What experts_ffn gives, bit for bit, once all rows are there. ids, weights [num_tokens, top_k]; out [num_tokens, hidden].
+void weigh_rows(const float* rows, int64_t row_floats, int64_t num_tokens, int64_t hidden_size, const int32_t* ids,
+                const float* weights, int top_k, float* out);
+
+// experts_ffn with one expert for all rows and no weights. x, out [num_rows, hidden].
 void swiglu_ffn(const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down, const float* x, int64_t num_rows,
                 float* out);
 

@@ -1,0 +1,296 @@
+"""Decode of a packed model that is larger than its memory: against the bound of compute and disk, and caching policies.
+
+    python benchmarks/offload.py PACK --ram 2.4GiB --tokens 48
+
+Routing follows fixed traces (so that policies and runs are comparable), everything else is the model's own: every
+layer's chosen experts are replaced by the trace's. For each trace it prints
+
+* measured decode over the bound Σ over steps of max(compute, read), where compute is the time of the same step with all
+  experts in their slots, and read is the bytes that this step missed over the disk's O_DIRECT rate, measured before and
+  after with the same reader;
+* hit rates beside LRU's and Belady's on the same trace, at 10, 25 and 50 % of the experts;
+* CPU seconds per GB read, of reading alone.
+
+Ends with one JSON line. The page cache is kept out by O_DIRECT; a reader without it is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from glmlocal import kernels
+from glmlocal.engine.engine import Engine
+from glmlocal.engine.loader import load_engine
+from glmlocal.engine.planning import plan_here
+from glmlocal.engine.request import Request, SamplingParams
+from glmlocal.formats.expert_pack import ExpertPack
+from glmlocal.formats.index import Checkpoint, open_checkpoint
+from glmlocal.layers.experts import Experts, Pending
+from glmlocal.offload import eviction, host
+from glmlocal.offload.nvme import open_reader
+from glmlocal.planner.plan import Line, Plan, Wants
+from glmlocal.units import GIB, format_bytes
+
+WARM_UP = 96  # tokens of the trace that fill the slots before anything is timed
+Trace = list[list[list[int]]]  # [token][layer] → experts
+
+
+def near_uniform(layers: int, experts: int, top_k: int, tokens: int, seed: int = 0) -> Trace:
+    """Every token chooses anew, all experts alike: what the router's training aims at over long runs."""
+    generator = random.Random(seed)
+    return [[generator.sample(range(experts), top_k) for _ in range(layers)] for _ in range(tokens)]
+
+
+def working_set(layers: int, experts: int, top_k: int, tokens: int, seed: int = 0) -> Trace:
+    """As measured on GLM-5 (docs/landscape): over 128 tokens about 70 % of the experts, 13 % new in the next 128, and a
+    quarter of a token's experts are those of the token before."""
+    generator = random.Random(seed)
+    trace: Trace = []
+    sets = [generator.sample(range(experts), round(0.6 * experts)) for _ in range(layers)]
+    for token in range(tokens):
+        step = []
+        for layer, members in enumerate(sets):
+            if token % 4 == 3:  # one comes in, one goes
+                outside = [e for e in range(experts) if e not in members]
+                members[generator.randrange(len(members))] = generator.choice(outside)
+            before = trace[-1][layer] if trace else []
+            chosen = set(e for e in before if generator.random() < 0.25)
+            weights = [1.0 / (rank + 4) for rank in range(len(members))]
+            while len(chosen) < top_k:
+                chosen.add(generator.choices(members, weights)[0])
+            step.append(sorted(chosen))
+        trace.append(step)
+    return trace
+
+
+TRACES = {"near-uniform": near_uniform, "working-set": working_set}
+
+
+def describe(trace: Trace, experts: int) -> dict[str, float]:
+    """What landscape.md reports of real traces, of the middle layer."""
+    layer = len(trace[0]) // 2
+    steps = [set(step[layer]) for step in trace]
+    first, second = set().union(*steps[:128]), set().union(*steps[128:256])
+    shared = [len(one & two) / len(one) for one, two in pairwise(steps)]
+    return {
+        "used_by_128_tokens": round(len(first) / experts, 3),
+        "new_in_the_next_128": round(len(second - first) / experts, 3),
+        "shared_with_the_token_before": round(statistics.mean(shared), 3),
+    }
+
+
+def policies(trace: Trace, experts: int, fraction: float) -> dict[str, float]:
+    """Hit rates of one pool for all layers, as the store is one."""
+    layers = len(trace[0])
+    steps = [[layer * experts + e for e in step[layer]] for step in trace for layer in range(layers)]
+    uses: dict[int, list[float]] = {}
+    for place, keys in enumerate(steps):
+        for key in keys:
+            uses.setdefault(key, []).append(float(place))
+    slots = round(fraction * layers * experts)
+    lfru = eviction.lfru(slots, layers * len(trace[0][0]))
+    found = {
+        "lfru": eviction.hit_rate(steps, slots, lfru, layers),
+        "lru": eviction.hit_rate(steps, slots, eviction.LRU(), layers),
+        "belady": eviction.hit_rate(steps, slots, eviction.Belady(uses)),
+    }
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+@dataclass
+class Follows:
+    """Experts that are chosen by a trace instead of the router; ``token`` is where it stands."""
+
+    inner: Experts
+    choices: list[list[int]]
+    token: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending:
+        if x.shape[0] == 1:
+            topk_ids = torch.tensor([self.choices[self.token]], dtype=torch.int32)
+            self.token += 1
+        return self.inner.submit(x, topk_ids, topk_weights)
+
+
+def following(engine: Engine, trace: Trace) -> list[Follows]:
+    """Make the engine's model follow the trace."""
+    model, followers, layers = engine.runner.model, [], []
+    for layer in model.layers:
+        if layer.experts is not None:
+            followers.append(Follows(layer.experts, [step[len(followers)] for step in trace]))
+            layer = replace(layer, experts=followers[-1])
+        layers.append(layer)
+    engine.runner.model = replace(model, layers=tuple(layers))
+    return followers
+
+
+@dataclass(frozen=True)
+class Step:
+    seconds: float
+    read_bytes: int
+
+
+def decode(engine: Engine, trace: Trace, tokens: int) -> list[Step]:
+    """Times of ``tokens`` decode steps, after a warm-up that fills the slots."""
+    restore = engine.runner.model
+    following(engine, trace)
+    params = SamplingParams(temperature=0.0, max_tokens=WARM_UP + tokens + 1, ignore_eos=True)
+    engine.add(Request("bench", (11, 12, 13, 14), params))
+    engine.step()
+    steps = []
+    for number in range(WARM_UP + tokens):
+        before, start_s = _read(engine), time.perf_counter()
+        engine.step()
+        steps.append(Step(time.perf_counter() - start_s, _read(engine) - before))
+        assert number or steps
+    while engine.has_work:
+        engine.step()
+    engine.runner.model = restore
+    return steps[WARM_UP:]
+
+
+def _read(engine: Engine) -> int:
+    stats = engine.offloads.stats()
+    return 0 if stats is None else stats.read_bytes
+
+
+def disk_rate(pack: ExpertPack, top_k: int, seconds: float = 1.5) -> dict[str, float]:
+    """GB/s of random records, ``top_k`` at a time, and what it costs the CPU."""
+    layer = pack.layers()[0]
+    size = pack.layout(layer).record_bytes
+    pool = host.HostPool(2 * top_k, size)
+    reader = open_reader(pack, top_k)
+    if not reader.direct:
+        sys.exit(f"{pack.path} is on a filesystem without O_DIRECT; the page cache would be measured")
+    for slot in range(2 * top_k):
+        pool.view(slot)[:] = 0
+    generator, slot, under_way, done = random.Random(1), 0, 0, 0
+    process = psutil.Process()
+    cpu_s, start_s = sum(process.cpu_times()[:2]), time.perf_counter()
+    while (running := time.perf_counter() - start_s < seconds) or under_way:
+        while running and under_way < top_k:
+            record = pack.record(generator.choice(pack.layers()), generator.randrange(pack.num_experts))
+            reader.submit(slot, record.offset, min(record.nbytes, size), pool.address(slot))
+            slot, under_way = (slot + 1) % (2 * top_k), under_way + 1
+        if reader.next(1.0):
+            done, under_way = done + 1, under_way - 1
+    gigabytes = done * size / 1e9
+    return {
+        "gb_per_s": gigabytes / (time.perf_counter() - start_s),
+        "cpu_s_per_gb": (sum(process.cpu_times()[:2]) - cpu_s) / gigabytes,
+    }
+
+
+def with_slots(plan: Plan, slots: int, record_bytes: int) -> Plan:
+    """The plan with so many slots, whatever memory that takes."""
+    devices = []
+    for device in plan.devices:
+        lines = [each for each in device.lines if each.what != "read buffers" and "expert" not in each.what]
+        if device.kind == "ram":
+            device = replace(device, lines=(*lines, Line("expert slots, bench", slots * record_bytes, "exact")))
+        devices.append(device)
+    assert plan.placement is not None
+    place = plan.placement
+    counts = tuple(map(sum, zip(place.ram_experts, place.nvme_experts, strict=True)))
+    place = replace(place, ram_experts=(0,) * len(counts), nvme_experts=counts)
+    return replace(plan, devices=tuple(devices), placement=place)
+
+
+def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
+    pack = checkpoint.tensors.experts
+    assert pack is not None
+    wants = Wants(context=1024, batch=1, kv_dtype="bf16", activations="int8")
+    plan = plan_here(checkpoint, "keep", wants, ram=args.ram)
+    kernels.set_num_threads(plan.resolved.threads)
+    record = pack.layout(pack.layers()[0]).record_bytes
+    moe_layers, experts, top_k = len(pack.layers()), pack.num_experts, args.top_k
+    result: dict[str, Any] = {
+        "pack_bytes": pack.path.stat().st_size,
+        "ram_bytes": sum(device.used_bytes for device in plan.devices if device.kind == "ram"),
+    }
+    traces = {name: make(moe_layers, experts, top_k, 512) for name, make in TRACES.items()}
+    for name, trace in traces.items():
+        result[name] = {"trace": describe(trace, experts)}
+        for fraction in (0.10, 0.25, 0.50):
+            result[name][f"hit_rate_{fraction:.0%}"] = policies(trace, experts, fraction)
+        print(name, json.dumps(result[name]))
+    if args.simulate:
+        return result
+    engine = load_engine(checkpoint, plan)
+    offload = engine.offloads.stats()
+    assert offload is not None, "everything fits: give less --ram"
+    result |= {"slots": offload.slots, "resident": round(offload.slots / (moe_layers * experts), 3)}
+    measured: dict[str, list[Step]] = {}
+    rates = []
+    for name, trace in traces.items():
+        rates.append(disk_rate(pack, top_k))
+        measured[name] = decode(engine, trace, args.tokens)
+        rates.append(disk_rate(pack, top_k))
+    result["rss_bytes"] = psutil.Process().memory_info().rss
+    del engine
+    compute = _compute_s(checkpoint, plan, record, moe_layers, experts, top_k, args.tokens)
+    for place, (name, steps) in enumerate(measured.items()):
+        gb_per_s = statistics.mean(rate["gb_per_s"] for rate in rates[2 * place : 2 * place + 2])
+        bound = sum(max(compute, step.read_bytes / gb_per_s / 1e9) for step in steps)
+        total = sum(step.seconds for step in steps)
+        result[name] |= {
+            "decode_tokens_per_s": round(len(steps) / total, 3),
+            "read_bytes_per_token": round(sum(step.read_bytes for step in steps) / len(steps)),
+            "hit_rate": round(1 - sum(s.read_bytes for s in steps) / record / (len(steps) * moe_layers * top_k), 4),
+            "disk_gb_per_s": [round(rate["gb_per_s"], 2) for rate in rates[2 * place : 2 * place + 2]],
+            "of_bound": round(bound / total, 3),
+            "of_serial": round((compute * len(steps) + sum(s.read_bytes for s in steps) / gb_per_s / 1e9) / total, 3),
+        }
+    result |= {
+        "compute_ms_per_token": round(compute * 1e3, 2),
+        "cpu_s_per_gb": round(statistics.median(rate["cpu_s_per_gb"] for rate in rates), 4),
+    }
+    return result
+
+
+def _compute_s(
+    checkpoint: Checkpoint, plan: Plan, record: int, layers: int, experts: int, top_k: int, tokens: int
+) -> float:
+    """Seconds of a step whose experts are all in their slots: a trace that repeats few of them."""
+    engine = load_engine(checkpoint, with_slots(plan, min(layers * experts, layers * 3 * top_k), record))
+    generator = random.Random(5)
+    trace = [[generator.sample(range(3 * top_k), top_k) for _ in range(layers)] for _ in range(WARM_UP + tokens + 8)]
+    steps = decode(engine, trace, tokens)
+    assert not any(step.read_bytes for step in steps)
+    return statistics.median(step.seconds for step in steps)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("pack", type=Path, help="a packed model (`glmlocal pack`)")
+    parser.add_argument("--ram", default="2.4GiB")
+    parser.add_argument("--tokens", type=int, default=48, help="timed decode steps per trace")
+    parser.add_argument("--top-k", type=int, default=8)
+    parser.add_argument("--simulate", action="store_true", help="the policies' hit rates alone")
+    args = parser.parse_args(argv)
+    checkpoint = open_checkpoint(args.pack)
+    result = measure(checkpoint, args)
+    print(f"pack {result['pack_bytes'] / GIB:.2f} GiB in {format_bytes(result['ram_bytes'])} of RAM")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

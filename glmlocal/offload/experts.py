@@ -1,0 +1,75 @@
+"""OffloadedExperts: routed experts of a layer whose records come and go. The model cannot tell."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glmlocal.kernels.cpu.slots import SlotExperts
+from glmlocal.layers.experts import Pending
+from glmlocal.offload.eviction import burst_weight
+from glmlocal.offload.store import ExpertStore
+
+
+class RowBuffer:
+    """Memory for the results of single experts, shared by all layers: they run one after another."""
+
+    def __init__(self) -> None:
+        self._floats = torch.empty(0)
+
+    def get(self, rows: int, row_floats: int) -> Tensor:
+        """fp32 [rows, row_floats], contents undefined; until the next call."""
+        if self._floats.numel() < rows * row_floats:
+            self._floats = torch.empty(0)  # the old one goes first
+            self._floats = torch.empty(rows * row_floats)
+        return self._floats[: rows * row_floats].view(rows, row_floats)
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    out: Tensor
+
+    def wait(self) -> Tensor:
+        return self.out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OffloadedExperts:
+    """``submit`` computes what is in slots while the rest is read, then whoever has arrived, until all have been had.
+
+    The order does not show: results are kept apart and added in order of expert id, as ``kernels.experts_ffn`` does.
+    """
+
+    layer: int
+    slots: SlotExperts
+    store: ExpertStore
+    address: Callable[[int], int]  # of a slot
+    buffer: RowBuffer
+    before: Callable[[], None]  # called once per step and layer; keeps the memory within its limits
+
+    @property
+    def nbytes(self) -> int:
+        """Nothing of its own: the slots are everybody's."""
+        return 0
+
+    def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending:
+        """As ``Experts.submit``. Raises CheckpointError when an expert cannot be read; the store stays usable."""
+        self.before()
+        num_tokens, top_k = topk_ids.shape
+        uses = _uses(topk_ids, num_tokens)
+        rows = self.buffer.get(num_tokens * top_k, self.slots.row_floats)
+        with self.store.acquire(self.layer, uses, num_tokens) as lease:
+            for wave in lease.waves():
+                addresses = [self.address(slot) for _, slot in wave]
+                self.slots.rows(x, topk_ids, [expert for expert, _ in wave], addresses, rows)
+        return _Done(self.slots.weigh(rows, topk_ids, topk_weights))
+
+
+def _uses(topk_ids: Tensor, num_tokens: int) -> dict[int, float]:
+    """Expert → what its uses count, in ascending order of expert."""
+    counts = Counter(topk_ids.flatten().tolist())
+    return {expert: burst_weight(counts[expert], num_tokens) for expert in sorted(counts)}

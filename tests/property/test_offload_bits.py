@@ -1,0 +1,126 @@
+"""Placement never changes a logit: whatever is resident, in whatever order experts arrive, the bits are the same."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import packed
+import tiny
+from glmlocal.engine.engine import Engine
+from glmlocal.formats.expert_pack import ExpertPack
+from glmlocal.kernels import cpu
+
+if not cpu.available:
+    pytest.skip("packs need the native kernels", allow_module_level=True)
+
+from glmlocal.offload.nvme import Reader, open_reader
+
+NUM_EXPERTS, TOP_K, MOE_LAYERS = 8, 2, 2
+SLOTS = {"all": NUM_EXPERTS * MOE_LAYERS, "50 %": 8, "10 %": 2, "top-k": TOP_K, "one": 1}
+
+
+class Shuffled:
+    """A reader whose records arrive in another order than they were asked for."""
+
+    def __init__(self, inner: Reader, seed: int) -> None:
+        self._inner, self._random = inner, random.Random(seed)
+        self._done: list[tuple[int, int]] = []
+        self._under_way = 0
+
+    @property
+    def direct(self) -> bool:
+        return self._inner.direct
+
+    @property
+    def descriptor(self) -> int:
+        return self._inner.descriptor
+
+    @property
+    def bytes_read(self) -> int:
+        return self._inner.bytes_read
+
+    @property
+    def busy_s(self) -> float:
+        return self._inner.busy_s
+
+    def submit(self, token: int, offset: int, num_bytes: int, destination: int) -> bool:
+        taken = self._inner.submit(token, offset, num_bytes, destination)
+        self._under_way += taken
+        return taken
+
+    def next(self, timeout_s: float) -> tuple[int, int] | None:
+        while self._under_way and (found := self._inner.next(1.0 if not self._done else 0.0)):
+            self._done.append(found)
+            self._under_way -= 1
+        if not self._done:
+            return None
+        return self._done.pop(self._random.randrange(len(self._done)))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("offload")
+    return packed.pack(tiny.save(tiny.build_model(3), root / "source"), root / "packed", "int4")
+
+
+@pytest.fixture(scope="module")
+def resident(directory: Path) -> Engine:
+    return packed.engine_with(directory, None)
+
+
+def texts(seed: int, lengths: list[int]) -> list[list[int]]:
+    generator = random.Random(seed)
+    return [[generator.randrange(3, 384) for _ in range(length)] for length in lengths]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    slots=st.sampled_from(sorted(SLOTS.values())) | st.integers(1, NUM_EXPERTS * MOE_LAYERS + 3),
+    seed=st.integers(0, 999),
+    lengths=st.lists(st.sampled_from([1, 2, 7, 40]), min_size=1, max_size=4),
+)
+def test_logits_are_those_of_the_all_resident_run(
+    directory: Path, resident: Engine, slots: int, seed: int, lengths: list[int]
+) -> None:
+    def reader(pack: ExpertPack, most: int) -> Reader:
+        return Shuffled(open_reader(pack, most), seed)
+
+    engine = packed.engine_with(directory, slots, reader)
+    stats = engine.offloads.stats()
+    assert stats is not None
+    assert stats.slots == min(slots, NUM_EXPERTS * MOE_LAYERS)
+    for text in texts(seed, lengths):  # later ones find the slots as earlier ones left them
+        assert torch.equal(engine.logits(text), resident.logits(text))
+    for offload in engine.offloads.all:
+        offload.store.drain()
+        assert offload.store.num_leased == 0
+
+
+def test_a_resident_plan_has_no_slots_and_an_offloaded_one_reads(directory: Path, resident: Engine) -> None:
+    assert resident.offloads.stats() is None
+    engine = packed.engine_with(directory, 4)
+    engine.logits(texts(1, [20])[0])
+    stats = engine.offloads.stats()
+    assert stats is not None
+    record_bytes = stats.slot_bytes // stats.slots
+    assert stats.read_bytes == record_bytes * (stats.store.lookups - stats.store.hits)
+    assert stats.store.stall_s > 0
+    assert stats.store.num_tokens == 20
+    ram, nvme = stats.tiers()
+    assert ram["lookups"] == ram["hits"] + nvme["lookups"]
+
+
+def test_with_all_slots_each_expert_is_read_once(directory: Path) -> None:
+    engine = packed.engine_with(directory, SLOTS["all"])
+    for text in texts(2, [60, 60]):
+        engine.logits(text)
+    stats = engine.offloads.stats()
+    assert stats is not None
+    assert stats.read_bytes <= stats.slot_bytes
+    assert stats.store.evictions == 0

@@ -1,0 +1,286 @@
+"""What goes wrong with a disk fails one request with a clear line; the process lives, and the next answer is right."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import packed
+import tiny
+from glmlocal.engine.engine import Engine
+from glmlocal.errors import CheckpointError, PlanError
+from glmlocal.formats.expert_pack import PACK_FILE, ExpertPack, read_pack
+from glmlocal.kernels import cpu
+
+if not cpu.available:
+    pytest.skip("packs need the native kernels", allow_module_level=True)
+
+from glmlocal import LLM
+from glmlocal.kernels.cpu import _cpu
+from glmlocal.offload import host, nvme
+from glmlocal.offload.nvme import Reader, open_reader
+
+TEXT = [5, 9, 200, 31, 77, 140, 6, 8]
+
+
+class Failing:
+    """A reader whose n-th read fails with an errno; ``count`` of them in a row."""
+
+    def __init__(self, inner: Reader, nth: int, code: int, count: int = 1) -> None:
+        self._inner, self._fails, self._code = inner, range(nth, nth + count), code
+        self.num_reads = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def next(self, timeout_s: float) -> tuple[int, int] | None:
+        found = self._inner.next(timeout_s)
+        if found is None:
+            return None
+        self.num_reads += 1
+        return (found[0], self._code) if self.num_reads - 1 in self._fails else found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("faults")
+    return packed.pack(tiny.save(tiny.build_model(4), root / "source"), root / "packed", "int4")
+
+
+@pytest.fixture(scope="module")
+def answer(model: Path) -> torch.Tensor:
+    return packed.engine_with(model, None).logits(TEXT)
+
+
+@pytest.fixture
+def directory(model: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(model, tmp_path / "packed"))
+
+
+def failing(nth: int, code: int, count: int = 1) -> Callable[[ExpertPack, int], Reader]:
+    def wrapped(pack: ExpertPack, most: int) -> Reader:
+        return Failing(open_reader(pack, most), nth, code, count)
+
+    return wrapped
+
+
+def problem(engine: Engine) -> str | None:
+    """What the engine says instead of an answer."""
+    try:
+        engine.logits(TEXT)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def check_answers(engine: Engine, answer: torch.Tensor) -> None:
+    assert torch.equal(engine.logits(TEXT), answer)
+    for offload in engine.offloads.all:
+        offload.store.drain()
+        assert (offload.store.num_leased, offload.store.num_pending) == (0, 0)
+
+
+def test_an_error_at_the_nth_read_fails_the_request_until_a_run_has_none(model: Path, answer: torch.Tensor) -> None:
+    """As SQLite is tested: fail the first read, then the second, … until nothing fails."""
+    for nth in range(200):
+        engine = packed.engine_with(model, 4, failing(nth, errno.EIO))
+        message = problem(engine)
+        if message is None:
+            assert nth > 4
+            return
+        assert "expert" in message
+        assert "EIO" in message
+        assert "\n" not in message
+        check_answers(engine, answer)
+    pytest.fail("a run of one text never got through")
+
+
+def test_a_disk_that_stays_broken_fails_every_request_and_never_hangs(model: Path) -> None:
+    engine = packed.engine_with(model, 4, failing(0, errno.EIO, count=10_000))
+    for _ in range(3):
+        with pytest.raises(CheckpointError, match="check the disk"):
+            engine.logits(TEXT)
+
+
+def test_a_file_that_became_shorter_is_named(directory: Path, answer: torch.Tensor) -> None:
+    engine = packed.engine_with(directory, 4)
+    check_answers(engine, answer)
+    size = (directory / PACK_FILE).stat().st_size
+    kept = (directory / PACK_FILE).read_bytes()
+    os.truncate(directory / PACK_FILE, size // 2 // 4096 * 4096)
+    with pytest.raises(CheckpointError, match=r"become shorter|was changed"):
+        engine.logits(TEXT)
+    (directory / PACK_FILE).write_bytes(kept)
+    engine = packed.engine_with(directory, 4)
+    check_answers(engine, answer)
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_flipped_bit_is_found_at_the_first_touch(directory: Path, where: str) -> None:
+    pack = read_pack(directory / PACK_FILE)
+    layer = pack.layers()[-1]
+    with open(directory / PACK_FILE, "r+b") as file:
+        for expert in range(pack.num_experts):
+            record = pack.record(layer, expert)
+            at = record.offset + (0 if where == "first" else record.nbytes - 1)
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 1]))
+    engine = packed.engine_with(directory, 4)
+    with pytest.raises(CheckpointError, match=f"layer {layer}, expert [0-7] is damaged"):
+        engine.logits(TEXT)
+
+
+def test_a_pack_overwritten_while_it_is_used_is_not_trusted(directory: Path, answer: torch.Tensor) -> None:
+    engine = packed.engine_with(directory, 4)
+    check_answers(engine, answer)
+    with open(directory / PACK_FILE, "r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(b"\1" * 4096)
+    with pytest.raises(CheckpointError, match="was changed while it is in use"):
+        engine.logits(TEXT)
+
+
+def test_a_pack_replaced_by_another_file_is_no_matter(directory: Path, answer: torch.Tensor) -> None:
+    """The old file lives on as long as it is open."""
+    engine = packed.engine_with(directory, 4)
+    other = directory / "other"
+    other.write_bytes(b"\0" * 4096)
+    os.replace(other, directory / PACK_FILE)
+    check_answers(engine, answer)
+
+
+def test_an_answer_after_a_failure_through_the_api(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GLMLOCAL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(nvme, "open_reader", failing(6, errno.EIO))
+    checkpoint_plan = packed.engine_with(model, None)  # what is right
+    right = checkpoint_plan.logits(TEXT)[-1].argmax().item()
+    from glmlocal.engine.planning import plan_here
+    from glmlocal.formats.index import open_checkpoint
+    from glmlocal.planner.plan import Wants
+
+    checkpoint = open_checkpoint(model)
+    plan = packed.offloaded(plan_here(checkpoint, "keep", Wants()), checkpoint, 4)
+    with LLM(model, plan=plan) as llm:
+        with pytest.raises(CheckpointError, match="EIO"):
+            llm.generate(TEXT, max_tokens=3, temperature=0.0)
+        completion = llm.generate(TEXT, max_tokens=1, temperature=0.0)
+        assert list(completion.token_ids) == [right]
+        stats = llm.offload_stats
+        assert stats is not None
+        assert stats.nvme()["read_bytes"] == stats.read_bytes > 0
+    assert list((tmp_path / "home").rglob("*.json")), "the route trace is kept"
+    monkeypatch.setattr(nvme, "open_reader", open_reader)
+    with LLM(model, plan=plan) as llm:
+        warm = llm.offload_stats
+        assert warm is not None
+        assert warm.store.prefetched == 4, "the hottest experts of the earlier run are in the slots at the start"
+        assert list(llm.generate(TEXT, max_tokens=1, temperature=0.0).token_ids) == [right]
+        after = llm.offload_stats
+        assert after is not None
+        assert after.store.prefetch_hits > 0
+
+
+def test_a_plan_for_nvme_needs_a_pack(model: Path) -> None:
+    source = model.parent / "source"
+    from glmlocal.engine.loader import load_engine
+    from glmlocal.engine.planning import plan_here
+    from glmlocal.formats.index import open_checkpoint
+    from glmlocal.planner.plan import Wants
+
+    packed_checkpoint, checkpoint = open_checkpoint(model), open_checkpoint(source)
+    plan = packed.offloaded(plan_here(packed_checkpoint, "keep", Wants()), packed_checkpoint, 4)
+    with pytest.raises(PlanError, match="make one with `glmlocal pack`"):
+        load_engine(checkpoint, plan)
+
+
+def test_without_o_direct_it_reads_through_the_page_cache_and_says_so(
+    model: Path, answer: torch.Tensor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = _cpu.NvmeReader
+    monkeypatch.setattr(_cpu, "NvmeReader", lambda *args: native(*args[:4], False))
+    with caplog.at_level(logging.WARNING):
+        engine = packed.engine_with(model, 4)
+    assert "refuses O_DIRECT" in caplog.text
+    stats = engine.offloads.stats()
+    assert stats is not None
+    assert not stats.direct
+    check_answers(engine, answer)
+
+
+def test_slots_are_given_back_when_memory_runs_short_and_taken_when_it_is_back(
+    model: Path, answer: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = packed.engine_with(model, 12)
+    (offload,) = engine.offloads.all
+    left = [host.PRESSURE_BYTES // 2]
+    offload._available_bytes, offload._next_check_s = (lambda: left[0]), 0.0
+    with caplog.at_level(logging.WARNING):
+        check_answers(engine, answer)
+    assert "expert slots were given back" in caplog.text
+    assert offload.store.num_slots < 12
+    left[0], offload._next_check_s = 100 * host.RELIEF_BYTES, 0.0
+    check_answers(engine, answer)
+    assert offload.store.num_slots == 12
+
+
+@pytest.mark.parametrize(("slots", "threads", "piece", "most"), [(1, 0, 4096, 1), (1, 1, 100, 1), (1, 1, 4096, 0)])
+def test_readers_that_cannot_be_are_refused(model: Path, slots: int, threads: int, piece: int, most: int) -> None:
+    with pytest.raises(ValueError, match="NvmeReader: wanted"):
+        _cpu.NvmeReader(str(model / PACK_FILE), threads, piece, most)
+    with pytest.raises(FileNotFoundError):
+        _cpu.NvmeReader(str(model / "nothing"), 1, 4096, 1)
+
+
+def test_reads_in_pieces_bring_the_bytes_of_the_file_and_no_more_than_the_queue_holds(tmp_path: Path) -> None:
+    data = os.urandom(4096 * 37)
+    (tmp_path / "file").write_bytes(data)
+    pool = host.HostPool(4, 4096 * 16)
+    reader = _cpu.NvmeReader(str(tmp_path / "file"), 3, 8192, 2)
+    assert reader.next(0.0) is None
+    assert reader.submit(7, 4096 * 3, 4096 * 16, pool.address(1))
+    assert reader.submit(8, 4096 * 21, 4096 * 16, pool.address(2))
+    assert not reader.submit(9, 0, 4096, pool.address(3))
+    assert sorted([reader.next(5.0), reader.next(5.0)]) == [(7, 0), (8, 0)]  # type: ignore[type-var]
+    assert bytes(pool.view(1)) == data[4096 * 3 : 4096 * 19]
+    assert bytes(pool.view(2)) == data[4096 * 21 :]
+    assert not pool.view(0).any()
+    assert not pool.view(3).any()
+    assert reader.bytes_read == 4096 * 32
+    assert reader.submit(1, 4096 * 30, 4096 * 16, pool.address(0))
+    assert reader.next(5.0) == (1, _cpu.SHORT_READ)
+    with pytest.raises(ValueError, match="multiples of 4096"):
+        reader.submit(1, 100, 4096, pool.address(0))
+    pool.release(1)
+    assert not pool.view(1).any()
+
+
+def test_stats_of_several_stores_add_up(model: Path) -> None:
+    from glmlocal.offload.stats import OffloadStats, bottleneck, merged
+    from glmlocal.offload.store import StoreStats
+
+    one = OffloadStats(StoreStats(10, 4, 3, 2, 1, 1.5, 100), 5, 5000, 6000, 2.0, True)
+    two = replace(one, read_bytes=1000, direct=False)
+    both = merged([one, two])
+    assert merged([]) is None
+    assert both is not None
+    assert (both.store.lookups, both.store.hits, both.store.num_tokens) == (20, 8, 100)
+    assert (both.read_bytes, both.slots, both.slot_bytes, both.direct) == (7000, 10, 10000, False)
+    assert both.hit_rate == 0.4
+    assert both.read_bytes_per_token == 70.0
+    assert both.read_bytes_per_s == 1750.0
+    assert "60% of the time" in bottleneck(one, 2.5, 20)
+    assert "--ram" in bottleneck(one, 2.5, 20)

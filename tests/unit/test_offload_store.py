@@ -1,0 +1,290 @@
+"""ExpertStore as a state machine: leases, evictions, waves, prefetches, failures and shrinking in any order."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from glmlocal.errors import CheckpointError
+from glmlocal.offload.eviction import LFRU, LRU
+from glmlocal.offload.store import Arrival, ExpertStore, Lease
+from glmlocal.offload.tiers import ExpertKey, Residency
+
+LAYERS, EXPERTS = (3, 4), 6
+IO_ERROR = CheckpointError("cannot read")
+
+
+class Disk:
+    """A source in memory: reads end when and in the order in which the test says."""
+
+    def __init__(self, num_slots: int, most: int = 16) -> None:
+        self.slots: list[ExpertKey | None] = [None] * num_slots  # what was read last
+        self.under_way: deque[tuple[ExpertKey, int]] = deque()
+        self.fail_next = 0
+        self.most = most
+        self.is_stuck = False
+        self.num_started = 0
+
+    def start(self, key: ExpertKey, slot: int) -> bool:
+        if len(self.under_way) >= self.most:
+            return False
+        assert slot not in [other for _, other in self.under_way]
+        self.slots[slot] = None  # torn
+        self.under_way.append((key, slot))
+        self.num_started += 1
+        return True
+
+    def arrival(self, timeout_s: float) -> Arrival | None:
+        if not self.under_way or (self.is_stuck and timeout_s == 0.0):
+            return None
+        key, slot = self.under_way.popleft()
+        if self.fail_next:
+            self.fail_next -= 1
+            return Arrival(slot, IO_ERROR)
+        self.slots[slot] = key
+        return Arrival(slot)
+
+    def shuffle(self, seed: int) -> None:
+        items = list(self.under_way)
+        random.Random(seed).shuffle(items)
+        self.under_way = deque(items)
+
+
+def uses(*experts: int) -> dict[int, float]:
+    return dict.fromkeys(experts, 1.0)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_slots = 4
+        self.others: list[CheckpointError] = []  # errors that no disk gave
+        self.disk = Disk(self.num_slots)
+        self.store = ExpertStore(LAYERS, EXPERTS, self.num_slots, self.disk, LFRU(boost_tokens=2), most_reads=3)
+        self.leases: list[tuple[int, Lease, list[int], list[tuple[int, int]]]] = []  # layer, lease, left, wave
+
+    @rule(layer=st.sampled_from(LAYERS), experts=st.sets(st.integers(0, EXPERTS - 1), min_size=1))
+    def acquire(self, layer: int, experts: set[int]) -> None:
+        self.leases.append((layer, self.store.acquire(layer, uses(*experts)), sorted(experts), []))
+
+    @precondition(lambda self: self.leases)
+    @rule(which=st.integers(0, 9))
+    def take(self, which: int) -> None:
+        layer, lease, left, _ = self.leases.pop(which % len(self.leases))
+        try:
+            wave = lease.take()
+        except CheckpointError as error:
+            self.others = [each for each in (error,) if each is not IO_ERROR]
+            lease.close()
+            return
+        except RuntimeError:
+            assert self.leases, "a lease alone always gets its slots"
+            lease.close()
+            return
+        assert bool(wave) == bool(left), "a wave is empty when, and only when, all have been had"
+        for expert, _ in wave:
+            left.remove(expert)
+        if wave:
+            self.leases.append((layer, lease, left, wave))
+        else:
+            lease.close()
+
+    @precondition(lambda self: self.leases)
+    @rule(which=st.integers(0, 9))
+    def cancel(self, which: int) -> None:
+        _, lease, _, _ = self.leases.pop(which % len(self.leases))
+        with lease:
+            pass
+
+    @rule(layer=st.sampled_from(LAYERS), experts=st.lists(st.integers(0, EXPERTS - 1), max_size=3, unique=True))
+    def prefetch(self, layer: int, experts: list[int]) -> None:
+        self.store.prefetch([ExpertKey(layer, expert) for expert in experts])
+
+    @rule(seed=st.integers(0, 99), stuck=st.booleans(), failures=st.integers(0, 1))
+    def weather(self, seed: int, stuck: bool, failures: int) -> None:
+        self.disk.shuffle(seed)
+        self.disk.is_stuck, self.disk.fail_next = stuck, failures
+
+    @rule(count=st.integers(1, 2))
+    def shrink(self, count: int) -> None:
+        for slot in self.store.shrink(count):
+            self.disk.slots[slot] = None
+
+    @rule(count=st.integers(1, 2))
+    def grow(self, count: int) -> None:
+        self.store.grow(count)
+
+    @invariant()
+    def errors_are_the_disks(self) -> None:
+        assert not self.others
+
+    @invariant()
+    def leased_experts_stay_whole(self) -> None:
+        for layer, _, _, wave in self.leases:
+            for expert, slot in wave:
+                assert self.disk.slots[slot] == ExpertKey(layer, expert)
+
+    @invariant()
+    def what_is_resident_was_read(self) -> None:
+        resident = self.store.resident()
+        assert len(resident) + self.store.num_pending <= self.store.num_slots <= self.num_slots
+        assert resident <= set(self.disk.slots)
+        assert self.store.num_pending == len(self.disk.under_way)
+        for key in resident:
+            assert self.store.lookup(key) is Residency.HIT
+        for key, _ in self.disk.under_way:
+            assert self.store.lookup(key) is Residency.PENDING
+
+    def teardown(self) -> None:
+        for _, lease, _, _ in self.leases:
+            lease.close()
+        self.store.drain()
+        assert self.store.num_leased == self.store.num_pending == 0
+        self.store.grow(self.num_slots)
+        with self.store.acquire(LAYERS[0], uses(*range(EXPERTS))) as lease:  # more than the slots: waves
+            self.disk.fail_next = 0
+            had = [expert for wave in lease.waves() for expert, _ in wave]
+        assert sorted(had) == list(range(EXPERTS))
+
+
+StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestStore = StoreMachine.TestCase
+
+
+def store_of(num_slots: int, *, most_reads: int = 16, policy: LRU | LFRU | None = None) -> tuple[ExpertStore, Disk]:
+    disk = Disk(num_slots)
+    return ExpertStore(LAYERS, EXPERTS, num_slots, disk, policy or LRU(), most_reads=most_reads), disk
+
+
+def everyone(store: ExpertStore, layer: int, *experts: int) -> list[int]:
+    return sorted(expert for wave in run(store, layer, *experts) for expert in wave)
+
+
+def run(store: ExpertStore, layer: int, *experts: int) -> list[list[int]]:
+    with store.acquire(layer, uses(*experts)) as lease:
+        return [[expert for expert, _ in wave] for wave in lease.waves()]
+
+
+def test_hits_come_first_while_misses_are_read() -> None:
+    store, disk = store_of(4)
+    assert run(store, 3, 0, 1) == [[0, 1]]
+    disk.is_stuck = True
+    with store.acquire(3, uses(0, 1, 2)) as lease:
+        assert [expert for expert, _ in lease.take()] == [0, 1]
+        assert len(disk.under_way) == 1, "the miss is on its way while the hits are computed"
+        assert [expert for expert, _ in lease.take()] == [2]
+        assert lease.take() == []
+    stats = store.stats()
+    assert (stats.lookups, stats.hits, stats.evictions) == (5, 2, 0)
+
+
+def test_a_step_of_more_experts_than_slots_runs_in_waves_and_evicts_what_it_has_used() -> None:
+    store, _ = store_of(2)
+    waves = run(store, 3, 0, 1, 2, 3, 4)
+    assert sorted(expert for wave in waves for expert in wave) == [0, 1, 2, 3, 4]
+    assert max(map(len, waves)) <= 2
+    assert store.stats().evictions == 3
+
+
+def test_the_least_worth_leaves() -> None:
+    store, _ = store_of(2)
+    run(store, 3, 0)
+    run(store, 3, 1)
+    run(store, 3, 0)
+    run(store, 3, 2)
+    assert store.resident() == {ExpertKey(3, 0), ExpertKey(3, 2)}
+
+
+def test_layers_share_the_slots() -> None:
+    store, _ = store_of(2)
+    run(store, 3, 5)
+    run(store, 4, 5)
+    assert store.resident() == {ExpertKey(3, 5), ExpertKey(4, 5)}
+
+
+def test_a_failed_read_fails_the_lease_and_nothing_else() -> None:
+    store, disk = store_of(3)
+    disk.fail_next = 1
+    with pytest.raises(CheckpointError, match="cannot read"), store.acquire(3, uses(0, 1)) as lease:
+        list(lease.waves())
+    store.drain()
+    assert store.lookup(ExpertKey(3, 0)) is Residency.MISS
+    assert store.num_leased == 0
+    assert everyone(store, 3, 0, 1) == [0, 1]
+
+
+def test_a_long_step_passes_through_few_slots_and_leaves_the_others() -> None:
+    """A prompt uses every expert once: it must not cost the ones that answers use."""
+    store, _ = store_of(7, most_reads=2, policy=LFRU(2.0))
+    for _ in range(8):
+        run(store, 3, 0, 1, 2)
+    with store.acquire(4, dict.fromkeys(range(EXPERTS), 0.1), num_tokens=2) as lease:
+        list(lease.waves())
+    assert {ExpertKey(3, 0), ExpertKey(3, 1), ExpertKey(3, 2)} <= store.resident()
+
+
+def test_prefetch_waits_for_an_idle_disk_and_spares_what_is_worth_more() -> None:
+    store, disk = store_of(2)
+    run(store, 3, 0, 1)
+    assert store.prefetch([ExpertKey(3, 5)]) == 0, "never used: worth less than what would leave"
+    run(store, 4, 2)  # evicts one
+    store.touch(4, uses(3), 1)
+    assert store.prefetch([ExpertKey(4, 3)]) == 1
+    assert store.prefetch([ExpertKey(4, 3)]) == 0, "it is on its way"
+    store.drain()
+    run(store, 4, 3)
+    assert (store.stats().prefetched, store.stats().prefetch_hits) == (1, 1)
+    disk.is_stuck = True
+    lease = store.acquire(3, uses(4))
+    store.touch(4, uses(5), 1)
+    assert store.prefetch([ExpertKey(4, 5)]) == 0, "the disk is busy"
+    list(lease.waves())
+    lease.close()
+
+
+def test_shrinking_gives_up_the_least_worth_and_growing_takes_it_back() -> None:
+    store, _ = store_of(3)
+    for expert in (0, 1, 2):
+        run(store, 3, expert)
+    assert len(store.shrink(1)) == 1
+    assert store.num_slots == 2
+    assert store.resident() == {ExpertKey(3, 1), ExpertKey(3, 2)}
+    assert len(store.shrink(5)) == 1, "one slot is left to work with"
+    assert len(store.grow(9)) == 2
+    assert everyone(store, 3, 0, 1, 2) == [0, 1, 2]
+
+
+def test_heats_of_an_earlier_run_decide_at_first() -> None:
+    first, _ = store_of(2, policy=LFRU(2.0))
+    for _ in range(9):
+        run(first, 3, 0)
+    store, _ = store_of(2, policy=LFRU(2.0))
+    store.seed({**first.heats(), ExpertKey(99, 0): 1.0})
+    run(store, 3, 0)
+    run(store, 3, 1)
+    run(store, 3, 2)
+    run(store, 3, 3)
+    assert ExpertKey(3, 0) in store.resident()
+    assert store.heats()[ExpertKey(3, 0)] > 8 > store.heats()[ExpertKey(3, 3)]
+
+
+def test_a_layer_that_is_ahead_does_not_push_out_the_next() -> None:
+    """While a prompt is processed the first layers have seen more tokens: age is by each layer's own clock."""
+    store, _ = store_of(4, most_reads=1, policy=LFRU(2.0))
+    for layer in LAYERS:
+        for _ in range(6):
+            run(store, layer, 0)
+    with store.acquire(3, {0: 6.0, 1: 0.1, 2: 0.1, 3: 0.1, 4: 0.1}, num_tokens=500) as lease:
+        list(lease.waves())
+    assert {ExpertKey(3, 0), ExpertKey(4, 0)} <= store.resident()
+
+
+@pytest.mark.parametrize(("slots", "reads"), [(0, 1), (1, 0)])
+def test_no_slots_are_refused(slots: int, reads: int) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        ExpertStore(LAYERS, EXPERTS, slots, Disk(1), LRU(), most_reads=reads)
