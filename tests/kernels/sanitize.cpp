@@ -1,5 +1,4 @@
 // Products of every integer code over buffers of exactly their size, for AddressSanitizer and UBSan: `make sanitize`.
-// The whole extension takes GCC the better part of an hour to instrument; these kernels take two minutes.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -14,6 +13,11 @@ void panel_product_int8(const PackedMatrix& w, int panel, const Int8Block* const
                         const std::byte* next);
 void panel_product(const PackedMatrix& w, int panel, const float* const* rows, int num_rows, float* out, ptrdiff_t out_stride);
 }  // namespace glmlocal::GLM_ISA
+
+namespace glmlocal {
+int run_blocks();  // sanitize_blocks.cpp
+int run_pool();
+}  // namespace glmlocal
 
 namespace {
 
@@ -62,9 +66,7 @@ int multiply(const MatrixFormat& format, bool codebook, int64_t out, int64_t in)
   return products;
 }
 
-}  // namespace
-
-int main() {
+int multiply_all() {
   int products = 0;
   for (Codes codes : {Codes::u8, Codes::u6, Codes::u5, Codes::u4, Codes::u3, Codes::u2}) {
     for (int variant = 0; variant < (codes == Codes::u4 ? 8 : 4); ++variant) {
@@ -78,5 +80,13 @@ int main() {
       }
     }
   }
-  std::printf("%d panels multiplied both ways, nothing found\n", products);
+  return products;
+}
+
+}  // namespace
+
+int main() {
+  std::printf("%d panels multiplied both ways\n", multiply_all());
+  std::printf("%d blocks run\n", glmlocal::run_blocks());
+  std::printf("%d jobs of the pool, nothing found\n", glmlocal::run_pool());
 }

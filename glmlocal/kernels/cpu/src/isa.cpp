@@ -8,6 +8,9 @@
 
 namespace glmlocal {
 
+#if defined(GLM_ONLY_ISA)  // one that the compiler was told this CPU has (make sanitize)
+namespace GLM_ONLY_ISA { extern const KernelTable table; }
+#else
 namespace generic { extern const KernelTable table; }
 #if defined(__x86_64__)
 namespace avx2 { extern const KernelTable table; }
@@ -15,6 +18,7 @@ namespace avx2 { extern const KernelTable table; }
 namespace avx_vnni { extern const KernelTable table; }
 #endif
 namespace avx512 { extern const KernelTable table; }
+#endif
 #endif
 
 namespace {
@@ -27,6 +31,9 @@ bool has_avx_vnni() {  // GCC 12's __builtin_cpu_supports does not know it
 #endif
 
 std::vector<const KernelTable*> supported_tables() {
+#if defined(GLM_ONLY_ISA)
+  return {&GLM_ONLY_ISA::table};
+#else
   std::vector<const KernelTable*> tables{&generic::table};
 #if defined(__x86_64__)
   // These builtins also ask the operating system whether it saves the wide registers.
@@ -43,6 +50,7 @@ std::vector<const KernelTable*> supported_tables() {
   }
 #endif
   return tables;
+#endif
 }
 
 std::atomic<const KernelTable*> chosen{supported_tables().back()};

@@ -45,7 +45,7 @@ struct KernelTable {
 
   // isa/probes.cpp
   double (*fma_flops)(int iterations);                     // runs independent fmas in registers; returns how many flops
-  double (*int8_ops)(int iterations);                      // the same of int8 dot products; multiply and add count as two
+  double (*int8_ops)(int iterations);                      // isa/int8_probe.cpp: the same of int8 dot products; multiply and add count as two
   float (*read_bytes)(const void* data, size_t num_bytes); // reads num_bytes (a multiple of 256) from 64-byte-aligned data
 };
 

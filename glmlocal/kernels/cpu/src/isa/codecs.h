@@ -163,7 +163,7 @@ struct E4m3Codec {
 // Scales and offsets of the groups of one panel.
 class GroupScales {
  public:
-  static constexpr bool may_have_offsets = true;
+  static constexpr bool may_have_offsets = true, may_have_halves = true;
   GLM_INLINE GroupScales(const PackedMatrix& w, int panel, int tiles) : format_(w.format), tiles_(tiles) {
     const MatrixLayout& layout = w.layout;
     const int64_t first_row = int64_t(panel) * kPanelRows;
@@ -209,7 +209,7 @@ class GroupScales {
 // The same for formats of one fp16 number per group and no offset: nothing is decided while columns go by.
 class PlainScales {
  public:
-  static constexpr bool may_have_offsets = false;
+  static constexpr bool may_have_offsets = false, may_have_halves = false;
   static bool fit(const MatrixFormat& format) {
     return format.scale_type == FloatType::f16 && !format.has_sub_scale && !format.has_min;
   }

@@ -30,17 +30,24 @@ GLM_INLINE uint32_t word_of(const Int8Block& block, int quad) {
   return word;
 }
 
-// What a register tile starts from and ends with, for one block or half block of one row.
-template <bool halves>
-GLM_INLINE int32_t sum_of(const Int8Block& block, int half) {
-  return halves ? block.half_sums[half] : block.sum;
-}
+// Blocks whose scales are finer than they are end twice, after each half. One function does both, with a branch that
+// always goes the same way: each instantiation costs every build a third of a second.
+GLM_INLINE bool in_halves(const PackedMatrix& w) { return w.format.group_size < kBlockColumns; }
 
-template <class Codec, class Scales, bool halves, int num_rows, int tiles>
-GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const Int8Block* const* rows, float* out, ptrdiff_t out_stride,
+// What a sum starts from, for one block of one row, or half of it: codes mean code - zero_point.
+GLM_INLINE int32_t sum_of(const Int8Block& block, bool halves, int half) { return halves ? block.half_sums[half] : block.sum; }
+GLM_INLINE U start_of(int32_t sum, int zero_point) { return splat(uint32_t(-zero_point * sum)); }
+
+template <int num_rows>
+constexpr int kTilesOfFewRows = kDotGemvChains / num_rows >= 4 ? 4 : kDotGemvChains / num_rows >= 2 ? 2 : 1;
+
+// `tiles` tiles of a panel from first_tile on. Rows and results of a caller with fewer than num_rows rows are repeated.
+template <class Codec, class Scales, int num_rows>
+GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const Int8Block* const* rows, float* const* out,
                                    const std::byte* next) {
+  using Sums = Dots<Codec::bits>;
+  constexpr int tiles = kTilesOfFewRows<num_rows>;
   constexpr int block_bytes = Codec::lines * 64;
-  constexpr int units = halves ? 2 : 1, quads = kQuads / units;
   const int panel_tiles = w.tiles_in(panel);
   const Codec codec(w);
   const Scales groups(w, panel, panel_tiles);
@@ -50,6 +57,7 @@ GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_t
   constexpr int blocks_ahead = int((kPrefetchBytes + own_bytes - 1) / own_bytes);
   const int zero_point = w.int8_zero_point;
   const bool offsets = Scales::may_have_offsets && w.format.has_min;
+  const bool halves = Scales::may_have_halves && in_halves(w);
   const int blocks = int(w.layout.blocks);
   if (next == nullptr) next = lines;
   const std::byte* ahead = blocks > blocks_ahead ? lines + blocks_ahead * next_block : next;  // the same tiles, some blocks ahead
@@ -58,94 +66,126 @@ GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_t
   for (int b = 0; b < blocks; ++b, lines += next_block, ahead += next_block) {
     if (b + blocks_ahead == blocks) ahead = next;
     for (int line = 0; line < tiles * Codec::lines; ++line) __builtin_prefetch(ahead + line * 64, 0, 0);
-    unroll<units>([&](auto unit) {
-      U sums[num_rows * tiles];
+    typename Sums::Partial sums[num_rows * tiles];
+    const auto begin = [&](int half) {
       unroll<num_rows>([&](auto m) {
-        const U start = splat(uint32_t(-zero_point * sum_of<halves>(rows[m.v][b], unit.v)));
+        const auto start = Sums::begin(start_of(sum_of(rows[m.v][b], halves, half), zero_point));
         unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = start; });
       });
-      unroll<quads>([&](auto q) {
-        constexpr int quad = unit.v * quads + q.v;
-        U codes[tiles];
-        unroll<tiles>([&](auto t) { codes[t.v] = codec.template quad<quad>(lines + t.v * block_bytes); });
-        unroll<num_rows>([&](auto m) {
-          const U x = splat(word_of(rows[m.v][b], quad));
-          unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = dot<Codec::eight_bits>(sums[m.v * tiles + t.v], codes[t.v], x); });
-        });
-      });
+    };
+    const auto end = [&](int half) {
+      const int column = b * kBlockColumns + half * (kBlockColumns / 2);
       F scale[tiles];
-      const int column = b * kBlockColumns + unit.v * (kBlockColumns / 2);
       unroll<tiles>([&](auto t) { scale[t.v] = groups.load_scale(column, first_tile + t.v); });
       unroll<num_rows>([&](auto m) {
         const Int8Block& block = rows[m.v][b];
+        const U start = start_of(sum_of(block, halves, half), zero_point);
         const F x_scale = broadcast(block.scale);
         unroll<tiles>([&](auto t) {
           constexpr int i = m.v * tiles + t.v;
-          acc[i] = fma(mul(to_float(sums[i]), x_scale), scale[t.v], acc[i]);
+          acc[i] = fma(mul(to_float(Sums::end(start, sums[i])), x_scale), scale[t.v], acc[i]);
         });
       });
       if (!offsets) return;
       F offset[tiles];
       unroll<tiles>([&](auto t) { offset[t.v] = groups.load_offset(column, first_tile + t.v); });
       unroll<num_rows>([&](auto m) {
-        const F x_sum = broadcast(rows[m.v][b].scale * float(sum_of<halves>(rows[m.v][b], unit.v)));
+        const F x_sum = broadcast(rows[m.v][b].scale * float(sum_of(rows[m.v][b], halves, half)));
         unroll<tiles>([&](auto t) { acc[m.v * tiles + t.v] = fma(x_sum, offset[t.v], acc[m.v * tiles + t.v]); });
       });
+    };
+    begin(0);
+    unroll<kQuads>([&](auto q) {
+      if constexpr (q.v == kQuads / 2) {
+        if (halves) {
+          end(0);
+          begin(1);
+        }
+      }
+      U codes[tiles];
+      unroll<tiles>([&](auto t) { codes[t.v] = codec.template quad<q.v>(lines + t.v * block_bytes); });
+      unroll<num_rows>([&](auto m) {
+        const U x = splat(word_of(rows[m.v][b], q.v));
+        unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = Sums::add(sums[m.v * tiles + t.v], codes[t.v], x); });
+      });
     });
+    end(halves ? 1 : 0);
   }
   unroll<num_rows>([&](auto m) {
-    unroll<tiles>([&](auto t) { store(out + m.v * out_stride + (first_tile + t.v) * kTileRows, acc[m.v * tiles + t.v]); });
+    unroll<tiles>([&](auto t) { store(out[m.v] + (first_tile + t.v) * kTileRows, acc[m.v * tiles + t.v]); });
   });
 }
 
-template <class Codec, class Scales, bool halves, int num_rows>
-void multiply_few_rows(const PackedMatrix& w, int panel, const Int8Block* const* rows, float* out, ptrdiff_t out_stride,
+// Returns whether the panel's tiles can be taken so many at a time; a ragged last panel goes the other way.
+template <class Codec, class Scales, int num_rows>
+bool multiply_few_rows(const PackedMatrix& w, int panel, const Int8Block* const* given, int num_given, float* out, ptrdiff_t out_stride,
                        const std::byte* next) {
-  constexpr int together = kDotGemvChains / num_rows >= 4 ? 4 : kDotGemvChains / num_rows >= 2 ? 2 : 1;
+  constexpr int together = kTilesOfFewRows<num_rows>;
   const int tiles = w.tiles_in(panel);
-  const std::byte* codes = w.panel_codes(panel);
-  int tile = 0;
-  const auto after = [&](int end) { return end < tiles ? codes + end * (Codec::lines * 64) : next; };
-  for (; tile + together <= tiles; tile += together) {
-    multiply_few_rows<Codec, Scales, halves, num_rows, together>(w, panel, tile, rows, out, out_stride, after(tile + together));
+  if (tiles % together != 0) return false;
+  const Int8Block* rows[num_rows];
+  float* to[num_rows];
+  for (int m = 0; m < num_rows; ++m) {
+    const int row = m < num_given ? m : num_given - 1;
+    rows[m] = given[row];
+    to[m] = out + row * out_stride;
   }
-  for (; tile < tiles; ++tile) multiply_few_rows<Codec, Scales, halves, num_rows, 1>(w, panel, tile, rows, out, out_stride, after(tile + 1));
+  for (int tile = 0; tile < tiles; tile += together) {
+    const int end = tile + together;
+    const std::byte* after = end < tiles ? w.panel_codes(panel) + end * (Codec::lines * 64) : next;
+    multiply_few_rows<Codec, Scales, num_rows>(w, panel, tile, rows, to, after);
+  }
+  return true;
+}
+
+template <class Codec, class Scales>
+bool multiply_few_rows(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
+                       const std::byte* next) {
+  if (num_rows > kDotGemvRows) return false;
+  if constexpr (kDotGemvRows >= 4) {
+    if (num_rows > 2) return multiply_few_rows<Codec, Scales, 4>(w, panel, rows, num_rows, out, out_stride, next);
+  }
+  if (num_rows == 2) return multiply_few_rows<Codec, Scales, 2>(w, panel, rows, num_rows, out, out_stride, next);
+  return multiply_few_rows<Codec, Scales, 1>(w, panel, rows, num_rows, out, out_stride, next);
 }
 
 // A piece of a panel, taken apart: bytes [block][quad][tile][64], scales and offsets [block or half block][tile][16].
+// `sums` has room for the fp32 sums of a register tile.
 struct Piece {
   std::byte* codes;
-  float *scales, *offsets;
-  bool has_offsets;
+  float *scales, *offsets, *sums;
+  bool has_offsets, halves;
 };
 
-GLM_INLINE Piece piece_scratch(bool has_offsets) {
+GLM_INLINE Piece piece_scratch(const PackedMatrix& w) {
   constexpr size_t bytes = size_t(kChunkBlocks) * kBlockColumns * kPanelRows, floats = size_t(kChunkBlocks) * 2 * kPanelRows;
-  float* memory = scratch(Scratch::panel, bytes / sizeof(float) + 2 * floats);
+  float* memory = scratch(Scratch::panel, bytes / sizeof(float) + 2 * floats + kDotRows * kDotTiles * kTileRows);
   float* scales = memory + bytes / sizeof(float);
-  return {(std::byte*)memory, scales, scales + floats, has_offsets};
+  return {(std::byte*)memory, scales, scales + floats, scales + 2 * floats, w.format.has_min, in_halves(w)};
 }
 
-template <class Codec, bool halves>
+template <class Codec>
 GLM_FLATTEN void take_apart(const PackedMatrix& w, int panel, int first_block, int blocks, const Piece& piece) {
   constexpr int block_bytes = Codec::lines * 64;
-  constexpr int units = halves ? 2 : 1;
   const int tiles = w.tiles_in(panel);
   const Codec codec(w);
-  const GroupScales groups(w, panel, tiles);
   const std::byte* lines = w.panel_codes(panel) + int64_t(first_block) * tiles * block_bytes;
   std::byte* to = piece.codes;
-  float *scales = piece.scales, *all_offsets = piece.offsets;
   for (int b = 0; b < blocks; ++b, to += kQuads * tiles * 64) {
     for (int t = 0; t < tiles; ++t, lines += block_bytes) {
       unroll<kQuads>([&](auto q) { store_words(to + (q.v * tiles + t) * 64, codec.template quad<q.v>(lines)); });
     }
-    for (int unit = 0; unit < units; ++unit) {
-      for (int t = 0; t < tiles; ++t, scales += kTileRows, all_offsets += kTileRows) {
-        const int column = (first_block + b) * kBlockColumns + unit * (kBlockColumns / 2);
-        store(scales, groups.load_scale(column, t));
-        if (piece.has_offsets) store(all_offsets, groups.load_offset(column, t));
-      }
+  }
+}
+
+void widen_scales(const PackedMatrix& w, int panel, int first_block, int blocks, const Piece& piece) {
+  const int tiles = w.tiles_in(panel), columns = kBlockColumns / (piece.halves ? 2 : 1);
+  const GroupScales groups(w, panel, tiles);
+  float *scales = piece.scales, *offsets = piece.offsets;
+  for (int column = first_block * kBlockColumns; column < (first_block + blocks) * kBlockColumns; column += columns) {
+    for (int t = 0; t < tiles; ++t, scales += kTileRows, offsets += kTileRows) {
+      store(scales, groups.load_scale(column, t));
+      if (piece.has_offsets) store(offsets, groups.load_offset(column, t));
     }
   }
 }
@@ -156,54 +196,83 @@ struct Ahead {
   int lines;
 };
 
-// num_rows × tiles sums in registers over the blocks of a piece, continuing the chains in `out` unless `fresh`.
+// The fp32 sums of a register tile, in registers or, where those are few, in memory that stays in L1.
+template <bool in_memory, int count> struct TileSums;
+template <int count> struct TileSums<false, count> {
+  F sums[count];
+  GLM_INLINE explicit TileSums(float*) {}
+  GLM_INLINE F get(int i) const { return sums[i]; }
+  GLM_INLINE void set(int i, F x) { sums[i] = x; }
+  GLM_INLINE void stay() {}
+};
+template <int count> struct TileSums<true, count> {
+  float* sums;
+  GLM_INLINE explicit TileSums(float* memory) : sums(memory) {}
+  GLM_INLINE F get(int i) const { return load(sums + i * kTileRows); }
+  GLM_INLINE void set(int i, F x) { store(sums + i * kTileRows, x); }
+  // They are not loaded before they are wanted: GCC would do so ahead of a branch, and put them on the stack.
+  GLM_INLINE void stay() { asm volatile("" : "+r"(sums)); }
+};
+
+// num_rows × tiles sums over the blocks of a piece, continuing the chains in `out` unless `fresh`.
 // panel_tiles is the piece's number of tiles; its pointers are at the first of ours.
-template <bool eight_bits, bool halves, int num_rows, int tiles>
+template <int bits, int num_rows, int tiles>
 GLM_FLATTEN void multiply_tile(const Piece& piece, int panel_tiles, int zero_point, const Int8Block* const* rows, int first_block, int blocks,
                                Ahead ahead, float* out, ptrdiff_t out_stride, bool fresh) {
-  constexpr int units = halves ? 2 : 1, quads = kQuads / units;
-  F acc[num_rows * tiles];
+  using Sums = TileDots<bits>;
+  TileSums<kDotSumsInMemory, num_rows * tiles> acc(piece.sums);
   unroll<num_rows>([&](auto m) {
-    unroll<tiles>([&](auto t) { acc[m.v * tiles + t.v] = fresh ? zero() : load(out + m.v * out_stride + t.v * kTileRows); });
+    unroll<tiles>([&](auto t) { acc.set(m.v * tiles + t.v, fresh ? zero() : load(out + m.v * out_stride + t.v * kTileRows)); });
   });
   const Int8Block* x[num_rows];
   unroll<num_rows>([&](auto m) { x[m.v] = rows[m.v] + first_block; });
   const std::byte* codes = piece.codes;
   const float *scales = piece.scales, *all_offsets = piece.offsets;
-  const bool offsets = piece.has_offsets;
+  const bool offsets = piece.has_offsets, halves = piece.halves;
   const ptrdiff_t line = panel_tiles * 64, scale_line = panel_tiles * kTileRows;
+  const int units = halves ? 2 : 1, parts = halves ? 1 : 2;  // sums per block, and parts of half a block per sum
   for (int b = 0; b < blocks; ++b) {
     for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
+    int half = 0;
     for (int unit = 0; unit < units; ++unit) {
-      U sums[num_rows * tiles];
+      typename Sums::Partial sums[num_rows * tiles];
       unroll<num_rows>([&](auto m) {
-        const U start = splat(uint32_t(-zero_point * sum_of<halves>(x[m.v][b], unit)));
+        const auto start = Sums::begin(start_of(sum_of(x[m.v][b], halves, unit), zero_point));
         unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = start; });
       });
-      unroll<quads>([&](auto q) {
-        U w[tiles];
-        unroll<tiles>([&](auto t) { w[t.v] = load_words(codes + t.v * 64); });
-        codes += line;
-        unroll<num_rows>([&](auto m) {
-          const U word = splat(word_of(x[m.v][b], unit * quads + q.v));
-          unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = dot<eight_bits>(sums[m.v * tiles + t.v], w[t.v], word); });
+      for (int part = 0; part < parts; ++part, ++half) {
+        unroll<kQuads / 2>([&](auto q) {
+          unroll<Sums::passes>([&](auto pass) {  // over the vectors of a word, where their codes are taken apart again
+            U w[tiles];
+            unroll<tiles>([&](auto t) { w[t.v] = load_words(codes + t.v * 64); });
+            unroll<num_rows>([&](auto m) {
+              const U word = splat(word_of(x[m.v][b], half * (kQuads / 2) + q.v));
+              unroll<tiles>([&](auto t) {
+                typename Sums::Partial& sum = sums[m.v * tiles + t.v];
+                sum = Sums::template add_part<pass.v>(sum, w[t.v], word);
+              });
+            });
+          });
+          codes += line;
         });
-      });
+      }
+      acc.stay();
       F scale[tiles];
       unroll<tiles>([&](auto t) { scale[t.v] = load(scales + t.v * kTileRows); });
       unroll<num_rows>([&](auto m) {
+        const U start = start_of(sum_of(x[m.v][b], halves, unit), zero_point);
         const F x_scale = broadcast(x[m.v][b].scale);
         unroll<tiles>([&](auto t) {
           constexpr int i = m.v * tiles + t.v;
-          acc[i] = fma(mul(to_float(sums[i]), x_scale), scale[t.v], acc[i]);
+          acc.set(i, fma(mul(to_float(Sums::end(start, sums[i])), x_scale), scale[t.v], acc.get(i)));
         });
       });
       if (offsets) {
         unroll<num_rows>([&](auto m) {
-          const F x_sum = broadcast(x[m.v][b].scale * float(sum_of<halves>(x[m.v][b], unit)));
+          const F x_sum = broadcast(x[m.v][b].scale * float(sum_of(x[m.v][b], halves, unit)));
           unroll<tiles>([&](auto t) {
             constexpr int i = m.v * tiles + t.v;
-            acc[i] = fma(x_sum, load(all_offsets + t.v * kTileRows), acc[i]);
+            acc.set(i, fma(x_sum, load(all_offsets + t.v * kTileRows), acc.get(i)));
           });
         });
         all_offsets += scale_line;
@@ -212,73 +281,75 @@ GLM_FLATTEN void multiply_tile(const Piece& piece, int panel_tiles, int zero_poi
     }
   }
   unroll<num_rows>([&](auto m) {
-    unroll<tiles>([&](auto t) { store(out + m.v * out_stride + t.v * kTileRows, acc[m.v * tiles + t.v]); });
+    unroll<tiles>([&](auto t) { store(out + m.v * out_stride + t.v * kTileRows, acc.get(m.v * tiles + t.v)); });
   });
 }
 
 using TileFunction = void (*)(const Piece&, int, int, const Int8Block* const*, int, int, Ahead, float*, ptrdiff_t, bool);
 
 // By number of rows, most_rows at most, and of tiles: kDotTiles or 1.
-template <bool eight_bits, bool halves, int most_rows>
+template <int bits, int most_rows>
 TileFunction tile_function(int num_rows, bool one_tile) {
   if constexpr (most_rows > 1) {
-    if (num_rows < most_rows) return tile_function<eight_bits, halves, most_rows - 1>(num_rows, one_tile);
+    if (num_rows < most_rows) return tile_function<bits, most_rows - 1>(num_rows, one_tile);
   }
-  return one_tile ? multiply_tile<eight_bits, halves, most_rows, 1> : multiply_tile<eight_bits, halves, most_rows, kDotTiles>;
+  return one_tile ? multiply_tile<bits, most_rows, 1> : multiply_tile<bits, most_rows, kDotTiles>;
 }
 
-template <class Codec, bool halves>
-void multiply_many_rows(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
-              const std::byte* next) {
+// The panel's blocks from `first` on, taken apart in `piece`.
+template <int bits>
+void multiply_piece(const PackedMatrix& w, int panel, const Piece& piece, const Int8Block* const* rows, int num_rows, int first, int count,
+                    int lines_per_block, float* out, ptrdiff_t out_stride, const std::byte* next) {
+  constexpr int most_rows = TileDots<bits>::rows;
   const int tiles = w.tiles_in(panel), blocks = int(w.layout.blocks);
-  const Piece piece = piece_scratch(w.format.has_min);
-  const int row_tiles = (num_rows + kDotRows - 1) / kDotRows;  // of nearly equal height
+  const int row_tiles = (num_rows + most_rows - 1) / most_rows;  // of nearly equal height
+  // The lines of the next piece, or of what comes after this panel, spread over the work on this one.
+  const int tile_calls = (tiles + kDotTiles - 1) / kDotTiles, steps = row_tiles * tile_calls * count;
+  const int next_count = first + count < blocks ? blocks - first - count : kChunkBlocks;
+  int left = (next_count < kChunkBlocks ? next_count : kChunkBlocks) * tiles * lines_per_block;
+  Ahead ahead{first + count < blocks ? w.panel_codes(panel) + int64_t(first + count) * tiles * lines_per_block * 64 : next,
+              steps == 0 ? 0 : (left + steps - 1) / steps};
+  if (ahead.from == nullptr) ahead.lines = left = 0;
+  for (int i = 0; i < row_tiles; ++i) {
+    const int m = num_rows * i / row_tiles, row_count = num_rows * (i + 1) / row_tiles - m;
+    for (int tile = 0; tile < tiles;) {
+      const bool one_tile = tiles - tile < kDotTiles;
+      Piece ours = piece;
+      ours.codes += tile * 64;
+      ours.scales += tile * kTileRows;
+      ours.offsets += tile * kTileRows;
+      tile_function<bits, most_rows>(row_count, one_tile)(ours, tiles, w.int8_zero_point, rows + m, first, count, ahead,
+                                                          out + m * out_stride + tile * kTileRows, out_stride, first == 0);
+      tile += one_tile ? 1 : kDotTiles;
+      ahead.from += count * ahead.lines * 64;
+      left -= count * ahead.lines;
+      if (left <= 0) ahead.lines = 0;
+    }
+  }
+}
+
+template <class Codec>
+void multiply_many_rows(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
+                        const std::byte* next) {
+  const int blocks = int(w.layout.blocks);
+  const Piece piece = piece_scratch(w);
   int first = 0;
   do {  // once even without columns, to write the zeros
     const int count = blocks - first < kChunkBlocks ? blocks - first : kChunkBlocks;
-    take_apart<Codec, halves>(w, panel, first, count, piece);
-    // The lines of the next piece, or of what comes after this panel, spread over the work on this one.
-    const int tile_calls = (tiles + kDotTiles - 1) / kDotTiles, steps = row_tiles * tile_calls * count;
-    const int next_count = first + count < blocks ? blocks - first - count : kChunkBlocks;
-    int left = (next_count < kChunkBlocks ? next_count : kChunkBlocks) * tiles * Codec::lines;
-    Ahead ahead{first + count < blocks ? w.panel_codes(panel) + int64_t(first + count) * tiles * Codec::lines * 64 : next,
-                (left + steps - 1) / steps};
-    if (ahead.from == nullptr) ahead.lines = left = 0;
-    for (int i = 0; i < row_tiles; ++i) {
-      const int m = num_rows * i / row_tiles, row_count = num_rows * (i + 1) / row_tiles - m;
-      for (int tile = 0; tile < tiles;) {
-        const bool one_tile = tiles - tile < kDotTiles;
-        const Piece ours{piece.codes + tile * 64, piece.scales + tile * kTileRows, piece.offsets + tile * kTileRows, piece.has_offsets};
-        tile_function<Codec::eight_bits && kDotKnowsBits, halves, kDotRows>(row_count, one_tile)(
-            ours, tiles, w.int8_zero_point, rows + m, first, count, ahead, out + m * out_stride + tile * kTileRows, out_stride, first == 0);
-        tile += one_tile ? 1 : kDotTiles;
-        ahead.from += count * ahead.lines * 64;
-        left -= count * ahead.lines;
-        if (left <= 0) ahead.lines = 0;
-      }
-    }
+    take_apart<Codec>(w, panel, first, count, piece);
+    widen_scales(w, panel, first, count, piece);
+    multiply_piece<kDotKnowsBits ? Codec::bits : 8>(w, panel, piece, rows, num_rows, first, count, Codec::lines, out, out_stride, next);
     first += count;
   } while (first < blocks);
-}
-
-template <class Codec, class Scales, bool halves>
-void multiply(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
-              const std::byte* next) {
-  switch (num_rows) {
-    case 1: return multiply_few_rows<Codec, Scales, halves, 1>(w, panel, rows, out, out_stride, next);
-    case 2: return multiply_few_rows<Codec, Scales, halves, 2>(w, panel, rows, out, out_stride, next);
-    case 3: return multiply_few_rows<Codec, Scales, halves, 3>(w, panel, rows, out, out_stride, next);
-    case 4: return multiply_few_rows<Codec, Scales, halves, 4>(w, panel, rows, out, out_stride, next);
-    default: return multiply_many_rows<Codec, halves>(w, panel, rows, num_rows, out, out_stride, next);
-  }
 }
 
 template <class Codec>
 void multiply(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
               const std::byte* next) {
-  if (w.format.group_size < kBlockColumns) multiply<Codec, GroupScales, true>(w, panel, rows, num_rows, out, out_stride, next);
-  else if (PlainScales::fit(w.format)) multiply<Codec, PlainScales, false>(w, panel, rows, num_rows, out, out_stride, next);
-  else multiply<Codec, GroupScales, false>(w, panel, rows, num_rows, out, out_stride, next);
+  const bool done = PlainScales::fit(w.format) && !in_halves(w)
+                        ? multiply_few_rows<Codec, PlainScales>(w, panel, rows, num_rows, out, out_stride, next)
+                        : multiply_few_rows<Codec, GroupScales>(w, panel, rows, num_rows, out, out_stride, next);
+  if (!done) multiply_many_rows<Codec>(w, panel, rows, num_rows, out, out_stride, next);
 }
 
 }  // namespace

@@ -40,9 +40,17 @@ GLM_INLINE void load_scales(const GroupScales& groups, int column, int first_til
   }
 }
 
-// `num_rows` × `tiles` accumulators in registers; first_tile … first_tile + tiles - 1 of a panel that has panel_tiles.
-template <class Codec, int num_rows, int tiles>
-void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const float* const* rows, float* out, ptrdiff_t out_stride) {
+// As many tiles at once as leave the accumulators in registers. Codecs without scales leave theirs to accumulators.
+template <class Codec, int num_rows>
+constexpr int tiles_of_few_rows() {
+  constexpr int chains = (Codec::scaled ? kGemvChains : kGemvUnscaledChains) / num_rows;
+  return chains >= 4 ? 4 : chains >= 2 ? 2 : 1;
+}
+
+// `num_rows` × `tiles` accumulators in registers; tiles first_tile … of the panel.
+template <class Codec, int num_rows>
+void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const float* const* rows, float* const* out) {
+  constexpr int tiles = tiles_of_few_rows<Codec, num_rows>();
   constexpr int block_bytes = Codec::lines * 64;
   const int panel_tiles = w.tiles_in(panel);
   const Codec codec(w);
@@ -77,22 +85,22 @@ void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const f
     }
   }
   unroll<num_rows>([&](auto m) {
-    unroll<tiles>([&](auto t) { store(out + m.v * out_stride + (first_tile + t.v) * kTileRows, acc[m.v][t.v]); });
+    unroll<tiles>([&](auto t) { store(out[m.v] + (first_tile + t.v) * kTileRows, acc[m.v][t.v]); });
   });
 }
 
-// As many tiles at once as leave the accumulators in registers.
+// A caller with fewer rows repeats its last one: each instantiation costs every build a third of a second.
 template <class Codec, int num_rows>
-void multiply_few_rows(const PackedMatrix& w, int panel, const float* const* rows, float* out, ptrdiff_t out_stride) {
-  // Codecs without scales leave their registers to accumulators.
-  constexpr int chains = (Codec::scaled ? kGemvChains : kGemvUnscaledChains) / num_rows;
-  constexpr int together = chains >= 4 ? 4 : chains >= 2 ? 2 : 1;
-  const int tiles = w.tiles_in(panel);
-  int tile = 0;
-  for (; tile + together <= tiles; tile += together) {
-    multiply_few_rows<Codec, num_rows, together>(w, panel, tile, rows, out, out_stride);
+void multiply_few_rows(const PackedMatrix& w, int panel, const float* const* given, int num_given, float* out, ptrdiff_t out_stride) {
+  const float* rows[num_rows];
+  float* to[num_rows];
+  for (int m = 0; m < num_rows; ++m) {
+    const int row = m < num_given ? m : num_given - 1;
+    rows[m] = given[row];
+    to[m] = out + row * out_stride;
   }
-  for (; tile < tiles; ++tile) multiply_few_rows<Codec, num_rows, 1>(w, panel, tile, rows, out, out_stride);
+  constexpr int together = tiles_of_few_rows<Codec, num_rows>();
+  for (int tile = 0; tile < w.tiles_in(panel); tile += together) multiply_few_rows<Codec, num_rows>(w, panel, tile, rows, to);
 }
 
 // out[k - begin][tiles * 16] for columns begin … end - 1, both multiples of 32.
@@ -146,23 +154,13 @@ void multiply_tile(const float* weights, ptrdiff_t weight_stride, int columns, c
 
 using TileFunction = void (*)(const float*, ptrdiff_t, int, const float* const*, int, float*, ptrdiff_t, bool);
 
-template <int num_rows>
-TileFunction tile_function(int tiles) {
-  if constexpr (kGemmTiles >= 4) {
-    if (tiles == 4) return multiply_tile<num_rows, 4>;
-    if (tiles == 3) return multiply_tile<num_rows, 3>;
-    if (tiles == 2) return multiply_tile<num_rows, 2>;
-  }
-  (void)tiles;
-  return multiply_tile<num_rows, 1>;
-}
-
+// Tiles: kGemmTiles or 1.
 template <int most_rows>
-TileFunction tile_function(int num_rows, int tiles) {
+TileFunction tile_function(int num_rows, bool one_tile) {
   if constexpr (most_rows > 1) {
-    if (num_rows < most_rows) return tile_function<most_rows - 1>(num_rows, tiles);
+    if (num_rows < most_rows) return tile_function<most_rows - 1>(num_rows, one_tile);
   }
-  return tile_function<most_rows>(tiles);
+  return one_tile ? multiply_tile<most_rows, 1> : multiply_tile<most_rows, kGemmTiles>;
 }
 
 template <class Codec>
@@ -174,34 +172,36 @@ void multiply_many_rows(const PackedMatrix& w, int panel, const float* const* ro
   do {  // once even without columns, to write the zeros
     const int end = begin + kChunkColumns < w.padded_in() ? begin + kChunkColumns : w.padded_in();
     decode_columns<Codec>(w, panel, begin, end, weights);
-    for (int tile = 0; tile < tiles; tile += kGemmTiles) {
-      const int tile_count = tiles - tile < kGemmTiles ? tiles - tile : kGemmTiles;
+    for (int tile = 0; tile < tiles;) {
+      const bool one_tile = tiles - tile < kGemmTiles;
       for (int m = 0; m < num_rows; m += kGemmRows) {
         const int row_count = num_rows - m < kGemmRows ? num_rows - m : kGemmRows;
-        tile_function<kGemmRows>(row_count, tile_count)(weights + tile * kTileRows, stride, end - begin, rows + m, begin,
-                                                        out + m * out_stride + tile * kTileRows, out_stride, begin == 0);
+        tile_function<kGemmRows>(row_count, one_tile)(weights + tile * kTileRows, stride, end - begin, rows + m, begin,
+                                                      out + m * out_stride + tile * kTileRows, out_stride, begin == 0);
       }
+      tile += one_tile ? 1 : kGemmTiles;
     }
     begin += kChunkColumns;
   } while (begin < w.padded_in());
 }
 
-// num_rows is at most most_rows.
-template <class Codec, int most_rows>
+// At most kGemvRows rows, of a panel with all its tiles.
+template <class Codec>
 void multiply_in_registers(const PackedMatrix& w, int panel, const float* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
-  if constexpr (most_rows > 0) {
-    if (num_rows < most_rows) return multiply_in_registers<Codec, most_rows - 1>(w, panel, rows, num_rows, out, out_stride);
-    multiply_few_rows<Codec, most_rows>(w, panel, rows, out, out_stride);
+  if constexpr (kGemvRows >= 4) {
+    if (num_rows > 2) return multiply_few_rows<Codec, 4>(w, panel, rows, num_rows, out, out_stride);
   }
+  if (num_rows == 2) return multiply_few_rows<Codec, 2>(w, panel, rows, num_rows, out, out_stride);
+  if (num_rows == 1) multiply_few_rows<Codec, 1>(w, panel, rows, num_rows, out, out_stride);
 }
 
 template <class Codec>
 void multiply(const PackedMatrix& w, int panel, const float* const* rows, int num_rows, float* out, ptrdiff_t out_stride) {
-  if (num_rows > 2 * kGemvRows) return multiply_many_rows<Codec>(w, panel, rows, num_rows, out, out_stride);
+  if (num_rows > 2 * kGemvRows || w.tiles_in(panel) != kPanelTiles) return multiply_many_rows<Codec>(w, panel, rows, num_rows, out, out_stride);
   // Decoding a panel twice in registers is cheaper than writing it to the cache once.
   const int first = num_rows > kGemvRows ? (num_rows + 1) / 2 : num_rows;
-  multiply_in_registers<Codec, kGemvRows>(w, panel, rows, first, out, out_stride);
-  multiply_in_registers<Codec, kGemvRows>(w, panel, rows + first, num_rows - first, out + first * out_stride, out_stride);
+  multiply_in_registers<Codec>(w, panel, rows, first, out, out_stride);
+  multiply_in_registers<Codec>(w, panel, rows + first, num_rows - first, out + first * out_stride, out_stride);
 }
 
 template <class Visit>

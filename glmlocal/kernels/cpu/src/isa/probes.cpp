@@ -21,24 +21,6 @@ double fma_flops(int iterations) {
   return double(iterations) * chains * 16 * 2;
 }
 
-double int8_ops(int iterations) {
-  constexpr int chains = kDotRows * kDotTiles;
-  uint32_t start[chains * 16] = {};
-  asm volatile("" : "+m"(start));
-  U acc[chains];
-  unroll<chains>([&](auto i) { acc[i.v] = load_words(start + i.v * 16); });
-  for (int i = 0; i < iterations; ++i) {
-    asm volatile("" ::"r"(start) : "memory");  // else parts of a product that is the same every time would leave the loop
-    const U codes = load_words(start), x = load_words(start + 16 % (chains * 16));
-    unroll<chains>([&](auto c) { acc[c.v] = dot<false>(acc[c.v], codes, x); });
-  }
-  U total = splat(0);
-  unroll<chains>([&](auto i) { total = add_words(total, acc[i.v]); });
-  const int32_t result = sum_words(total);
-  asm volatile("" ::"m"(result));
-  return double(iterations) * chains * 64 * 2;
-}
-
 float read_bytes(const void* data, size_t num_bytes) {
   const float* p = (const float*)data;
   const float* end = p + num_bytes / sizeof(float);

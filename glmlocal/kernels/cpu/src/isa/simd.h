@@ -11,8 +11,8 @@
 //   load_words splat shift_right shr<n> shl<n> sar<n> (keeps the sign) bit_and select(m, a, b) = (a & m) | (b & ~m)      on U
 //   as_float as_words, to_words(round to nearest) to_float  reinterpret and convert; words are then signed, as in
 //   max_words add_words, sum_words max_of_words (over the lanes), store_words, store_low_bytes (16 bytes)
-//   dot<eight_bits>(sums, codes, x)                       sums + Σ over the 4 bytes of each word of codes (0 … 255) · x (int8);
-//                                                         exact; without eight_bits codes are below 128 (kDotKnowsBits: that matters)
+//   dot(sums, codes, x)                                   sums + Σ over the 4 bytes of each word of codes (0 … 255) · x (int8), exact
+//   Dots<bits>, TileDots<bits>                            the same over the 8 words of a block, see below
 //   ByteTable, make_byte_table, lookup_bytes(table, words)  each byte (0 … 15) replaced by one of 16
 //   Table, make_table, lookup(table, words)               by the low 4 bits of each word
 //   byte_bias, byte_value<j>(words, bias)                 byte j of each word as fp32, minus the bias
@@ -59,6 +59,24 @@ GLM_INLINE void unroll(F&& f) {
 #endif
 
 namespace glmlocal::GLM_ISA {
+
+// Exact int32 sums of start + Σ codes · x over at most 8 words (32 columns), codes below 2^bits (4, 6 or 8), |x| ≤ 127:
+//
+//   Partial p = begin(start);  p = add(p, codes, x) for each word;  U sums = end(start, p)
+//
+// TileDots are for register tiles of at most `rows` rows, and add a word in `passes` parts. Where dot() is one instruction
+// both are just that; kDotKnowsBits: they are not the same for all numbers of bits.
+#if defined(__AVX512F__) || defined(__AVXVNNI__) || !defined(__AVX2__)
+template <int bits> struct Dots {
+  using Partial = U;
+  static constexpr int rows = kDotRows, passes = 1;
+  static GLM_INLINE Partial begin(U start) { return start; }
+  static GLM_INLINE Partial add(Partial sums, U codes, U x) { return dot(sums, codes, x); }
+  template <int> static GLM_INLINE Partial add_part(Partial sums, U codes, U x) { return dot(sums, codes, x); }
+  static GLM_INLINE U end(U, Partial sums) { return sums; }
+};
+template <int bits> using TileDots = Dots<bits>;
+#endif
 
 // e^x within 2 ulp; 0 below -87.3 and inf above 88.4, where the result leaves the normal numbers; NaN stays NaN.
 GLM_INLINE F exp(F x) {

@@ -85,25 +85,85 @@ GLM_INLINE void store_low_bytes(int8_t* p, U x) {
 }
 
 #if defined(__AVXVNNI__)
-inline constexpr bool kDotKnowsBits = false;
-template <bool> GLM_INLINE __m256i dot(__m256i sums, __m256i codes, __m256i x) { return _mm256_dpbusd_avx_epi32(sums, codes, x); }
+GLM_INLINE U dot(U sums, U codes, U x) {
+  return {_mm256_dpbusd_avx_epi32(sums.lo, codes.lo, x.lo), _mm256_dpbusd_avx_epi32(sums.hi, codes.hi, x.hi)};
+}
+inline constexpr bool kDotKnowsBits = false, kDotSumsInMemory = false;
+inline constexpr int kDotRows = 4, kDotTiles = 1;  // 8 accumulators, 2 weights, activations and constants of the dot product
 #else
-inline constexpr bool kDotKnowsBits = true;
-// maddubs adds two products in 16 bits, which 8-bit codes overflow; those go in two halves.
-template <bool eight_bits>
-GLM_INLINE __m256i dot(__m256i sums, __m256i codes, __m256i x) {
-  if constexpr (eight_bits) {
+inline constexpr bool kDotKnowsBits = true, kDotSumsInMemory = true;
+inline constexpr int kDotRows = 6, kDotTiles = 1;  // 12 integer sums, 2 weights, 1 activation, 1 product of 16 registers
+
+// Sums of several products would be added up in another order, one that keeps all of the products on the stack.
+template <class Lanes> GLM_INLINE Lanes in_this_order(Lanes x) {
+  asm("" : "+x"(x));
+  return x;
+}
+
+// maddubs adds two products in 16 bits. A lane of 16 bits holds the products of 16 columns, half of a block, where codes have
+// 4 bits: 16 · 15 · 127 = 30480. Its one multiplication and one addition are all that 32 columns take.
+template <int bits> struct Dots {
+  static_assert(bits == 4);
+  using Partial = U;
+  static constexpr int rows = kDotRows, passes = 1;
+  static GLM_INLINE Partial begin(U) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static GLM_INLINE Partial add(Partial sums, U codes, U x) {
+    return {in_this_order(_mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(codes.lo, x.lo))),
+            in_this_order(_mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(codes.hi, x.hi)))};
+  }
+  template <int> static GLM_INLINE Partial add_part(Partial sums, U codes, U x) { return add(sums, codes, x); }
+  static GLM_INLINE U end(U start, Partial sums) {
+    const __m256i one = _mm256_set1_epi16(1);
+    return add_words(start, {_mm256_madd_epi16(sums.lo, one), _mm256_madd_epi16(sums.hi, one)});
+  }
+};
+// 6 bits: 2 · 63 · 127 fit, no more.
+template <> struct Dots<6> {
+  using Partial = U;
+  static constexpr int rows = kDotRows, passes = 1;
+  static GLM_INLINE Partial begin(U start) { return start; }
+  static GLM_INLINE __m256i add(__m256i sums, __m256i codes, __m256i x) {
+    return in_this_order(_mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1))));
+  }
+  static GLM_INLINE Partial add(Partial sums, U codes, U x) { return {add(sums.lo, codes.lo, x.lo), add(sums.hi, codes.hi, x.hi)}; }
+  template <int> static GLM_INLINE Partial add_part(Partial sums, U codes, U x) { return add(sums, codes, x); }
+  static GLM_INLINE U end(U, Partial sums) { return sums; }
+};
+// 8 bits: two products overflow 16 bits. Even and odd bytes are widened.
+template <> struct Dots<8> {
+  using Partial = U;
+  static GLM_INLINE Partial begin(U start) { return start; }
+  static GLM_INLINE __m256i add(__m256i sums, __m256i codes, __m256i x) {
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(x, 8));
-    return _mm256_add_epi32(sums, _mm256_add_epi32(even, odd));
-  } else {
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
+    return in_this_order(_mm256_add_epi32(sums, _mm256_add_epi32(even, odd)));
   }
-}
+  static GLM_INLINE Partial add(Partial sums, U codes, U x) { return {add(sums.lo, codes.lo, x.lo), add(sums.hi, codes.hi, x.hi)}; }
+  static GLM_INLINE U end(U, Partial sums) { return sums; }
+};
+
+// In tiles 8 bits are two numbers of 4, which takes 4 instructions for 32 columns and no widening of activations.
+template <int bits> struct TileDots : Dots<bits> {};
+template <> struct TileDots<8> {
+  struct Partial { U low, high; };
+  static constexpr int rows = kDotRows / 2, passes = 2;  // one vector of 8 rows at a time: 12 sums, 2 weights, 1 activation, 1 product
+  static GLM_INLINE Partial begin(U start) { return {Dots<4>::begin(start), Dots<4>::begin(start)}; }
+  static GLM_INLINE void add(__m256i& low, __m256i& high, __m256i codes, __m256i x) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    low = in_this_order(_mm256_add_epi16(low, _mm256_maddubs_epi16(_mm256_and_si256(codes, mask), x)));
+    high = in_this_order(_mm256_add_epi16(high, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(codes, 4), mask), x)));
+  }
+  template <int part> static GLM_INLINE Partial add_part(Partial sums, U codes, U x) {
+    if constexpr (part == 0) add(sums.low.lo, sums.high.lo, codes.lo, x.lo);
+    else add(sums.low.hi, sums.high.hi, codes.hi, x.hi);
+    return sums;
+  }
+  static GLM_INLINE U end(U start, Partial sums) {
+    const __m256i sixteen = _mm256_set1_epi16(16);
+    return Dots<4>::end(add_words(start, {_mm256_madd_epi16(sums.high.lo, sixteen), _mm256_madd_epi16(sums.high.hi, sixteen)}), sums.low);
+  }
+};
 #endif
-template <bool eight_bits> GLM_INLINE U dot(U sums, U codes, U x) {
-  return {dot<eight_bits>(sums.lo, codes.lo, x.lo), dot<eight_bits>(sums.hi, codes.hi, x.hi)};
-}
 struct ByteTable { __m256i values; };
 GLM_INLINE ByteTable make_byte_table(const uint8_t* values) { return {_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)values))}; }
 GLM_INLINE U lookup_bytes(ByteTable table, U index) { return {_mm256_shuffle_epi8(table.values, index.lo), _mm256_shuffle_epi8(table.values, index.hi)}; }
@@ -155,7 +215,6 @@ GLM_INLINE int32_t max_of_words(U x) {
 // While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
 inline constexpr int kGemvRows = 4, kGemvChains = 2, kGemvUnscaledChains = 4;
 inline constexpr int kGemmRows = 6, kGemmTiles = 1;  // 12 accumulators, 2 weights, 1 activation of 16 registers
-inline constexpr int kDotRows = 4, kDotTiles = 1;    // 8 accumulators, 2 weights, activations and constants of the dot product
-inline constexpr int kDotGemvChains = 2;  // and as many fp32 sums
+inline constexpr int kDotGemvRows = 4, kDotGemvChains = 2;  // chains: and as many fp32 sums
 
 }  // namespace glmlocal::GLM_ISA

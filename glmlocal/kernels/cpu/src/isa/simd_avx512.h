@@ -49,7 +49,7 @@ GLM_INLINE void store_low_bytes(int8_t* p, U x) { _mm_storeu_si128((__m128i*)p, 
 GLM_INLINE void store_words(void* p, U x) { _mm512_storeu_si512(p, x); }
 
 // Written out because GCC 12 copies accumulators through memory around the intrinsic when there are many of them.
-template <bool> GLM_INLINE U dot(U sums, U codes, U x) {
+GLM_INLINE U dot(U sums, U codes, U x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(x));
   return sums;
 }
@@ -92,7 +92,7 @@ GLM_INLINE int32_t max_of_words(U x) { return _mm512_reduce_max_epi32(x); }
 inline constexpr int kGemvRows = 4, kGemvChains = 8, kGemvUnscaledChains = 16;
 inline constexpr int kGemmRows = 6, kGemmTiles = 4;  // 24 accumulators, 4 weights, 1 activation of 32 registers
 inline constexpr int kDotRows = 6, kDotTiles = 2;    // 12 integer and 12 fp32 sums, 2 weights, 1 activation
-inline constexpr int kDotGemvChains = 8;  // and as many fp32 sums
-inline constexpr bool kDotKnowsBits = false;
+inline constexpr int kDotGemvRows = 4, kDotGemvChains = 8;  // chains: and as many fp32 sums
+inline constexpr bool kDotKnowsBits = false, kDotSumsInMemory = false;
 
 }  // namespace glmlocal::GLM_ISA

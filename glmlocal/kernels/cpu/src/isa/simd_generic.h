@@ -70,7 +70,7 @@ GLM_INLINE void store_low_bytes(int8_t* p, U x) {
   for (int i = 0; i < 16; ++i) p[i] = int8_t(x.v[i / 4][i % 4]);
 }
 template <int j> GLM_INLINE QuadI signed_byte(QuadU x) { return (QuadI)(x << (24 - 8 * j)) >> 24; }
-template <bool> GLM_INLINE U dot(U sums, U codes, U x) {
+GLM_INLINE U dot(U sums, U codes, U x) {
   return map<U>([&](int i) {
     QuadI total = (QuadI)sums.v[i];
     unroll<4>([&](auto j) { total += (QuadI)(codes.v[i] >> (8 * j.v) & 255) * signed_byte<j.v>(x.v[i]); });
@@ -143,7 +143,7 @@ GLM_INLINE float maximum(F x) { return reduce(x, [](float a, float b) { return a
 inline constexpr int kGemvRows = 2, kGemvChains = 2, kGemvUnscaledChains = 2;
 inline constexpr int kGemmRows = 2, kGemmTiles = 1;  // SSE2: 8 accumulators, 4 weights, 1 activation of 16 registers
 inline constexpr int kDotRows = 2, kDotTiles = 1;    // the same
-inline constexpr int kDotGemvChains = 2;  // and as many fp32 sums
-inline constexpr bool kDotKnowsBits = false;
+inline constexpr int kDotGemvRows = 2, kDotGemvChains = 2;  // chains: and as many fp32 sums
+inline constexpr bool kDotKnowsBits = false, kDotSumsInMemory = false;
 
 }  // namespace glmlocal::GLM_ISA
