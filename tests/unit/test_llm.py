@@ -127,6 +127,23 @@ def test_prefill_progress_is_reported_for_long_prompts(llm: LLM) -> None:
     assert [delta.prefill_progress for delta in deltas] == [0.32, 0.64, 0.96, None]
 
 
+def test_the_next_turn_of_a_chat_is_not_computed_again(llm: LLM) -> None:
+    tokens = [(7 * i) % 380 for i in range(110)]
+    answer = llm.generate(tokens, **GREEDY)
+    turn = [*tokens, *answer.token_ids, 5, 6, 7]
+    before = llm.engine.rates.num_prefilled_tokens
+    again = llm.generate(turn, **GREEDY)
+    assert llm.engine.rates.num_prefilled_tokens - before == len(turn) - 128  # the answer too
+    with LLM(llm.model_name, context=256) as fresh:
+        assert fresh.generate(turn, **GREEDY).token_ids == again.token_ids
+
+
+def test_the_queues_of_requests_never_import_torch() -> None:
+    modules = ", ".join(f"glmlocal.engine.{name}" for name in ("request", "scheduler", "stats", "grammar", "kv_files"))
+    code = f"import {modules}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_seeded_sampling_repeats_and_seeds_differ(llm: LLM) -> None:
     options = {"temperature": 1.5, "max_tokens": 20, "ignore_eos": True}
     first, again, other = (llm.generate("fox", seed=seed, **options).token_ids for seed in (1, 1, 2))
