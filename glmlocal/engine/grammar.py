@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from glmlocal.engine.request import Grammar
 from glmlocal.errors import EngineError, RequestError
 from glmlocal.text.tokenizer import Tokenizer
+from glmlocal.units import MIB
+
+_STACK_SIZE = threading.Lock()  # Python's setting for new threads is one for the process
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,9 @@ class GrammarLimits:
     """What one grammar may cost, and how many are kept."""
 
     timeout_s: float = 10.0
-    max_nesting: int = 64  # the compilers recurse, and a native stack that overflows takes the process with it
+    max_nesting: int = 64  # the compilers recurse, and a native stack that overflows takes the process with it: so do
+    max_references: int = 1000  # chains of "$ref" (5,000 of them overflow 8 MiB) and of Lark's rules
+    stack_bytes: int = 256 * MIB  # of a compiling thread; memory only where it is touched
     max_lexer_states: int = 50_000  # of 1 to 2 KB each
     max_grammar_size: int = 100_000
     max_cached: int = 32
@@ -74,7 +80,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()  # guards what follows
         self._compiled: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
         self._vocabulary: llguidance.LLTokenizer | None = None
-        self._workers: concurrent.futures.ThreadPoolExecutor | None = None
+        self._places = threading.BoundedSemaphore(limits.num_workers)
 
     def compile(self, grammar: Grammar) -> Constraint:
         """A fresh constraint at the grammar's start; waits for the compiler, at most ``timeout_s``.
@@ -87,26 +93,45 @@ class GrammarCompiler:
             if matcher is not None:
                 self._compiled.move_to_end(key)
                 return Constraint(matcher.deep_copy(), self._vocab_size, grammar.after_token_id)
-            if self._workers is None:
-                self._workers = concurrent.futures.ThreadPoolExecutor(self._limits.num_workers, "grammar")
-            future = self._workers.submit(self._build, grammar)
-        try:
-            matcher = future.result(self._limits.timeout_s)
-        except concurrent.futures.TimeoutError:
-            future.cancel()
-            raise RequestError(
-                f"the {grammar.kind} takes longer than {self._limits.timeout_s:g} s to compile; make it simpler"
-            ) from None
+        matcher = self._build_elsewhere(grammar)
         with self._lock:
             self._compiled[key] = matcher
             while len(self._compiled) > self._limits.max_cached:
                 self._compiled.popitem(last=False)
         return Constraint(matcher.deep_copy(), self._vocab_size, grammar.after_token_id)
 
+    def _build_elsewhere(self, grammar: Grammar) -> llguidance.LLMatcher:
+        """``_build`` on a thread that may take its time, and whose stack is large."""
+        deadline_s = time.monotonic() + self._limits.timeout_s
+        built: concurrent.futures.Future[llguidance.LLMatcher] = concurrent.futures.Future()
+
+        def work() -> None:
+            try:
+                built.set_result(self._build(grammar))
+            except Exception as error:
+                built.set_exception(error)
+            finally:
+                self._places.release()
+
+        try:
+            if not self._places.acquire(timeout=self._limits.timeout_s):
+                raise concurrent.futures.TimeoutError
+            with _STACK_SIZE:
+                before = threading.stack_size(self._limits.stack_bytes)
+                try:
+                    threading.Thread(target=work, name="grammar", daemon=True).start()
+                finally:
+                    threading.stack_size(before)
+            return built.result(max(0.0, deadline_s - time.monotonic()))
+        except concurrent.futures.TimeoutError:
+            raise RequestError(
+                f"the {grammar.kind} takes longer than {self._limits.timeout_s:g} s to compile; make it simpler"
+            ) from None
+
     def _build(self, grammar: Grammar) -> llguidance.LLMatcher:
         matcher = llguidance.LLMatcher(
             self._tokens(),
-            _definition(grammar, self._limits.max_nesting),
+            _definition(grammar, self._limits),
             log_level=0,
             limits=llguidance.LLParserLimits(
                 max_lexer_states=self._limits.max_lexer_states,
@@ -144,13 +169,16 @@ class _Words:
         return self._encode(text.decode("utf-8", "replace"))
 
 
-def _definition(grammar: Grammar, max_nesting: int) -> str:
+def _definition(grammar: Grammar, limits: GrammarLimits) -> str:
     """What llguidance compiles. Raises RequestError for what it would not survive, or accepts and should not."""
     kind, source = grammar.kind, grammar.source
     if "\0" in source:
         raise RequestError(f"the {kind} holds a NUL character")
-    if _nesting(source) > max_nesting:
-        raise RequestError(f"the {kind} is nested deeper than {max_nesting} brackets; make it flatter")
+    if _nesting(source) > limits.max_nesting:
+        raise RequestError(f"the {kind} is nested deeper than {limits.max_nesting} brackets; make it flatter")
+    references = source.count("$ref") if kind == "json_schema" else source.count(":") if kind == "lark" else 0
+    if references > limits.max_references:
+        raise RequestError(f"the {kind} has {references:,} references, more than {limits.max_references:,}; shorten it")
     if kind == "json_object":
         return llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}')
     if kind == "lark":

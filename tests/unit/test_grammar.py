@@ -29,6 +29,9 @@ SCHEMA = {
 }
 
 
+CHAIN = '{"$ref":"#/$defs/a0","$defs":{%s}}'  # of references; long ones overflowed the compiler's stack
+
+
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     directory = tiny.save(tiny.build_model(**tiny.CONFIGS["glm45"]), tmp_path_factory.mktemp("grammar"))
@@ -129,6 +132,12 @@ def test_answers_of_one_grammar_do_not_share_their_place(compiler: GrammarCompil
         ("regex", "(a", "regex cannot be used"),
         ("regex", "(" * 5000 + "a" + ")" * 5000, "nested deeper than 64"),
         ("regex", "a\0b", "NUL"),
+        (
+            "json_schema",
+            CHAIN % ",".join(f'"a{i}":{{"$ref":"#/$defs/a{i + 1}"}}' for i in range(5000)),
+            "5,001 references",
+        ),
+        ("lark", "start: T0\n" + "\n".join(f"T{i}: T{i + 1}" for i in range(5000)) + '\nT5000: "a"', "references"),
         ("lark", "start: nowhere", "lark cannot be used"),
         ("choice", "[]", "list of non-empty strings"),
         ("choice", '"a"', "list of non-empty strings"),
@@ -139,6 +148,13 @@ def test_what_cannot_be_compiled_is_refused_by_name(
 ) -> None:
     with pytest.raises(RequestError, match=words):
         compiler.compile(Grammar(kind, source))
+
+
+def test_the_longest_chains_that_are_accepted_compile(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    links = [f'"a{i}":{{"$ref":"#/$defs/a{i + 1}"}}' for i in range(998)] + ['"a998":{"const":1}']
+    assert feed(compiler.compile(Grammar("json_schema", CHAIN % ",".join(links))), tokenizer, "1")
+    rules = [f"T{i}: T{i + 1}" for i in range(998)] + ['T998: "a"']
+    assert feed(compiler.compile(Grammar("lark", "start: T0\n" + "\n".join(rules))), tokenizer, "a")
 
 
 def test_unknown_kinds_and_endless_sources_are_refused() -> None:

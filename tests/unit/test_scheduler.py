@@ -254,8 +254,10 @@ def test_a_newcomer_waits_until_its_whole_prompt_has_room_beside_those_that_run(
     scheduler.add(prompt("first", list(range(100, 116)), max_tokens=1))  # four blocks, one after the other
     finish(scheduler, scheduler.schedule())
     scheduler.add(prompt("second", list(range(200, 212)), max_tokens=1))  # three: too many
+    finish(scheduler, scheduler.schedule())
+    assert len(scheduler.waiting) == 1
     steps = run(scheduler)
-    assert [name for step in steps for name, _, _ in step] == ["first"] * 3 + ["second"] * 3
+    assert [name for step in steps for name, _, _ in step] == ["first"] * 2 + ["second"] * 3
     assert scheduler.counters.num_preempted == 0
 
 
