@@ -18,7 +18,10 @@ http = httpx.Client(base_url=f"{url}/v1", headers={"Authorization": f"Bearer {ke
 
 def chat(messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
     """The first choice of an answer."""
-    answer = http.post("/chat/completions", json={"messages": messages, "max_tokens": 300, **options})
+    try:
+        answer = http.post("/chat/completions", json={"messages": messages, "max_tokens": 300, **options})
+    except httpx.ConnectError:
+        sys.exit(f"there is no server at {url}; start one with `glmlocal serve demo`")
     body = answer.json()
     if answer.status_code != 200:
         sys.exit(body["error"]["message"])

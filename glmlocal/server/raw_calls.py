@@ -86,6 +86,8 @@ def with_marks(
 
 def unmark(prompt: str, texts: Mapping[str, str]) -> str | None:
     """The prompt with the calls in their places; None where the template wrote a mark in a way that is not known."""
+    if any(prompt.count(mark) != 1 for mark in texts):  # or somebody's text holds one
+        return None
     pieces, position = [], 0
     for mark, raw in texts.items():
         opening = f"<tool_call>{mark}"
@@ -95,5 +97,4 @@ def unmark(prompt: str, texts: Mapping[str, str]) -> str | None:
             return None
         pieces += [prompt[position:start], raw]
         position = end + len("</tool_call>")
-    rest = prompt[position:]
-    return None if any(mark in rest for mark in texts) else "".join([*pieces, rest])
+    return "".join([*pieces, prompt[position:]])

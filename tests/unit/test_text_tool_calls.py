@@ -69,6 +69,7 @@ def test_4_two_calls_in_a_row(between: str) -> None:
 def test_5_text_around_calls_is_content_and_white_space_is_not() -> None:
     assert every_way("Sure.\n\n" + call("get_time") + "\n", [NOW]).content == "Sure."
     assert every_way(" \n" + call("get_time"), [NOW]).content == ""
+    assert every_way(call("get_time") + "\n\nafter", [NOW]).content == "after"
     whole = every_way("one " + call("get_time") + " two " + call("get_time") + "\nthree", [NOW])
     assert (whole.content, len(whole.calls)) == ("one two\nthree", 2)
 
@@ -149,7 +150,15 @@ def test_12_html_entities_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ['<b class="x">&\n', "<tool_call>g</tool_call>", "</arg_valu", "</think> <think>", "<arg_key>k</arg_key>"]
+    "value",
+    [
+        '<b class="x">&\n',
+        "<tool_call>g</tool_call>",
+        "</arg_valu",
+        "</tool_call></think>x",
+        "</think> <think>",
+        "<arg_key>k</arg_key>",
+    ],
 )
 def test_13_markup_in_values(value: str) -> None:
     assert one_value(value, STRING) == value
