@@ -60,6 +60,7 @@ class RawTerminal:
             **environment,
         }
         self._process = pexpect.spawn(command[0], command[1:], env=variables, dimensions=(30, 100))
+        self._process.delaybeforesend = None  # pexpect would wait 50 ms before each key
 
     def type(self, text: str) -> None:
         self._process.send(text)
