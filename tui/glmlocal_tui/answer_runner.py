@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,6 +60,7 @@ class AnswerRunner:
             view = transcript.view_of(newer.id)  # looked up: the reader may have had the transcript drawn anew
             if isinstance(view, AnswerView):
                 await view.show(newer)
+                await self._drawn()
 
         def waits(text: str) -> None:
             view = transcript.view_of(message.id)
@@ -76,6 +78,14 @@ class AnswerRunner:
             await paint(finished)
         self._done(finished)
         await app.show_sessions()
+
+    async def _drawn(self) -> None:
+        """Until the screen shows it: laying out and writing cost more than the text, and the pace counts them too."""
+        if self._app.screen.is_current and self._app.is_running:
+            drawn = asyncio.Event()
+            if self._app.call_after_refresh(drawn.set):
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(drawn.wait(), 1.0)
 
     async def _until_ready(self, waits: Callable[[str], None]) -> None:
         """A message may be sent while the model loads: it waits for it."""

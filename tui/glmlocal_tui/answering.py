@@ -12,7 +12,7 @@ from glmlocal_tui import client, sse
 from glmlocal_tui.client import Client, Sampling, ServerError
 from glmlocal_tui.conversation import Conversation, Message, with_piece
 
-_FRAME_S = 1 / 30
+_FRAME_S = 1 / 20
 _DRAW_SHARE = 4  # drawing takes at most one part in this many of the time, however slow it gets
 _RETRY_S, _MOST_RETRY_S = 1.0, 30.0
 

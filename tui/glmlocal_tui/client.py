@@ -1,16 +1,20 @@
-"""The HTTP side of the app: one chat server, OpenAI's paths, and glmlocal's ``/v1/stats`` where there is one."""
+"""The HTTP side of the app: one chat server, OpenAI's paths, and glmlocal's ``/v1/stats`` where there is one.
+
+httpx is imported at the first request, after the first paint.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from glmlocal_tui import sse, stats
 from glmlocal_tui.cleaning import one_line
+
+if TYPE_CHECKING:
+    import httpx
 
 GONE, REFUSED, CONTEXT, BUSY, LOADING, ODD = "gone", "refused", "context", "busy", "loading", "odd"
 _WAIT_S = 15.0  # to connect, or for a small answer; a stream may be silent for as long as the prompt takes
@@ -47,6 +51,8 @@ class Client:
 
     def _client(self) -> httpx.AsyncClient:
         if self._http is None:
+            import httpx
+
             headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
             root = self.url.rstrip("/").removesuffix("/v1")
             # trust_env: a proxy for the world must not be asked for the loopback server
@@ -90,6 +96,8 @@ class Client:
 
         Raises ServerError before the first event, or in the middle when the server goes away.
         """
+        import httpx
+
         body = self._body(model, messages, sampling)
         timeout = httpx.Timeout(_WAIT_S, read=None)
         try:
@@ -126,6 +134,8 @@ class Client:
         return body
 
     async def _get(self, path: str) -> httpx.Response:
+        import httpx
+
         try:
             return await self._client().get(path)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:

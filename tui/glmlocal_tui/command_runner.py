@@ -1,4 +1,7 @@
-"""What each command does. A command's method has its name; ``words`` is what was typed after it."""
+"""What each command does. A command's method has its name; ``words`` is what was typed after it.
+
+Screens are imported when they are opened: the first paint is not to wait for them.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,6 @@ from glmlocal_tui import commands, export, mentions
 from glmlocal_tui.commands import Call
 from glmlocal_tui.connection import READY
 from glmlocal_tui.conversation import Conversation
-from glmlocal_tui.screens.ask import AskScreen
-from glmlocal_tui.screens.help import HelpScreen
-from glmlocal_tui.screens.search import SearchScreen
-from glmlocal_tui.screens.settings import SettingsScreen
 from glmlocal_tui.settings import Settings, parse_number
 from glmlocal_tui.widgets.banner import Banner
 from glmlocal_tui.widgets.completions import Choice
@@ -135,6 +134,8 @@ class CommandRunner:
             self._app.query_one(Prompt).focus()
 
     async def do_search(self, words: str = "") -> None:
+        from glmlocal_tui.screens.search import SearchScreen
+
         def opened(chosen: SessionChosen | None) -> None:
             if chosen is not None:
                 self._app.post_message(chosen)
@@ -153,6 +154,8 @@ class CommandRunner:
         self._app.say(f"this conversation is now called {title!r}")
 
     async def do_rename_chosen(self, words: str = "") -> None:
+        from glmlocal_tui.screens.ask import AskScreen
+
         id_ = self._app.query_one(Sidebar).chosen()
         titles = {item.id: item.title for item in await self._sessions()}
 
@@ -312,6 +315,8 @@ class CommandRunner:
             raise ValueError(f"there is no theme {words!r}; there are {', '.join(sorted(self._app.available_themes))}")
 
     async def do_settings(self, words: str = "") -> None:
+        from glmlocal_tui.screens.settings import SettingsScreen
+
         def closed(new: Settings | None) -> None:
             if new is not None:
                 fields = Settings.__dataclass_fields__
@@ -331,6 +336,8 @@ class CommandRunner:
         self._app.say(f"pip install textual-serve, then: textual serve {shlex.quote(command)}")
 
     async def do_help(self, words: str = "") -> None:
+        from glmlocal_tui.screens.help import HelpScreen
+
         if not isinstance(self._app.screen, HelpScreen):
             self._app.push_screen(HelpScreen())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def read_key(path: Path) -> str:
 def run(options: Options) -> int:
     """Open the app and stay in it; a server of our own ends with it."""
     from glmlocal_tui.app import ChatApp
+
+    gc.freeze()  # code and styles stay for good: a full collection among them would hold a key up for 0.1 s
+    gc.set_threshold(20_000, 50, 100)
 
     async def live() -> int:
         app = ChatApp(options)

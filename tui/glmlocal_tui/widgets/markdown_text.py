@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from rich.cells import cell_len
 from rich.segment import Segment
+from rich.style import Style
 from textual.color import Color
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.selection import Selection
 from textual.strip import Strip
 from textual.widget import Widget
@@ -31,6 +32,8 @@ class MarkdownText(Widget):
         self._drawn = 0  # closed blocks that are in _closed_lines
         self._tail_lines: list[Strip] = []
         self._growing = GrowingCode()
+        self._style = Style()
+        self._styled: dict[int, Strip] = {}  # lines of finished blocks as they are drawn
         self._finished = bool(text)  # a text that is there from the start is whole
         if text:
             self._blocks.append(text)
@@ -78,11 +81,28 @@ class MarkdownText(Widget):
     def get_content_width(self, container: Size, viewport: Size) -> int:
         return container.width
 
+    def render_lines(self, crop: Region) -> list[Strip]:
+        style = self.rich_style  # costs as much as drawing a line: once for all of them
+        if style != self._style:
+            self._style = style
+            self._styled.clear()
+        return super().render_lines(crop)
+
     def render_line(self, y: int) -> Strip:
         self._lay_out(self.size.width)
         strip = self._line(y)
         if strip is None:
-            return Strip.blank(self.size.width, self.rich_style)
+            return Strip.blank(self.size.width, self._style)
+        selected = self.text_selection is not None
+        if not selected and y in self._styled:
+            return self._styled[y]
+        strip = self._with_style(strip, y)
+        if not selected and y < len(self._closed_lines):
+            self._styled[y] = strip
+        return strip
+
+    def _with_style(self, strip: Strip, y: int) -> Strip:
+        """A line as it is drawn: in the widget's colours, what is selected marked, each cell knowing its place."""
         span = self.text_selection.get_span(y) if self.text_selection is not None else None
         if span is not None:
             style = self.screen.get_component_rich_style("screen--selection")
@@ -92,7 +112,7 @@ class MarkdownText(Widget):
             pieces = strip.divide([start, end, strip.cell_length] if start else [end, strip.cell_length])
             chosen = 1 if start else 0
             strip = Strip.join(piece.apply_style(style) if n == chosen else piece for n, piece in enumerate(pieces))
-        strip = Strip(Segment.apply_style(strip, self.rich_style), strip.cell_length)
+        strip = Strip(Segment.apply_style(strip, self._style), strip.cell_length)
         return strip.apply_offsets(0, y)
 
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
@@ -125,6 +145,7 @@ class MarkdownText(Widget):
         dark = self.app.current_theme.dark
         look = Look(max(width, 1), dark, accent.hex6, ink.blend(paper, 0.4).hex6)
         self._closed_lines, self._drawn, self._growing = [], 0, GrowingCode()
+        self._styled.clear()
         self._look = look
         self._draw(look)
 
