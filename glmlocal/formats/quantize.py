@@ -76,7 +76,8 @@ def _quantize_groups(
         raise ValueError(f"a weight is {extremes[~(np.abs(extremes) < limit)][0]:g}, wanted finite and below {limit:g}")
     # The negative side of the codes is the longer one, so it gets the largest weight; a scale may be negative.
     sizes = np.where(np.abs(extremes) > _ZERO, -extremes, np.float32(1))
-    relative = (weights / sizes[:, None]).astype(np.float32, copy=False)  # -1 … 1; the largest is -1 exactly, and all are 0 where it is
+    # -1 … 1; the largest is -1 exactly, and all are 0 where it is
+    relative = (weights / sizes[:, None]).astype(np.float32, copy=False)
     relative[np.abs(extremes) <= _ZERO] = 0
     best_codes = np.zeros_like(relative)
     best_error = np.full(len(weights), np.inf, np.float32)

@@ -20,7 +20,7 @@ from glmlocal.hub.listing import HubFile
 from glmlocal.units import format_bytes
 
 # What loading and chatting read, of all that a release has beside its weights.
-_TEXT_FILES = frozenset(
+TEXT_FILES = frozenset(
     {
         "config.json",
         "generation_config.json",
@@ -157,7 +157,7 @@ def _safetensors(at_top: dict[str, HubFile], repo_id: str, shards: Iterable[str]
     absent = sorted(names - at_top.keys())
     if absent:
         raise DownloadError(f"{repo_id} lacks {quoted(absent[0])}, which its index names; it is not a whole model")
-    return [file for name, file in at_top.items() if name in names or name in _TEXT_FILES]
+    return [file for name, file in at_top.items() if name in names or name in TEXT_FILES]
 
 
 def _check_clashes(files: Iterable[HubFile], repo_id: str) -> None:

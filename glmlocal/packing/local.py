@@ -14,6 +14,7 @@ import xxhash
 from glmlocal.errors import ConfigError, DownloadError
 from glmlocal.formats.expert_pack import PACK_FILE
 from glmlocal.formats.index import Checkpoint, TensorIndex
+from glmlocal.hub.select import TEXT_FILES
 from glmlocal.models.weights import Quant
 from glmlocal.packing.dense import DenseFile, gguf_file, safetensors_file
 from glmlocal.packing.job import PackJob
@@ -21,18 +22,6 @@ from glmlocal.packing.make import Maker, OnBytes
 from glmlocal.units import MIB, format_bytes
 
 _SPARE_BYTES = 64 * MIB  # for text files, directories and the journal
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def pack_model(
@@ -86,7 +75,7 @@ def check_space(maker: Maker, target: Path) -> None:
 
 def copy_text_files(source: Path, directory: Path, job: PackJob) -> None:
     """Configuration, tokenizer and template, as they are; a GGUF file has its own."""
-    for name in TEXT_FILES if job.kind == "safetensors" else ():
+    for name in sorted(TEXT_FILES) if job.kind == "safetensors" else ():
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
 

@@ -21,9 +21,10 @@ from glmlocal.hub.download import Options, Progress
 from glmlocal.hub.headers import remote_checkpoint
 from glmlocal.hub.listing import HubFile
 from glmlocal.hub.pull import Pull, check_space, fetch_files, storing_in
+from glmlocal.hub.select import TEXT_FILES
 from glmlocal.models.weights import Quant
 from glmlocal.packing.job import PackJob, parts_of
-from glmlocal.packing.local import TEXT_FILES, check_target, dense_file, identity_of, storing
+from glmlocal.packing.local import check_target, dense_file, identity_of, storing
 from glmlocal.packing.make import Maker
 
 
