@@ -45,7 +45,7 @@ from glmlocal.offload.nvme import open_reader
 from glmlocal.planner.plan import Line, Plan, Wants
 from glmlocal.units import GIB, format_bytes
 
-WARM_UP = 96  # tokens of the trace that fill the slots before anything is timed
+WARM_UP = 64  # tokens of the trace that fill the slots before anything is timed
 Trace = list[list[list[int]]]  # [token][layer] → experts
 
 
