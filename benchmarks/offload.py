@@ -42,10 +42,10 @@ from glmlocal.formats.index import Checkpoint, open_checkpoint
 from glmlocal.layers.experts import Experts, Pending
 from glmlocal.offload import eviction, host
 from glmlocal.offload.nvme import open_reader
-from glmlocal.planner.plan import Line, Plan, Wants
+from glmlocal.planner.plan import Wants
 from glmlocal.units import GIB, format_bytes
 
-WARM_UP = 96  # tokens of the trace that fill the slots before anything is timed
+WARM_UP = 24  # tokens of the trace that fill the slots before anything is timed
 Trace = list[list[list[int]]]  # [token][layer] → experts
 
 
@@ -172,7 +172,7 @@ def _read(engine: Engine) -> int:
     return 0 if stats is None else stats.read_bytes
 
 
-def disk_rate(pack: ExpertPack, top_k: int, seconds: float = 1.5) -> dict[str, float]:
+def disk_rate(pack: ExpertPack, top_k: int, seconds: float = 1.0) -> dict[str, float]:
     """GB/s of random records, ``top_k`` at a time, and what it costs the CPU."""
     layer = pack.layers()[0]
     size = pack.layout(layer).record_bytes
@@ -199,21 +199,6 @@ def disk_rate(pack: ExpertPack, top_k: int, seconds: float = 1.5) -> dict[str, f
     }
 
 
-def with_slots(plan: Plan, slots: int, record_bytes: int) -> Plan:
-    """The plan with so many slots, whatever memory that takes."""
-    devices = []
-    for device in plan.devices:
-        lines = [each for each in device.lines if each.what != "read buffers" and "expert" not in each.what]
-        if device.kind == "ram":
-            device = replace(device, lines=(*lines, Line("expert slots, bench", slots * record_bytes, "exact")))
-        devices.append(device)
-    assert plan.placement is not None
-    place = plan.placement
-    counts = tuple(map(sum, zip(place.ram_experts, place.nvme_experts, strict=True)))
-    place = replace(place, ram_experts=(0,) * len(counts), nvme_experts=counts)
-    return replace(plan, devices=tuple(devices), placement=place)
-
-
 def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     pack = checkpoint.tensors.experts
     assert pack is not None
@@ -229,9 +214,9 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     traces = {name: make(moe_layers, experts, top_k, 512) for name, make in TRACES.items()}
     for name, trace in traces.items():
         result[name] = {"trace": describe(trace, experts)}
-        for fraction in (0.10, 0.25, 0.50):
+        for fraction in (0.10, 0.25, 0.50) if args.simulate else ():
             result[name][f"hit_rate_{fraction:.0%}"] = policies(trace, experts, fraction)
-        print(name, json.dumps(result[name]))
+        print(name, json.dumps(result[name]), flush=True)
     if args.simulate:
         return result
     engine = load_engine(checkpoint, plan)
@@ -244,9 +229,9 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
         rates.append(disk_rate(pack, top_k))
         measured[name] = decode(engine, trace, args.tokens)
         rates.append(disk_rate(pack, top_k))
+        print(name, f"{len(measured[name]) / sum(step.seconds for step in measured[name]):.2f} tok/s", flush=True)
     result["rss_bytes"] = psutil.Process().memory_info().rss
-    del engine
-    compute = _compute_s(checkpoint, plan, record, moe_layers, experts, top_k, args.tokens)
+    compute = _compute_s(engine, offload.slots, moe_layers, top_k, args.tokens)
     for place, (name, steps) in enumerate(measured.items()):
         gb_per_s = statistics.mean(rate["gb_per_s"] for rate in rates[2 * place : 2 * place + 2])
         bound = sum(max(compute, step.read_bytes / gb_per_s / 1e9) for step in steps)
@@ -266,13 +251,11 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _compute_s(
-    checkpoint: Checkpoint, plan: Plan, record: int, layers: int, experts: int, top_k: int, tokens: int
-) -> float:
+def _compute_s(engine: Engine, slots: int, layers: int, top_k: int, tokens: int) -> float:
     """Seconds of a step whose experts are all in their slots: a trace that repeats few of them."""
-    engine = load_engine(checkpoint, with_slots(plan, min(layers * experts, layers * 3 * top_k), record))
+    few = min(3 * top_k, slots // layers - top_k)
     generator = random.Random(5)
-    trace = [[generator.sample(range(3 * top_k), top_k) for _ in range(layers)] for _ in range(WARM_UP + tokens + 8)]
+    trace = [[generator.sample(range(few), top_k) for _ in range(layers)] for _ in range(WARM_UP + tokens)]
     steps = decode(engine, trace, tokens)
     assert not any(step.read_bytes for step in steps)
     return statistics.median(step.seconds for step in steps)
@@ -284,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ram", default="2.4GiB")
     parser.add_argument("--tokens", type=int, default=48, help="timed decode steps per trace")
     parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--simulate", action="store_true", help="the policies' hit rates alone")
+    parser.add_argument("--simulate", action="store_true", help="the policies' hit rates, nothing timed")
     args = parser.parse_args(argv)
     checkpoint = open_checkpoint(args.pack)
     result = measure(checkpoint, args)

@@ -42,12 +42,8 @@ def _with_pack(machine: Machine, checkpoint: Checkpoint) -> Machine:
     pack = checkpoint.tensors.experts
     if pack is None:
         return replace(machine, nvme=None)
-    rate, basis = (
-        (DEFAULT_NVME_GB_PER_S, "modelled")
-        if machine.nvme is None
-        else (machine.nvme.read_gb_per_s, machine.nvme.basis)
-    )
-    return replace(machine, nvme=Nvme(file_bytes(pack.header), rate, str(pack.path.parent), basis))
+    disk = machine.nvme or Nvme(0, DEFAULT_NVME_GB_PER_S)
+    return replace(machine, nvme=replace(disk, capacity_bytes=file_bytes(pack.header), path=str(pack.path.parent)))
 
 
 def _pack_hint(checkpoint: Checkpoint) -> str:

@@ -16,7 +16,7 @@ from glmlocal.offload import host, trace
 from glmlocal.offload.eviction import Policy, lfru
 from glmlocal.offload.experts import OffloadedExperts, RowBuffer
 from glmlocal.offload.nvme import PackSource, Reader, open_reader
-from glmlocal.offload.stats import OffloadStats, bottleneck
+from glmlocal.offload.stats import OffloadStats, bottleneck, since
 from glmlocal.offload.store import ExpertStore
 from glmlocal.units import format_bytes
 
@@ -61,7 +61,8 @@ class Offload:
         self._buffer = RowBuffer()
         self._bound: dict[ExpertLayout, SlotExperts] = {}
         self._available_bytes, self._next_check_s = available_bytes, 0.0
-        self._start_s, self._has_warned = 0.0, False
+        self._full: tuple[float, OffloadStats] | None = None  # when the slots were full, and what had been by then
+        self._has_warned = False
         self._earlier = trace.load(pack)
         if self._earlier is not None:
             self.store.seed(self._earlier.heats)
@@ -138,13 +139,19 @@ class Offload:
             self.store.grow(regain)
 
     def _warn(self, now: float) -> None:
-        """Once, when most of the time goes by waiting for the disk."""
-        self._start_s = self._start_s or now
-        seconds, stats = now - self._start_s, self.stats()
-        if self._has_warned or seconds < _WARN_AFTER_S or stats.store.stall_s < STALL_WARNS_ABOVE * seconds:
+        """Once, when most of the time goes by waiting for the disk. Counts from when the slots were full."""
+        if self._has_warned:
             return
-        self._has_warned = True
-        log.warning("%s", bottleneck(stats, seconds, len(self._layouts) * self._pack.num_experts))
+        stats = self.stats()
+        if self._full is None:
+            if stats.store.evictions:
+                self._full = now, stats
+            return
+        start_s, then = self._full
+        seconds, lately = now - start_s, since(stats, then)
+        if seconds >= _WARN_AFTER_S and lately.store.stall_s > STALL_WARNS_ABOVE * seconds:
+            self._has_warned = True
+            log.warning("%s", bottleneck(lately, seconds, len(self._layouts) * self._pack.num_experts))
 
 
 def _bind(layout: ExpertLayout, num_experts: int, activations: Activations) -> SlotExperts:

@@ -64,6 +64,21 @@ def bottleneck(stats: OffloadStats, seconds: float, num_experts: int) -> str:
     )
 
 
+def since(now: OffloadStats, then: OffloadStats) -> OffloadStats:
+    """What has come about between two looks at one store."""
+    one, two = now.store, then.store
+    store = StoreStats(
+        one.lookups - two.lookups,
+        one.hits - two.hits,
+        one.evictions - two.evictions,
+        one.prefetched - two.prefetched,
+        one.prefetch_hits - two.prefetch_hits,
+        one.stall_s - two.stall_s,
+        one.num_tokens - two.num_tokens,
+    )
+    return replace(now, store=store, read_bytes=now.read_bytes - then.read_bytes, read_s=now.read_s - then.read_s)
+
+
 def merged(stats: Sequence[OffloadStats]) -> OffloadStats | None:
     """Of several stores (layers with records of different sizes) as one; None of none."""
     if not stats:

@@ -26,7 +26,7 @@ if not cpu.available:
 
 from glmlocal import LLM
 from glmlocal.kernels.cpu import _cpu
-from glmlocal.offload import host, nvme
+from glmlocal.offload import host, nvme, runtime
 from glmlocal.offload.nvme import Reader, open_reader
 
 TEXT = [5, 9, 200, 31, 77, 140, 6, 8]
@@ -269,7 +269,7 @@ def test_reads_in_pieces_bring_the_bytes_of_the_file_and_no_more_than_the_queue_
 
 
 def test_stats_of_several_stores_add_up(model: Path) -> None:
-    from glmlocal.offload.stats import OffloadStats, bottleneck, merged
+    from glmlocal.offload.stats import OffloadStats, bottleneck, merged, since
     from glmlocal.offload.store import StoreStats
 
     one = OffloadStats(StoreStats(10, 4, 3, 2, 1, 1.5, 100), 5, 5000, 6000, 2.0, True)
@@ -282,5 +282,30 @@ def test_stats_of_several_stores_add_up(model: Path) -> None:
     assert both.hit_rate == 0.4
     assert both.read_bytes_per_token == 70.0
     assert both.read_bytes_per_s == 1750.0
+    assert since(both, one) == replace(two, slots=10, slot_bytes=10000)
     assert "60% of the time" in bottleneck(one, 2.5, 20)
     assert "--ram" in bottleneck(one, 2.5, 20)
+
+
+def test_a_slow_disk_is_warned_of_once_with_advice(
+    model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_WARN_AFTER_S", 0.0)
+    monkeypatch.setattr(runtime, "STALL_WARNS_ABOVE", -1.0)
+    engine = packed.engine_with(model, 2)
+    (offload,) = engine.offloads.all
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            offload._next_check_s = 0.0
+            engine.logits(TEXT)
+    assert caplog.text.count("NVMe is the bottleneck") == 1
+    assert "more --ram would help" in caplog.text
+
+
+def test_a_fast_disk_is_not_warned_of(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = packed.engine_with(model, 2)
+    (offload,) = engine.offloads.all
+    for _ in range(3):
+        offload._next_check_s = 0.0
+        engine.logits(TEXT)
+    assert "bottleneck" not in caplog.text
