@@ -153,6 +153,7 @@ class LocalEngineClient:
             num_prefilled_tokens=rates.num_prefilled_tokens,
             num_decoded_tokens=rates.num_decoded_tokens,
             snapshots=None if (store := self._store) is None else store.stats(),
+            offload=self.engine.offloads.stats(),
         )
 
     # --- on the event loop's thread

@@ -12,7 +12,7 @@ from torch import Tensor
 from glmlocal.engine.batch import Batch, SampledToken, ScheduledRequest
 from glmlocal.engine.grammar import Constraint, GrammarCompiler
 from glmlocal.engine.model_runner import ModelRunner
-from glmlocal.engine.placing import Offloads
+from glmlocal.engine.placing import ALL_IN_RAM, Offloads
 from glmlocal.engine.rates import StepRates
 from glmlocal.engine.request import Request, RequestOutput, SamplingParams
 from glmlocal.engine.sampler import Sampler
@@ -27,7 +27,7 @@ class Engine:
     """Several requests over one model. Not thread-safe: one thread owns it, but for ``check``, ``constraint_for`` and
     ``interrupt``."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, offloads: Offloads) -> None:
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, offloads: Offloads = ALL_IN_RAM) -> None:
         self.runner, self.scheduler, self.offloads = runner, scheduler, offloads
         self.sampler = Sampler(runner.model.config.vocab_size)
         self.grammars: GrammarCompiler | None = None  # whoever has a tokenizer sets it

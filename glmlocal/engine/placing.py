@@ -54,6 +54,9 @@ class Offloads:
             each.close()
 
 
+ALL_IN_RAM = Offloads({})
+
+
 def open_offloads(
     checkpoint: Checkpoint,
     config: ModelConfig,
@@ -66,7 +69,7 @@ def open_offloads(
     assert plan.placement is not None
     layers = [i for i, count in enumerate(plan.placement.nvme_experts) if count]
     if not layers:
-        return Offloads({})
+        return ALL_IN_RAM
     pack = checkpoint.tensors.experts
     if pack is None:
         raise PlanError(

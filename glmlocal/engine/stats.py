@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from glmlocal.offload.stats import OffloadStats
+
 
 @dataclass(frozen=True, slots=True)
 class SnapshotStats:
@@ -42,10 +44,11 @@ class EngineStats:
     num_prefilled_tokens: int
     num_decoded_tokens: int
     snapshots: SnapshotStats | None = None
+    offload: OffloadStats | None = None  # None: all experts are in RAM
 
     def as_dict(self) -> dict[str, Any]:
         """The engine's half of ``/v1/stats``."""
-        snapshots = self.snapshots
+        snapshots, offload = self.snapshots, self.offload
         return {
             "queue": {
                 "running": self.num_running,
@@ -83,4 +86,6 @@ class EngineStats:
                 "dropped_tokens": snapshots.dropped_tokens,
                 "ignored_files": snapshots.ignored_files,
             },
+            "tiers": None if offload is None else offload.tiers(),
+            "nvme": None if offload is None else offload.nvme(),
         }
