@@ -1,11 +1,13 @@
 """Real agents, run for a turn with a tool against the scripted engine. Skipped where they are not installed.
 
-They are looked for on the PATH and in GLMLOCAL_CLIENTS (default /work/clients/node_modules/.bin), where
-``npm install --prefix /work/clients @anthropic-ai/claude-code @openai/codex opencode-ai`` puts them.
+They are looked for on the PATH and in GLMLOCAL_CLIENTS, for example /work/clients/node_modules/.bin after
+``npm install --prefix /work/clients @anthropic-ai/claude-code @openai/codex opencode-ai``. OpenCode fetches its
+provider package from npm when it starts.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -20,7 +22,7 @@ import pytest
 import agent_script
 from served import Process, served
 
-WHERE = os.environ.get("GLMLOCAL_CLIENTS", "/work/clients/node_modules/.bin")
+WHERE = f"{os.environ.get('GLMLOCAL_CLIENTS', '')}:{os.environ['PATH']}"
 ASK = "Print a word with a command"
 pytestmark = pytest.mark.timeout(280)
 
@@ -35,16 +37,18 @@ def server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Process]:
 
 def run(tmp_path: Path, name: str, *arguments: str, **environment: str) -> str:
     """What the client printed. Its home is a fresh directory; nothing of the caller's settings reaches it."""
-    program = shutil.which(
-        name, path=f"{WHERE}:{Path(sys.executable).parent}:/work/main/.venv/bin:{os.environ['PATH']}"
-    )
-    if program is None:
-        pytest.skip(f"{name} is not installed")
+    program = shutil.which(name, path=WHERE)
+    if name == "llm" and importlib.util.find_spec("llm") is not None:
+        command = [sys.executable, "-m", "llm"]
+    elif program is not None:
+        command = [program]
+    else:
+        pytest.skip(f"{name} is not installed (GLMLOCAL_CLIENTS names the directory of such programs)")
     home, work = tmp_path / "home", tmp_path / "work"
     home.mkdir(exist_ok=True)
     work.mkdir(exist_ok=True)
     done = subprocess.run(
-        [program, *arguments],
+        [*command, *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
