@@ -88,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
     if args.url is not None or (interactive and app_fits(args)):
         return run_app(args, sampling, system, interactive=interactive)
     if args.model is None:
-        raise ConfigError("chat needs a MODEL, or --url of a server; see `glmlocal chat --help`")
+        raise ConfigError(
+            "the following arguments are required: MODEL, or --url of a server; see `glmlocal chat --help`"
+        )
     if args.api_key_file is not None:
         raise ConfigError("--api-key-file goes with --url; leave it out")
     if interactive and args.json:

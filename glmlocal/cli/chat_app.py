@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +66,15 @@ def run_app(args: argparse.Namespace, sampling: dict[str, Any], system: str | No
             raise ConfigError(str(error)) from None
         return run(Options(args.url, url=args.url, key=key, model=args.model or "", **options))
     if args.model is None:
-        raise ConfigError("chat needs a MODEL, or --url of a server; see `glmlocal chat --help`")
+        raise ConfigError(
+            "the following arguments are required: MODEL, or --url of a server; see `glmlocal chat --help`"
+        )
     if args.api_key_file is not None:
         raise ConfigError("--api-key-file goes with --url; leave it out")
     offer_to_pull(args.model)
+    import secrets
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="glmlocal-chat-") as directory:
         key, key_file = secrets.token_urlsafe(32), Path(directory) / "key"
         key_file.touch(0o600)

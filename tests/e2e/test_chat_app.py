@@ -105,7 +105,7 @@ def test_options_that_do_not_go_together_are_one_line(open_chat: Open) -> None:
         (("--url", "http://127.0.0.1:1", "--raw"), "--raw runs the model in this process"),
         (("--url", "http://127.0.0.1:1", "-p", "x"), "needs a terminal"),
         (("--url", "http://127.0.0.1:1", "--api-key-file", "/nowhere"), "cannot be read"),
-        ((), "chat needs a MODEL"),
+        ((), "required: MODEL, or --url"),
         (("demo", "--api-key-file", "x"), "--api-key-file goes with --url"),
     ):
         terminal = open_chat(*words)

@@ -75,7 +75,7 @@ async def test_commands_are_completed_and_mistakes_told(tmp_path: Path, server: 
         await app.say("/temp 0.5")
         await app.wait("temperature: 0.5")
         await app.say("/serch")
-        await app.wait("did you mean /search?")
+        await app.wait("there is no command /serch")
         await app.press("ctrl+u")
         await app.say("/system be brief")
         await app.say("//not a command")

@@ -111,7 +111,8 @@ async def test_the_dashboard_shows_every_tier(tmp_path: Path, server: ScriptedSe
 CHILD = """
 import json, sys, threading, time
 url, mode = sys.argv[1:]
-if mode == "fails":
+if mode.startswith("fails:"):
+    print("started", file=open(mode[6:], "a"))
     sys.exit("glmlocal: error: no such model: nowhere; `glmlocal ls` lists them")
 print(json.dumps({"url": url, "pid": 1}), flush=True)
 print("some log line", file=sys.stderr, flush=True)
@@ -131,11 +132,11 @@ async def test_a_server_of_our_own_is_started_found_and_ended(tmp_path: Path, se
 
 
 async def test_a_server_that_does_not_start_is_told_and_can_be_started_again(tmp_path: Path) -> None:
-    command = (sys.executable, "-c", CHILD, "http://127.0.0.1:1", "fails")
+    command = (sys.executable, "-c", CHILD, "http://127.0.0.1:1", f"fails:{tmp_path / 'starts'}")
     async with running(tmp_path, command=command) as app:
         await app.wait("no such model: nowhere")
         assert "The model could not be loaded." in app.text
         assert "/restart tries again" in app.flat
         await app.say("/restart")
-        await app.wait("starting the server")
+        await app.wait(lambda: (tmp_path / "starts").read_text().count("started") == 2)
         await app.wait("no such model: nowhere")
