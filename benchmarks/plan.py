@@ -64,7 +64,8 @@ class Engine:
         from glmlocal.engine.loader import allocations
         from glmlocal.planner.plan_json import as_json
 
-        found = allocations(self.llm.plan, self.llm.engine.runner.model, self.llm.engine.runner.kv_cache)
+        engine = self.llm.engine
+        found = allocations(self.llm.plan, engine.runner.model, engine.runner.kv_cache, engine.offloads)
         lines = {each.what: [each.planned_bytes, each.actual_bytes] for each in found}
         return {"plan": as_json(self.llm.plan), "lines": lines}
 

@@ -109,7 +109,7 @@ class Run:
 
 def run(args: argparse.Namespace) -> int:
     """Load, measure, print. Raises what loading raises, and PlanError where nothing that was asked for fits."""
-    offer_to_pull(args.model)
+    offer_to_pull(args)
     from glmlocal import bench
 
     wanted = bench.rows(args.prefill, args.decode, args.context)

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         joins_stdin = not interactive and not stdin_is_screen()
 
-    offer_to_pull(args.model)
+    offer_to_pull(args)
     from glmlocal.kernels import cpu
     from glmlocal.llm import LLM
 

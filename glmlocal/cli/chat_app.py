@@ -71,7 +71,7 @@ def run_app(args: argparse.Namespace, sampling: dict[str, Any], system: str | No
         )
     if args.api_key_file is not None:
         raise ConfigError("--api-key-file goes with --url; leave it out")
-    offer_to_pull(args.model)
+    offer_to_pull(args)
     import secrets
     import tempfile
 

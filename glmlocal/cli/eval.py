@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             f"--stride {stride} leaves no overlap in windows of {context} tokens; wanted 1 … {context - 1}"
         )
 
-    offer_to_pull(args.model)
+    offer_to_pull(args)
     from glmlocal.llm import LLM
 
     def load(model: str, options: dict[str, Any]) -> LLM:

@@ -63,13 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser, commands = _build_parser()
     # The top level has no option with a value, so the first word is the command.
     name = next((word for word in arguments if not word.startswith("-")), None)
-    if name is not None and name not in commands:
+    if name is not None and name not in COMMANDS:
         raise ConfigError(
-            f"there is no command {name!r}{_did_you_mean(name, list(commands))}; commands are {', '.join(commands)}"
+            f"there is no command {name!r}{_did_you_mean(name, list(COMMANDS))}; commands are {', '.join(COMMANDS)}"
         )
+    asks_for_all = bool({"--help", "-h"} & set(arguments[: arguments.index(name)])) if name else True
+    parser, commands = _build_parser(COMMANDS if name is None or asks_for_all else (name,))
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         chosen = commands.get(name or "", parser)
@@ -88,14 +89,14 @@ def _run(arguments: list[str]) -> int:
     return code
 
 
-def _build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser and those of its commands, by name."""
+def _build_parser(names: Sequence[str] = COMMANDS) -> tuple[Parser, dict[str, Parser]]:
+    """The parser and those of its commands, by name; the modules of no others are imported."""
     parser = Parser(prog="glmlocal", description="Run GLM-4.5-class mixture-of-experts models on your own machine.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("--debug", action="store_true", help=_DEBUG_HELP)
     parser.set_defaults(run=None)
     subparsers = parser.add_subparsers(metavar="COMMAND", title="commands", parser_class=Parser)
-    for name in COMMANDS:
+    for name in names:
         module = importlib.import_module(f"glmlocal.cli.{name}")
         module.add_parser(subparsers)
         command: Parser = subparsers.choices[name]

@@ -24,6 +24,7 @@ from glmlocal.errors import ConfigError
 from glmlocal.units import format_bytes, parse_size
 
 if TYPE_CHECKING:
+    from glmlocal.cli.pull_choice import Choice
     from glmlocal.hub.download import Options
     from glmlocal.hub.known import Choose
     from glmlocal.hub.names import HubName, Source
@@ -84,38 +85,42 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if Path(args.model).exists() and not _looks_like_hub_id(args.model):
         raise ConfigError(f"{args.model!r} is on this disk already; nothing to pull")
-    source, is_chosen_for_you = find_source(args)
+    source, choice = find_source(args)
     if args.pack:
         from glmlocal.cli.pull_pack import pull_pack
 
-        return pull_pack(args, source, must_ask=is_chosen_for_you)
+        return pull_pack(args, source, must_ask=choice is not None)
     if (args.quant, args.out, args.threads) != ("auto", None, None):
         raise ConfigError("--quant, --out and --threads are for packing; give --pack as well")
-    path = fetch(source, transfer_options(args), as_json=args.json, ask=not args.yes, must_ask=is_chosen_for_you)
+    path = fetch(source, transfer_options(args), as_json=args.json, ask=not args.yes, must_ask=choice is not None)
     if path is None:
         print("nothing was fetched", file=sys.stderr)
         return 0
     if not args.json:
         print(path)
+        if choice is not None:
+            print(f"run it with `glmlocal chat {choice.words}`", file=sys.stderr)
     return 0
 
 
-def find_source(args: argparse.Namespace, choose: Choose | None = None) -> tuple[Source, bool]:
-    """What the arguments name, and whether it was chosen for them: only a family was named. ``choose`` does that
-    (default: ``pull_choice.choose_release``)."""
+def find_source(args: argparse.Namespace, choose: Choose | None = None) -> tuple[Source, Choice | None]:
+    """What the arguments name, and where only a family was named what the planner chose of it, None otherwise.
+
+    ``choose`` chooses in its place.
+    """
     from glmlocal.cli.pull_choice import choose_release
     from glmlocal.hub.known import KnownReleases
     from glmlocal.hub.names import parse_source
 
-    was_chosen = False
+    chosen: Choice | None = None
 
-    def choose_and_say_so(family: str, hub: HubName) -> str:
-        nonlocal was_chosen
-        was_chosen = True
-        return (choose or choose_release)(family, hub)
+    def remember(family: str, hub: HubName) -> str:
+        nonlocal chosen
+        chosen = choose_release(family, hub)
+        return chosen.hub_id
 
-    source = parse_source(args.model, KnownReleases(choose_and_say_so), hub=args.hub, revision=args.revision)
-    return source, was_chosen
+    source = parse_source(args.model, KnownReleases(choose or remember), hub=args.hub, revision=args.revision)
+    return source, chosen
 
 
 def transfer_options(args: argparse.Namespace) -> Options:
@@ -164,27 +169,38 @@ def fetch(
     return path
 
 
-def offer_to_pull(model: str) -> None:
-    """For the commands that run a model: where it is a hub's and not here, offer a person at a terminal to fetch it.
+def offer_to_pull(args: argparse.Namespace) -> None:
+    """For the commands that run ``args.model``: where it is a hub's and not here, offer a person at a terminal to fetch
+    it; of a family the release that suits this machine. ``args.quant`` becomes what that one is to be loaded with.
 
     Without a terminal nothing happens: what opens the model then raises NotPulled. Raises that too for a no. What is
     wrong with a name otherwise is for what opens the model to say.
     """
-    from glmlocal.errors import ConfigError
     from glmlocal.resolve import DEMO, resolve
 
-    if model == DEMO or not somebody_is_there():
+    if args.model == DEMO or not somebody_is_there():
         return
-    from glmlocal.hub.local import NotPulled
+    from glmlocal.hub.download import DEFAULTS
+    from glmlocal.hub.local import FamilyNotPulled, NotPulled
 
     try:
-        resolve(model, progress=False)
+        resolve(args.model, progress=False)
     except NotPulled as error:
-        from glmlocal.hub.download import DEFAULTS
-
         print(f"{error.source} is not on this disk yet.", file=sys.stderr)
         if fetch(error.source, DEFAULTS, must_ask=True) is None:
             raise
+    except FamilyNotPulled:
+        source, choice = find_source(argparse.Namespace(model=args.model, hub="huggingface", revision=None))
+        if fetch(source, DEFAULTS, must_ask=True) is None:
+            raise
+        if (
+            choice is not None
+            and choice.quant != "keep"
+            and args.quant == "keep"
+            and getattr(args, "plan", None) is None
+        ):
+            args.quant = choice.quant
+            print(f"it is loaded with --quant {choice.quant}; the next time: {choice.words}", file=sys.stderr)
     except ConfigError:
         return
 

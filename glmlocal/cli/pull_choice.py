@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from glmlocal import catalogue
 from glmlocal.catalogue import Release
@@ -15,14 +16,28 @@ from glmlocal.planner.plan import Plan, Wants
 from glmlocal.units import format_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A release, and how it is to be loaded for this machine to hold it."""
+
+    hub_id: str  # org/name[:QUANT]
+    quant: str  # of --quant
+
+    @property
+    def words(self) -> str:
+        """What to type after ``glmlocal chat`` and the like."""
+        return self.hub_id + ("" if self.quant == "keep" else f" --quant {self.quant}")
+
+
 def choose_release(
     family: str,
     hub: HubName,
     machine: Machine | None = None,
     tell: Callable[[str], object] = lambda text: print(text, file=sys.stderr, flush=True),
-) -> str:
-    """The release as ``org/name[:QUANT]``: the finest whose every byte this machine holds, of those that are on the hub
-    and that this version runs. ``tell`` is given the reasons, a few lines. Raises ConfigError where none fits.
+) -> Choice:
+    """The finest release whose every byte this machine holds, of those that are on the hub and that this version runs.
+
+    ``tell`` is given the reasons, a few lines. Raises ConfigError where none fits.
     """
     from glmlocal.planner.probe import runtime_machine
     from glmlocal.planner.solve import choose
@@ -31,13 +46,13 @@ def choose_release(
     known = {release.name: release for release in catalogue.releases() if release.runs and getattr(release, hub)}
     footprints = [each for each in subject(family).footprints if each.name in known]
     if not footprints:
-        return list_releases(family, hub)
+        list_releases(family, hub)
     plan = choose(footprints, machine or runtime_machine(), Wants())
     if not plan.fits:
         raise ConfigError(_refusal(family, plan))
     release = known[plan.name]
     tell(_reasons(family, plan, release, len({each.name for each in footprints})))
-    return hub_id(release, hub)
+    return Choice(hub_id(release, hub), plan.quant)
 
 
 def _reasons(family: str, plan: Plan, release: Release, count: int) -> str:

@@ -97,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
         return _hand_over(args)
     options = planned(args, context=None, batch=8)
     if not args.announce:
-        offer_to_pull(args.model)
+        offer_to_pull(args)
+        options = planned(args, context=None, batch=8)  # of a release that was chosen just now, --quant too
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("uvicorn.error", "glmlocal.engine.loader"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from glmlocal import catalogue
 from glmlocal.catalogue import Family, Release
@@ -15,7 +16,7 @@ from glmlocal.units import format_bytes
 Choose = Callable[[str, HubName], str]
 
 
-def list_releases(family: str, hub: HubName) -> str:
+def list_releases(family: str, hub: HubName) -> NoReturn:
     """The ``Choose`` of somebody who wants to be told: raises ConfigError with the family's releases on that hub."""
     named = [f"{release.name}{_size(release.published_bytes)}" for release in _releases(family, hub)]
     raise ConfigError(f"{family} is a family of releases; name one of them: {', '.join(named) or 'none is known here'}")

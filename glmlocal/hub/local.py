@@ -23,6 +23,16 @@ class NotPulled(ConfigError):
         self.source = source
 
 
+class FamilyNotPulled(ConfigError):
+    """Only a family was named, and none of its releases is on this disk."""
+
+    def __init__(self, family: str) -> None:
+        super().__init__(
+            f"no release of {family} is on this disk; fetch the one that suits this machine with "
+            f"`glmlocal pull {family}`; `glmlocal plan {family} --compare` shows all of them"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class LocalModel:
     """One whole model in a cache."""
@@ -93,8 +103,8 @@ def find_by_name(model: str) -> LocalModel:
 
 def the_one_here(family: str, hub: HubName) -> str:
     """A ``known.Choose``: the family's release that was pulled."""
-    here = []
-    for hub_id in hub_ids(family, hub):
+    here, known = [], hub_ids(family, hub)
+    for hub_id in known:
         with suppress(ConfigError):
             find(parse_source(hub_id, KnownReleases(), hub=hub))
             here.append(hub_id)
@@ -102,7 +112,9 @@ def the_one_here(family: str, hub: HubName) -> str:
         return here[0]
     if here:
         raise ConfigError(f"several releases of {family} are on this disk; name one of them: {', '.join(here)}")
-    return list_releases(family, hub)
+    if known:
+        raise FamilyNotPulled(family)
+    list_releases(family, hub)
 
 
 def models() -> Iterator[LocalModel]:

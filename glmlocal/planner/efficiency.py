@@ -13,6 +13,7 @@ from glmlocal.machine.kernel_rates import KernelRates
 from glmlocal.planner.machine import Gpu, Machine
 
 GUESSES = 3
+EXPECTED = 1  # of them, the one between the others
 Guess = tuple[float, float, float]  # pessimistic, expected, optimistic
 
 

@@ -16,8 +16,8 @@ from glmlocal.models.config import KV_DTYPES
 from glmlocal.models.footprint import Footprint
 from glmlocal.models.precision import auto_activations, auto_kv_dtype, check_activations
 from glmlocal.planner import advise
-from glmlocal.planner.efficiency import DEFAULT, Efficiency
-from glmlocal.planner.forecast import MOST_DRAFTS, forecast
+from glmlocal.planner.efficiency import DEFAULT, EXPECTED, Efficiency
+from glmlocal.planner.forecast import MOST_DRAFTS, PlacedModel, forecast
 from glmlocal.planner.ledger import MAX_NUM_BATCHED_TOKENS, Demand, Layout, holds, lay_out, layouts, pace
 from glmlocal.planner.machine import Machine
 from glmlocal.planner.plan import Plan, Resolved, Wants
@@ -46,11 +46,12 @@ def plan(
     machine could meet. ``with_advice`` False: for tables of many plans, since what would fit takes the longest to find.
     """
     found = _solve(footprint, machine, wants, efficiency)
-    if not with_advice:
-        return found
+    return _advised(found, footprint, alternatives) if with_advice else found
+
+
+def _advised(found: Plan, footprint: Footprint, alternatives: Sequence[Footprint]) -> Plan:
     if found.fits:
         return replace(found, advice=advise.for_running(found))
-
     return replace(found, advice=advise.for_fitting(found, footprint, alternatives, _placed))
 
 
@@ -62,16 +63,24 @@ def choose(footprints: Sequence[Footprint], machine: Machine, wants: Wants) -> P
     """
     if not footprints:
         raise PlanError("no quantization to choose from")
-    plans = [plan(footprint, machine, wants, with_advice=False) for footprint in footprints]
+    plans: list[Plan] = []
+    for footprint in footprints:
+        plans.append(_solve(footprint, machine, wants, DEFAULT))
+        if _needs_no_nvme(plans[-1]):
+            break  # those after it are only smaller
     chosen = plans.index(_best(plans))
-    return plan(footprints[chosen], machine, wants, alternatives=footprints[chosen + 1 :])
+    return _advised(plans[chosen], footprints[chosen], footprints[chosen + 1 :])
+
+
+def _needs_no_nvme(found: Plan) -> bool:
+    return found.placement is not None and not any(found.placement.nvme_experts)
 
 
 def _best(plans: Sequence[Plan]) -> Plan:
+    """The last, if it ended the search; else the one that decodes fastest, or the smallest where none fits."""
+    if _needs_no_nvme(plans[-1]):
+        return plans[-1]
     fitting = [each for each in plans if each.fits]
-    for each in fitting:
-        if each.placement is not None and not any(each.placement.nvme_experts):
-            return each
     if fitting:
         return max(fitting, key=lambda each: each.forecast.decode_tokens_per_s[0].value if each.forecast else 0.0)
     return min(plans, key=lambda each: sum(device.used_bytes for device in each.devices))
@@ -121,11 +130,11 @@ def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Eff
 def _fastest(demand: Demand, resolved: Resolved, efficiency: Efficiency) -> Layout:
     """Of the layouts that fit, the one that decodes fastest at an empty context."""
 
-    def rate(layout: Layout) -> float:
-        made = forecast(demand.footprint, layout.placement, demand.machine, resolved, efficiency)
-        return made.decode_tokens_per_s[min(made.decode_tokens_per_s)].value
+    def seconds(layout: Layout) -> float:
+        placed = PlacedModel(demand.footprint, layout.placement, demand.machine, resolved, efficiency)
+        return placed.decode(placed.speeds[EXPECTED], context=0).total
 
-    return max((layout for layout in layouts(demand, resolved.kv_tokens) if layout.fits), key=rate)
+    return min((layout for layout in layouts(demand, resolved.kv_tokens) if layout.fits), key=seconds)
 
 
 def _placed(footprint: Footprint, machine: Machine, wants: Wants) -> Layout:

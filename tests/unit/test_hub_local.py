@@ -17,6 +17,7 @@ from glmlocal.catalogue import Family
 from glmlocal.errors import ConfigError, DownloadError
 from glmlocal.hub import local, pull, verify
 from glmlocal.hub.cache import RepoCache, remove, snapshot_files
+from glmlocal.hub.known import list_releases
 from glmlocal.hub.names import Source
 from glmlocal.resolve import resolve
 from hub.pulling import QUICK, fetch, huggingface, modelscope
@@ -245,8 +246,10 @@ def test_names_of_the_catalogue(server: HubServer, caches: Path, monkeypatch: py
     monkeypatch.setattr("glmlocal.catalogue.find", lambda name: by_name.get(name.lower()))
     monkeypatch.setattr("glmlocal.catalogue.releases", lambda: releases)
     monkeypatch.setattr("glmlocal.catalogue.near_misses", lambda name: ("GLM-9-BF16",))
-    with pytest.raises(ConfigError, match=r"GLM-9 is a family of releases; .*GLM-9-BF16 \(2 GiB\), GLM-9-GGUF:Q8_0"):
+    with pytest.raises(local.FamilyNotPulled, match=r"suits this machine with `glmlocal pull GLM-9`"):
         resolve("GLM-9")
+    with pytest.raises(ConfigError, match=r"GLM-9 is a family of releases; .*GLM-9-BF16 \(2 GiB\), GLM-9-GGUF:Q8_0"):
+        list_releases("GLM-9", "huggingface")
     with pytest.raises(local.NotPulled, match=f"glmlocal pull {ST}"):
         resolve("glm-9-bf16")
     with pytest.raises(ConfigError, match="did you mean GLM-9-BF16"):

