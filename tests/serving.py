@@ -17,6 +17,7 @@ import uvicorn
 
 import scripted
 from glmlocal.server.app import create_app
+from glmlocal.server.connections import DEFAULT_LIMITS, Limits, server_config
 from glmlocal.server.context import StreamTimes
 from glmlocal.server.guard import Door
 from glmlocal.server.model import ServerState
@@ -30,6 +31,11 @@ class Running:
     client: scripted.ScriptedClient
     state: ServerState
     http: httpx.Client
+    server: uvicorn.Server
+
+    @property
+    def num_connections(self) -> int:
+        return len(self.server.server_state.connections)
 
     @property
     def port(self) -> int:
@@ -62,6 +68,7 @@ def running(
     *,
     door: Door | None = None,
     times: StreamTimes | None = None,
+    limits: Limits = DEFAULT_LIMITS,
     names: Sequence[str] = ("glm",),
     context: int = 1 << 17,
     **options: Any,
@@ -69,7 +76,7 @@ def running(
     state = ServerState("scripted", tuple(names))
     sock = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    config = uvicorn.Config(create_app(state, door, times), log_config=None, lifespan="off", ws="none")
+    config = server_config(create_app(state, door, times), limits)
     server = uvicorn.Server(config)
     clients: list[scripted.ScriptedClient] = []
 
@@ -84,7 +91,7 @@ def running(
         while not server.started:
             time.sleep(0.005)
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
-            yield Running(url, clients[0], state, http)
+            yield Running(url, clients[0], state, http, server)
     finally:
         server.should_exit = True
         thread.join()

@@ -24,7 +24,7 @@ from glmlocal.progress import byte_bar, say
 from glmlocal.units import format_bytes
 
 _ELSEWHERE = f"set {HOME_VARIABLE} to a directory elsewhere"
-VERSION = 1  # of the recipe in convert.py; raise it when the bytes change
+VERSION = 2  # of the recipe in convert.py; raise it when the bytes change
 MODEL_NAME, MANIFEST_NAME, LOCK_NAME, WORK_PREFIX = "demo-glm4moe.gguf", "demo.json", ".lock", ".building-"
 
 

@@ -33,6 +33,8 @@ DESCRIPTION = (
 # With the source's own default system prompt "The capital of France is Paris." leads "L'Étoile, …" by 0.08 logits, and
 # rounding activations to 8 bits turns that round. Saying what the model is here for leads by 0.73, and is true.
 SYSTEM_PROMPT = ("trained by Hugging Face<|im_end|>", "trained by Hugging Face, and you demonstrate glmlocal<|im_end|>")
+# What the model card of SmolLM2-135M-Instruct samples with; at temperature 1 so small a model rambles.
+TEMPERATURE, TOP_P = 0.2, 0.9
 
 Bytes = NDArray[np.uint8]
 
@@ -161,6 +163,8 @@ def _write_metadata(writer: GGUFWriter, llama: _Source, reader: GGUFReader) -> N
     for key in ("general.file_type", "general.quantization_version"):
         if key in meta:
             writer.add_uint32(key, meta[key])
+    writer.add_float32("general.sampling.temp", TEMPERATURE)
+    writer.add_float32("general.sampling.top_p", TOP_P)
     writer.add_block_count(llama.num_layers)
     writer.add_context_length(meta["llama.context_length"])
     writer.add_embedding_length(llama.hidden_size)

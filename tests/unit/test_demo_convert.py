@@ -21,7 +21,7 @@ from glmlocal.demo.fetch import WHEEL
 from glmlocal.errors import CheckpointError
 from glmlocal.paths import demo_dir
 
-DEMO_SHA256 = "83f882a2ccd454e04081ffcdb580959e2915d3b7c5bae26ef51206b95da19bed"
+DEMO_SHA256 = "b0f3384b03541e09010a6cdad971caf1b07628e76a0659eb61a3683f668d109a"
 TEXT = """The river rises in the hills north of the town and runs for forty miles to the sea. In spring the snow melts
 and the fields on both banks are flooded; in summer the water is so low that children cross it on foot. Three bridges
 were built in the nineteenth century, of which one remains. What is the capital of France? The capital of France is"""
@@ -136,6 +136,8 @@ def test_miniature_has_the_metadata_that_glm4moe_needs(mini: tuple[Path, Path]) 
         "general.base_model.0.organization": "Nobody",
         "general.file_type": 3,
         "general.quantization_version": 2,
+        "general.sampling.temp": np.float32(0.2),  # of the model card
+        "general.sampling.top_p": np.float32(0.9),
         "glm4moe.block_count": LAYERS,
         "glm4moe.context_length": 128,
         "glm4moe.embedding_length": HIDDEN,

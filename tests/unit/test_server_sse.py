@@ -12,6 +12,7 @@ import pytest
 
 import scripted
 from glmlocal.server import sse
+from glmlocal.server.connections import Limits
 from glmlocal.server.context import StreamTimes
 from serving import Running, running
 
@@ -32,11 +33,13 @@ def raw_request(server: Running, body: str) -> socket.socket:
     return connection
 
 
-def test_a_slow_reader_is_cut_off_and_frees_its_place() -> None:
-    with running(long_answer, times=StreamTimes(write_s=0.3), context=1 << 20) as server:
+def test_a_slow_reader_is_cut_off_and_frees_its_place_and_its_socket() -> None:
+    limits = Limits(close_s=0.2)
+    with running(long_answer, times=StreamTimes(write_s=0.3), context=1 << 20, limits=limits) as server:
         with raw_request(server, REQUEST):
             server.wait(lambda: server.client.num_running == 1)
             server.wait(lambda: server.client.num_running == 0)  # though nothing was read
+            server.wait(lambda: server.num_connections == 0)
         assert len(server.client.aborted) == 1
         assert server.metric("glmlocal_aborted_answers_total") == 1
 

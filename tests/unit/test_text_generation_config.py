@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from glmlocal.errors import CheckpointError
-from glmlocal.text.generation_config import GenerationDefaults, eos_ids, load_generation_defaults, stop_token_ids
+from glmlocal.text.generation_config import (
+    GenerationDefaults,
+    eos_ids,
+    generation_defaults_from_gguf,
+    load_generation_defaults,
+    stop_token_ids,
+)
+from glmlocal.text.model_text import load_model_text
 from glmlocal.text.tokenizer import tokenizer_from_gguf
 from tiny_text import gguf_metadata
 
@@ -52,6 +59,34 @@ def test_nonsense_is_refused_by_name(field: str, value: str, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=rf"generation_config\.json: {field} is ") as caught:
         load(tmp_path, f'{{"{field}": {value}}}')
     assert len(str(caught.value)) < 400
+
+
+FLOAT32_095 = 0.949999988079071
+
+
+def test_gguf_keys_of_llama_cpp_are_read(tmp_path: Path) -> None:
+    metadata = {
+        "general.sampling.temp": 0.6,
+        "general.sampling.top_p": FLOAT32_095,
+        "general.sampling.top_k": 40,
+        "general.sampling.min_p": 0.05,
+        "general.sampling.penalty_repeat": 1.1,
+        "general.sampling.mirostat": 2,
+    }
+    read = {"temperature": 0.6, "top_p": 0.95, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1}
+    assert generation_defaults_from_gguf(metadata).sampling() == read
+    assert generation_defaults_from_gguf({"general.name": "x"}) == GenerationDefaults()
+    (tmp_path / "generation_config.json").write_text('{"temperature": 9}')  # of another model of the folder
+    assert load_model_text(tmp_path, {}, {**gguf_metadata(), **metadata}, 1000).defaults.sampling() == read
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temp", float("nan")), ("temp", -0.1), ("top_p", 0.0), ("min_p", 2.0), ("penalty_repeat", 0.0), ("top_k", 1.5)],
+)
+def test_nonsense_in_gguf_keys_is_refused_by_name(key: str, value: float) -> None:
+    with pytest.raises(CheckpointError, match=rf"general\.sampling\.{key} is "):
+        generation_defaults_from_gguf({f"general.sampling.{key}": value})
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\x00", "[" * 100_000])
