@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from glmlocal.cli.terminal import Console, one_line
-from glmlocal.formats.forms import FORMS
 from glmlocal.units import format_bytes
 
 _SHOWN = (("Q4_0", "int8"), ("Q4_K", "int8"), ("Q8_0", "int8"), ("fp8_block128", "fp32"), ("bf16", "fp32"))
@@ -126,6 +125,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _kernels_line(rates: Mapping[str, Any]) -> str:
     """The most common schemes, for people; --json has all of them."""
+    from glmlocal.formats.forms import FORMS
+
     shown = []
     for product in rates["products"]:
         rows = {int(number): rate for number, rate in product["weights_per_s"].items()}
