@@ -7,6 +7,7 @@ interpreter.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -138,6 +139,8 @@ class Transformers(_StepEngine):
             self._model.tie_weights()
         if unexpected or set(missing) - {"lm_head.weight"} or (missing and not config.tie_word_embeddings):
             raise RuntimeError(f"{model} lacks {sorted(missing)[:3]} or has too much: {sorted(unexpected)[:3]}")
+        parameters = inspect.signature(inspect.unwrap(self._model.forward)).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # until transformers 5.23
         self._cache = self._new_cache()
 
     def _reset(self) -> None:
@@ -146,7 +149,7 @@ class Transformers(_StepEngine):
     def _forward(self, tokens: list[int]) -> Any:
         for start in range(0, len(tokens), MAX_BATCH):
             ids = self._torch.tensor([tokens[start : start + MAX_BATCH]])
-            out = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            out = self._model(ids, **{self._cache_name: self._cache}, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1].numpy()
 
     def encode(self, text: str) -> None:

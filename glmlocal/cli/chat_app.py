@@ -85,7 +85,7 @@ def run_app(args: argparse.Namespace, sampling: dict[str, Any], system: str | No
 def server_command(args: argparse.Namespace, key_file: Path) -> tuple[str, ...]:
     """The ``serve`` child: on a free loopback port, with a key of its own, and with our engine options as given."""
     words = [sys.executable, "-m", "glmlocal", "serve", args.model, "--host", "127.0.0.1", "--port", "0"]
-    words += ["--api-key-file", str(key_file), "--announce"]
+    words += ["--api-key-file", str(key_file), "--announce", *_kept_kv()]
     for name, option, default in _SERVER_WORDS:
         value = getattr(args, name)
         if value is True and default is False:
@@ -93,6 +93,19 @@ def server_command(args: argparse.Namespace, key_file: Path) -> tuple[str, ...]:
         elif value != default:
             words.append(f"{option}={_as_typed(name, value)}")
     return tuple(words)
+
+
+def _kept_kv() -> list[str]:
+    """Where the server keeps the KV of long prompts, so that a resumed conversation is not computed again; the store's
+    own limit bounds it. Nothing where that place cannot be written: the chat is worth more than its cache."""
+    from glmlocal.paths import cache_home
+
+    try:
+        directory = cache_home() / "kv"
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (ConfigError, OSError):
+        return []
+    return ["--kv-dir", str(directory)] if os.access(directory, os.W_OK | os.X_OK) else []
 
 
 def _as_typed(name: str, value: Any) -> str:

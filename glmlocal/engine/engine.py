@@ -17,7 +17,7 @@ from glmlocal.engine.rates import StepRates
 from glmlocal.engine.request import Request, RequestOutput, SamplingParams
 from glmlocal.engine.sampler import Sampler
 from glmlocal.engine.scheduler import Scheduler
-from glmlocal.errors import RequestError
+from glmlocal.errors import GlmlocalError, RequestError
 from glmlocal.layers.context import StepCancelled
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,8 @@ class Engine:
         except StepCancelled:
             raise
         except Exception as error:
-            log.exception("a step of %d requests failed", len(batch.requests))
+            known = isinstance(error, GlmlocalError)  # a fault of the disk, say: no bug of ours
+            log.error("a step of %d requests failed: %s", len(batch.requests), error, exc_info=not known)
             return [output for item in batch.requests if (output := self._fail(item, error)) is not None]
         sampled: dict[str, SampledToken] = {}
         failed: list[RequestOutput | None] = []

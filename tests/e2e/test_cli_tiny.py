@@ -72,7 +72,8 @@ def test_a_context_that_is_too_small_is_one_line(directory: Path) -> None:
 
 
 def test_a_session_on_a_terminal(directory: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "glmlocal", "chat", str(directory), "--max-tokens", "12", "--seed", "1"]
+    command = [sys.executable, "-m", "glmlocal", "chat", str(directory), "--plain", "--max-tokens", "12"]
+    command += ["--seed", "1"]
     terminal = Terminal(command, GLMLOCAL_HOME=str(tmp_path))
     try:
         for number, message in enumerate(("the quick", "brown fox"), 1):

@@ -17,6 +17,7 @@ from tui.scripted_server import (
     finish,
     progress,
     says,
+    scripted,
     stats,
     text,
     think,
@@ -57,9 +58,25 @@ async def test_thinking_is_live_and_folds_when_the_answer_begins(tmp_path: Path,
     assert sent["model"] == "GLM-4.5-Air"
 
 
+async def test_inline_thinking_of_a_foreign_server_is_thinking(tmp_path: Path) -> None:
+    with scripted(models=["qwen"]) as server:
+        server.script([text("<thi"), text("nk>\nlet me see</thi"), text("nk>\n\n42"), GATE, text(" it is"), finish()])
+        async with running(tmp_path, server.url) as app:
+            await app.wait("ready: ask something")
+            await app.say("why?")
+            await app.wait("42")
+            assert "Thought for" in app.text
+            assert "think>" not in app.text
+            server.open_gate()
+            await app.wait("42 it is")
+            await app.say("again")
+            await app.wait(lambda: len(server.requests) == 2)
+    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "42 it is"}
+
+
 async def test_thinking_can_be_kept_open_and_switched_off(tmp_path: Path, server: ScriptedServer) -> None:
     save(tmp_path / "config" / "chat.json", Settings(keep_thinking_open=True))
-    server.script([think("deep thought"), text("answer"), finish(), usage()])
+    server.script([think("deep thought"), text("<think>answer"), finish(), usage()])
     async with running(tmp_path, server.url) as app:
         await app.wait("thinking on")
         await app.say("why?")
@@ -70,7 +87,7 @@ async def test_thinking_can_be_kept_open_and_switched_off(tmp_path: Path, server
         await app.say("again")
         await app.wait(lambda: len(server.requests) == 2)
     assert server.requests[1]["chat_template_kwargs"] == {"enable_thinking": False}
-    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "answer"}
+    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "<think>answer"}
 
 
 async def test_escape_stops_keeps_the_partial_answer_and_the_server_stops_too(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from glmlocal_tui import commands, export, mentions, settings, sse, stats
 from glmlocal_tui.cleaning import clean, one_line
 from glmlocal_tui.conversation import Attachment, Conversation, Message, ToolCall, user_message
+from glmlocal_tui.inline_thinking import InlineThinking
 from glmlocal_tui.markdown_blocks import Block, Blocks
 from glmlocal_tui.widgets.bars import bar, fit, sparkline
 from tui.scripted_server import stats as stats_json
@@ -79,6 +80,38 @@ def test_odd_chunks_are_nothing(payload: str) -> None:
 def test_an_error_in_the_stream_is_told_clean() -> None:
     error = {"error": {"message": "no\x1b[1m", "type": "invalid", "code": "context_length_exceeded"}}
     assert list(sse.events(json.dumps(error))) == [sse.Failure("no␛[1m", "context_length_exceeded")]
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "reasoning"),
+    [
+        ("<think>\nhm</think>\n\n42", "42", "hm"),
+        ("\n <think>a < b </thin </think>c</think>", "c</think>", "a < b </thin "),
+        ("<think></think>\nyes", "yes", ""),
+        ("<think>\n\n</think>\n\nyes", "yes", ""),
+        ("<think>cut in the </th", "", "cut in the </th"),
+        (" <thinker> <think>no</think>", " <thinker> <think>no</think>", ""),
+        ("about <think>tags</think>", "about <think>tags</think>", ""),
+        ("\n<thi", "\n<thi", ""),
+    ],
+)
+@given(cuts=st.lists(st.integers(0, 40), max_size=6))
+def test_inline_thinking_is_found_however_it_is_cut(text: str, content: str, reasoning: str, cuts: list[int]) -> None:
+    bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    thoughts = InlineThinking()
+    found = [thoughts.feed(text[start:end]) for start, end in itertools.pairwise(bounds)] + [thoughts.end()]
+    assert tuple("".join(parts) for parts in zip(*found, strict=True)) == (content, reasoning)
+
+
+def test_inline_thinking_holds_back_no_more_than_part_of_a_tag() -> None:
+    thoughts = InlineThinking()
+    assert [thoughts.feed(piece) for piece in ("<think>", "why </", "b> </think", "> so", " be it")] == [
+        ("", ""),
+        ("", "why "),
+        ("", "</b> "),
+        ("so", ""),
+        (" be it", ""),
+    ]
 
 
 MARKDOWN = """# Title

@@ -26,7 +26,10 @@ def parsed(*words: str) -> Namespace:
         ("--plan", "plan.json"),
     ],
 )
-def test_the_server_understands_what_chat_was_told(words: tuple[str, ...]) -> None:
+def test_the_server_understands_what_chat_was_told(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLMLOCAL_HOME", str(tmp_path))
     given = parsed("some/model", *words)
     command = chat_app.server_command(given, Path("/tmp/key"))
     parser, _ = _build_parser()
@@ -36,6 +39,21 @@ def test_the_server_understands_what_chat_was_told(words: tuple[str, ...]) -> No
     assert (read.api_key_file, read.announce) == (Path("/tmp/key"), True)
     for name, _, _ in chat_app._SERVER_WORDS:
         assert getattr(read, name) == getattr(given, name), name
+
+
+def test_the_server_keeps_its_kv_between_runs_where_glmlocal_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser, _ = _build_parser()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "kv").touch()
+    homes = {str(tmp_path): tmp_path / "kv", "not/absolute": None, str(tmp_path / "taken"): None}
+    for home, wanted in homes.items():
+        monkeypatch.setenv("GLMLOCAL_HOME", home)
+        command = chat_app.server_command(parsed("demo"), Path("/tmp/key"))
+        read = parser.parse_args(list(command[3:]))
+        assert (read.kv_dir, read.kv_limit) == (wanted, None)  # None: the store's own limit
+    assert (tmp_path / "kv").stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize(

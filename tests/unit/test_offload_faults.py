@@ -17,7 +17,7 @@ import torch
 import packed
 import tiny
 from glmlocal.engine.engine import Engine
-from glmlocal.errors import CheckpointError, PlanError
+from glmlocal.errors import CheckpointError, EngineError, PlanError
 from glmlocal.formats.expert_pack import PACK_FILE, ExpertPack, read_pack
 from glmlocal.kernels import cpu
 
@@ -175,7 +175,7 @@ def test_an_answer_after_a_failure_through_the_api(
     checkpoint = open_checkpoint(model)
     plan = packed.offloaded(plan_here(checkpoint, "keep", Wants()), checkpoint, 4)
     with LLM(model, plan=plan) as llm:
-        with pytest.raises(CheckpointError, match="EIO"):
+        with pytest.raises(EngineError, match="EIO"):
             llm.generate(TEXT, max_tokens=3, temperature=0.0)
         completion = llm.generate(TEXT, max_tokens=1, temperature=0.0)
         assert list(completion.token_ids) == [right]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from glmlocal_tui import client, sse
 from glmlocal_tui.client import Client, Sampling, ServerError
 from glmlocal_tui.conversation import Conversation, Message, with_piece
+from glmlocal_tui.inline_thinking import InlineThinking
 
 _FRAME_S = 1 / 20
 _DRAW_SHARE = 4  # drawing takes at most one part in this many of the time, however slow it gets
@@ -34,6 +35,7 @@ class Answering:
     _first_s: float = 0.0
     _content: list[str] = field(default_factory=list)
     _reasoning: list[str] = field(default_factory=list)
+    _thoughts: InlineThinking = field(default_factory=InlineThinking)
     _dirty: asyncio.Event = field(default_factory=asyncio.Event)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -47,6 +49,7 @@ class Answering:
         except ServerError as error:
             self.message = replace(self.message, ending="error", error=str(error))
         finally:
+            self._keep(*self._thoughts.end())
             self._ended.set()  # not cancelled: half a paint would lose what it had taken
             self._dirty.set()
             await painter
@@ -93,10 +96,10 @@ class Answering:
         match event:
             case sse.Delta(content, reasoning):
                 self._count()
-                if reasoning:
-                    self._reasoning.append(reasoning)
-                if content:
-                    self._content.append(content)
+                if reasoning or self.client.ours:
+                    self._thoughts.switch_off()
+                content, inline = self._thoughts.feed(content)
+                self._keep(content, reasoning + inline)
             case sse.ToolDelta(index, id_, name, arguments):
                 self._count()
                 self.message = replace(
@@ -118,6 +121,12 @@ class Answering:
                 kind = client.CONTEXT if client.is_context(full) else client.ODD
                 raise ServerError(kind, text)
         self._dirty.set()
+
+    def _keep(self, content: str, reasoning: str) -> None:
+        if reasoning:
+            self._reasoning.append(reasoning)
+        if content:
+            self._content.append(content)
 
     def _with_rates(self, usage: sse.Usage) -> sse.Usage:
         """What a server does not say, as measured here."""
