@@ -86,7 +86,7 @@ class LocalEngineClient:
 
     async def aclose(self) -> None:
         """Abort what runs and end the thread; streams end with ABORT. Long conversations are
-        written to disk where that was asked for. Closing twice is allowed."""
+        written to disk where that was asked for, and what was learned of the routing. Closing twice is allowed."""
         for request_id in tuple(self._live):
             self.abort(request_id)
         with self._wake:
@@ -98,6 +98,8 @@ class LocalEngineClient:
         if store is not None:
             await asyncio.to_thread(store.close, self.engine.scheduler.block_pool)
             self.engine.scheduler.store = self.engine.scheduler.block_pool.on_evict = None
+        if self._thread is not None:
+            await asyncio.to_thread(self.engine.offloads.close)
 
     def submit(self, request: Request) -> OutputStream:
         """See EngineClient. The engine starts on it at once, whether the stream is read or not."""

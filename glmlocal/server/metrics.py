@@ -58,7 +58,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Numbers of ``EngineStats.as_dict()`` as gauges: ``queue.running`` → ``glmlocal_queue_running``."""
+    """``EngineStats.as_dict()`` as gauges: ``queue.running`` → ``glmlocal_queue_running``; tiers are labels."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
@@ -70,7 +70,13 @@ class _EngineCollector(Collector):
         yield ready
         if model is None:
             return
-        for name, value in _numbers(model.client.stats().as_dict()):
+        stats = model.client.stats().as_dict()
+        for name in ("lookups", "hits", "hit_rate"):
+            family = GaugeMetricFamily(f"glmlocal_tier_{name}", f"{name} of the tiers of /v1/stats", labels=("tier",))
+            for tier in stats["tiers"] or ():
+                family.add_metric((tier["tier"],), float(tier[name]))
+            yield family
+        for name, value in _numbers(stats):
             yield GaugeMetricFamily(f"glmlocal_{name}", f"{name} of /v1/stats", value=value)
 
     def describe(self) -> Iterator[Metric]:

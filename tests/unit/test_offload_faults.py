@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+import engine_client
 import packed
 import tiny
 from glmlocal.engine.engine import Engine
+from glmlocal.engine.stats import EngineStats
 from glmlocal.errors import CheckpointError, EngineError, PlanError
 from glmlocal.formats.expert_pack import PACK_FILE, ExpertPack, read_pack
 from glmlocal.kernels import cpu
@@ -41,6 +44,12 @@ class Failing:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+    def breaks(self) -> None:
+        self._fails = range(1 << 30)
+
+    def mends(self) -> None:
+        self._fails = range(0)
 
     def next(self, timeout_s: float) -> tuple[int, int] | None:
         found = self._inner.next(timeout_s)
@@ -192,6 +201,49 @@ def test_an_answer_after_a_failure_through_the_api(
         after = llm.offload_stats
         assert after is not None
         assert after.store.prefetch_hits > 0
+
+
+def test_a_read_error_fails_the_requests_of_its_step_and_the_client_answers_on(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the server sees it: two requests of one batch end with the error, the one after them with its answer."""
+    monkeypatch.setenv("GLMLOCAL_HOME", str(tmp_path))
+
+    readers: list[Failing] = []
+
+    def reader(pack: ExpertPack, most: int) -> Reader:
+        readers.append(Failing(open_reader(pack, most), 0, errno.EIO, count=0))
+        return readers[-1]
+
+    async def ask() -> tuple[list[str], list[int], EngineStats]:
+        async with engine_client.running(packed.engine_with(model, 4, reader)) as client:
+            streams = [client.submit(engine_client.request(name, TEXT, max_tokens=400)) for name in ("a", "b")]
+            for stream in streams:
+                await anext(stream)  # both are in the batch
+            readers[0].breaks()
+            errors = []
+            for stream in streams:
+                with pytest.raises(EngineError) as caught:
+                    async for _ in stream:
+                        pass
+                errors.append(str(caught.value))
+            readers[0].mends()
+            after = await engine_client.answer(client, engine_client.request("after", TEXT, max_tokens=3))
+            return errors, after.token_ids, client.stats()
+
+    async def healthy() -> list[int]:
+        async with engine_client.running(packed.engine_with(model, None)) as client:
+            return (await engine_client.answer(client, engine_client.request("a", TEXT, max_tokens=3))).token_ids
+
+    errors, after, stats = asyncio.run(ask())
+    assert errors[0] == errors[1]
+    assert "EIO" in errors[0]
+    assert after == asyncio.run(healthy())
+    assert (stats.num_failed, stats.num_finished, stats.num_running) == (2, 1, 0)
+    shown = stats.as_dict()
+    assert [tier["tier"] for tier in shown["tiers"]] == ["ram", "nvme"]
+    assert shown["nvme"]["read_bytes"] > 0
+    assert list(tmp_path.rglob("*.json")), "the route trace is kept when the client closes"
 
 
 def test_a_plan_for_nvme_needs_a_pack(model: Path) -> None:
