@@ -73,7 +73,7 @@ class _EngineCollector(Collector):
         stats = model.client.stats().as_dict()
         for name in ("lookups", "hits", "hit_rate"):
             family = GaugeMetricFamily(f"glmlocal_tier_{name}", f"{name} of the tiers of /v1/stats", labels=("tier",))
-            for tier in stats["tiers"] or ():
+            for tier in stats.get("tiers") or ():
                 family.add_metric((tier["tier"],), float(tier[name]))
             yield family
         for name, value in _numbers(stats):
