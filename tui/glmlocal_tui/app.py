@@ -36,6 +36,7 @@ from glmlocal_tui.messages import (
     Submitted,
 )
 from glmlocal_tui.options import Options
+from glmlocal_tui.render import warm_up
 from glmlocal_tui.server_process import ServerProcess
 from glmlocal_tui.store import Store
 from glmlocal_tui.widgets.banner import Banner
@@ -125,6 +126,7 @@ class ChatApp(App[int]):
         self.query_one(Prompt).use_history(await self.keeper.open())
         self.run_worker(self.keeper.run(), group="life")
         await self.show_sessions()
+        await asyncio.to_thread(warm_up)
 
     # -- the server
 

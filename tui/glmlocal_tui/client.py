@@ -5,6 +5,7 @@ httpx is imported at the first request, after the first paint.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -49,16 +50,23 @@ class Client:
     ours: bool | None = None
     _http: httpx.AsyncClient | None = None
 
-    def _client(self) -> httpx.AsyncClient:
+    async def _client(self) -> httpx.AsyncClient:
         if self._http is None:
-            import httpx
-
-            headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-            root = self.url.rstrip("/").removesuffix("/v1")
-            # trust_env: a proxy for the world must not be asked for the loopback server
-            local = any(name in root for name in ("//127.", "//localhost", "//[::1]"))
-            self._http = httpx.AsyncClient(base_url=root, headers=headers, timeout=_WAIT_S, trust_env=not local)
+            made = await asyncio.to_thread(self._make)  # imports and certificates: 0.2 s that keys must not wait for
+            self._http = self._http or made
         return self._http
+
+    def _make(self) -> httpx.AsyncClient:
+        import httpx
+
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        root = self.url.rstrip("/").removesuffix("/v1")
+        # trust_env: a proxy for the world must not be asked for the loopback server
+        local = any(name in root for name in ("//127.", "//localhost", "//[::1]"))
+        try:
+            return httpx.AsyncClient(base_url=root, headers=headers, timeout=_WAIT_S, trust_env=not local)
+        except httpx.InvalidURL as error:
+            raise _unreachable(self.url, error) from error
 
     async def aclose(self) -> None:
         if self._http is not None:
@@ -96,12 +104,13 @@ class Client:
 
         Raises ServerError before the first event, or in the middle when the server goes away.
         """
+        http = await self._client()
         import httpx
 
         body = self._body(model, messages, sampling)
         timeout = httpx.Timeout(_WAIT_S, read=None)
         try:
-            async with self._client().stream("POST", "/v1/chat/completions", json=body, timeout=timeout) as response:
+            async with http.stream("POST", "/v1/chat/completions", json=body, timeout=timeout) as response:
                 if response.status_code != 200:
                     raise refusal(response.status_code, await response.aread(), response.headers)
                 lines, ended = sse.Lines(), False
@@ -134,10 +143,11 @@ class Client:
         return body
 
     async def _get(self, path: str) -> httpx.Response:
+        http = await self._client()  # before the import, which it makes in a thread
         import httpx
 
         try:
-            return await self._client().get(path)
+            return await http.get(path)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise _unreachable(self.url, error) from error
 
