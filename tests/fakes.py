@@ -75,6 +75,7 @@ class FakeLLM:
         offload: bool = True,
         plan: Any = None,
         progress: bool = False,
+        on_bytes: Any = None,
     ) -> None:
         self.plan = plan
         self.offload_stats = None

@@ -129,7 +129,13 @@ def test_json_is_one_object_and_the_rest_is_silent(run: Run) -> None:
         "text": "4 \x9b31m\x7f\ud800 中",
         "reasoning": "2+2",
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 1, "completion_tokens": 4, "reasoning_tokens": 1, "total_tokens": 5},
+        "usage": {
+            "prompt_tokens": 1,
+            "completion_tokens": 4,
+            "reasoning_tokens": 1,
+            "cached_tokens": 0,
+            "total_tokens": 5,
+        },
         "timings": {
             "load_s": 0.25,
             "time_to_first_token_s": 0.125,
