@@ -1,7 +1,7 @@
 """Real agents, run for a turn with a tool against the scripted engine. Skipped where they are not installed.
 
-They are looked for on the PATH and in GLMLOCAL_CLIENTS, for example /work/clients/node_modules/.bin after
-``npm install --prefix /work/clients @anthropic-ai/claude-code @openai/codex opencode-ai``. OpenCode fetches its
+They are looked for on the PATH and in GLMLOCAL_CLIENTS, for example ~/clients/node_modules/.bin after
+``npm install --prefix ~/clients @anthropic-ai/claude-code @openai/codex opencode-ai``. OpenCode fetches its
 provider package from npm when it starts.
 """
 
