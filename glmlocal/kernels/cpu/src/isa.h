@@ -46,7 +46,7 @@ struct KernelTable {
   // isa/probes.cpp
   double (*fma_flops)(int iterations);                     // runs independent fmas in registers; returns how many flops
   double (*int8_ops)(int iterations);                      // isa/int8_probe.cpp: the same of int8 dot products; multiply and add count as two
-  float (*read_bytes)(const void* data, size_t num_bytes); // reads num_bytes (a multiple of 256) from 64-byte-aligned data
+  float (*read_bytes)(const void* data, size_t num_bytes, bool in_four_streams);  // a multiple of 1024, 64-byte-aligned
 };
 
 // The table in use: the best one this CPU has unless set_isa() chose another.

@@ -38,82 +38,119 @@ GLM_INLINE bool in_halves(const PackedMatrix& w) { return w.format.group_size < 
 GLM_INLINE int32_t sum_of(const Int8Block& block, bool halves, int half) { return halves ? block.half_sums[half] : block.sum; }
 GLM_INLINE U start_of(int32_t sum, int zero_point) { return splat(uint32_t(-zero_point * sum)); }
 
+// fp32 sums, in registers or, where those are few, in memory that stays in L1.
+template <bool in_memory, int count> struct TileSums;
+template <int count> struct TileSums<false, count> {
+  F sums[count];
+  GLM_INLINE explicit TileSums(float*) {}
+  GLM_INLINE F get(int i) const { return sums[i]; }
+  GLM_INLINE void set(int i, F x) { sums[i] = x; }
+  GLM_INLINE void stay() {}
+  GLM_INLINE void next() {}
+  GLM_INLINE void rewind(float*) {}
+};
+template <int count> struct TileSums<true, count> {
+  float* sums;
+  GLM_INLINE explicit TileSums(float* memory) : sums(memory) {}
+  GLM_INLINE F get(int i) const { return load(sums + i * kTileRows); }
+  GLM_INLINE void set(int i, F x) { store(sums + i * kTileRows, x); }
+  // They are not loaded before they are wanted: GCC would do so ahead of a branch, and put them on the stack.
+  GLM_INLINE void stay() { asm volatile("" : "+r"(sums)); }
+  GLM_INLINE void next() { sums += count * kTileRows; }
+  GLM_INLINE void rewind(float* memory) { sums = memory; }
+};
+
 template <int num_rows>
 constexpr int kTilesOfFewRows = kDotGemvChains / num_rows >= 4 ? 4 : kDotGemvChains / num_rows >= 2 ? 2 : 1;
 
-// `tiles` tiles of a panel from first_tile on. Rows and results of a caller with fewer than num_rows rows are repeated.
+// `groups` times `tiles` tiles of a panel from first_tile on, block by block, so that memory is read in its order. More than
+// one group needs kDotSumsInMemory. Rows and results of a caller with fewer than num_rows rows are repeated.
 template <class Codec, class Scales, int num_rows>
-GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, const Int8Block* const* rows, float* const* out,
-                                   const std::byte* next) {
+GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_tile, int groups, const Int8Block* const* rows,
+                                   float* const* out, const std::byte* next) {
   using Sums = Dots<Codec::bits>;
-  constexpr int tiles = kTilesOfFewRows<num_rows>;
+  constexpr int tiles = kTilesOfFewRows<num_rows>, count = num_rows * tiles;
   constexpr int block_bytes = Codec::lines * 64;
   const int panel_tiles = w.tiles_in(panel);
   const Codec codec(w);
-  const Scales groups(w, panel, panel_tiles);
+  const Scales scales(w, panel, panel_tiles);
   const std::byte* lines = w.panel_codes(panel) + first_tile * block_bytes;
-  const ptrdiff_t next_block = panel_tiles * block_bytes;
-  constexpr ptrdiff_t own_bytes = tiles * block_bytes;
-  constexpr int blocks_ahead = int((kPrefetchBytes + own_bytes - 1) / own_bytes);
+  const ptrdiff_t own_bytes = groups * tiles * block_bytes, skipped_bytes = panel_tiles * block_bytes - own_bytes;
+  const int blocks_ahead = int((kPrefetchBytes + own_bytes - 1) / own_bytes);
   const int zero_point = w.int8_zero_point;
   const bool offsets = Scales::may_have_offsets && w.format.has_min;
   const bool halves = Scales::may_have_halves && in_halves(w);
   const int blocks = int(w.layout.blocks);
   if (next == nullptr) next = lines;
-  const std::byte* ahead = blocks > blocks_ahead ? lines + blocks_ahead * next_block : next;  // the same tiles, some blocks ahead
-  F acc[num_rows * tiles];
-  unroll<num_rows * tiles>([&](auto i) { acc[i.v] = zero(); });
-  for (int b = 0; b < blocks; ++b, lines += next_block, ahead += next_block) {
+  const std::byte* ahead = blocks > blocks_ahead ? lines + blocks_ahead * (own_bytes + skipped_bytes) : next;
+  float* const memory = kDotSumsInMemory ? scratch(Scratch::panel, num_rows * kPanelRows) : nullptr;
+  TileSums<kDotSumsInMemory, count> acc(memory);
+  for (int g = 0; g < groups; ++g, acc.next()) unroll<count>([&](auto i) { acc.set(i.v, zero()); });
+  for (int b = 0; b < blocks; ++b, lines += skipped_bytes, ahead += skipped_bytes) {
     if (b + blocks_ahead == blocks) ahead = next;
-    for (int line = 0; line < tiles * Codec::lines; ++line) __builtin_prefetch(ahead + line * 64, 0, 0);
-    typename Sums::Partial sums[num_rows * tiles];
-    const auto begin = [&](int half) {
-      unroll<num_rows>([&](auto m) {
-        const auto start = Sums::begin(start_of(sum_of(rows[m.v][b], halves, half), zero_point));
-        unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = start; });
-      });
-    };
-    const auto end = [&](int half) {
-      const int column = b * kBlockColumns + half * (kBlockColumns / 2);
-      F scale[tiles];
-      unroll<tiles>([&](auto t) { scale[t.v] = groups.load_scale(column, first_tile + t.v); });
-      unroll<num_rows>([&](auto m) {
-        const Int8Block& block = rows[m.v][b];
-        const U start = start_of(sum_of(block, halves, half), zero_point);
-        const F x_scale = broadcast(block.scale);
+    acc.rewind(memory);
+    for (int tile = first_tile; tile < first_tile + groups * tiles; tile += tiles) {
+      unroll<tiles * Codec::lines>([&](auto line) { __builtin_prefetch(ahead + line.v * 64, 0, 0); });
+      typename Sums::Partial sums[count];
+      const auto begin = [&](int half) {
+        unroll<num_rows>([&](auto m) {
+          const auto start = Sums::begin(start_of(sum_of(rows[m.v][b], halves, half), zero_point));
+          unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = start; });
+        });
+      };
+      const auto end = [&](int half) {
+        const int column = b * kBlockColumns + half * (kBlockColumns / 2);
+        acc.stay();
+        F scale[tiles];
+        unroll<tiles>([&](auto t) { scale[t.v] = scales.load_scale(column, tile + t.v); });
+        unroll<num_rows>([&](auto m) {
+          const Int8Block& block = rows[m.v][b];
+          const U start = start_of(sum_of(block, halves, half), zero_point);
+          const F x_scale = broadcast(block.scale);
+          unroll<tiles>([&](auto t) {
+            constexpr int i = m.v * tiles + t.v;
+            acc.set(i, fma(mul(to_float(Sums::end(start, sums[i])), x_scale), scale[t.v], acc.get(i)));
+          });
+        });
+        if (!offsets) return;
+        F offset[tiles];
+        unroll<tiles>([&](auto t) { offset[t.v] = scales.load_offset(column, tile + t.v); });
+        unroll<num_rows>([&](auto m) {
+          const F x_sum = broadcast(rows[m.v][b].scale * float(sum_of(rows[m.v][b], halves, half)));
+          unroll<tiles>([&](auto t) {
+            constexpr int i = m.v * tiles + t.v;
+            acc.set(i, fma(x_sum, offset[t.v], acc.get(i)));
+          });
+        });
+      };
+      begin(0);
+      unroll<kQuads>([&](auto q) {
+        if constexpr (q.v == kQuads / 2) {
+          if (halves) {
+            end(0);
+            begin(1);
+          }
+        }
         unroll<tiles>([&](auto t) {
-          constexpr int i = m.v * tiles + t.v;
-          acc[i] = fma(mul(to_float(Sums::end(start, sums[i])), x_scale), scale[t.v], acc[i]);
+          const U codes = codec.template quad<q.v>(lines + t.v * block_bytes);
+          unroll<num_rows>([&](auto m) {
+            sums[m.v * tiles + t.v] = Sums::add(sums[m.v * tiles + t.v], codes, splat(word_of(rows[m.v][b], q.v)));
+          });
         });
       });
-      if (!offsets) return;
-      F offset[tiles];
-      unroll<tiles>([&](auto t) { offset[t.v] = groups.load_offset(column, first_tile + t.v); });
-      unroll<num_rows>([&](auto m) {
-        const F x_sum = broadcast(rows[m.v][b].scale * float(sum_of(rows[m.v][b], halves, half)));
-        unroll<tiles>([&](auto t) { acc[m.v * tiles + t.v] = fma(x_sum, offset[t.v], acc[m.v * tiles + t.v]); });
-      });
-    };
-    begin(0);
-    unroll<kQuads>([&](auto q) {
-      if constexpr (q.v == kQuads / 2) {
-        if (halves) {
-          end(0);
-          begin(1);
-        }
-      }
-      U codes[tiles];
-      unroll<tiles>([&](auto t) { codes[t.v] = codec.template quad<q.v>(lines + t.v * block_bytes); });
-      unroll<num_rows>([&](auto m) {
-        const U x = splat(word_of(rows[m.v][b], q.v));
-        unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = Sums::add(sums[m.v * tiles + t.v], codes[t.v], x); });
-      });
-    });
-    end(halves ? 1 : 0);
+      end(halves ? 1 : 0);
+      lines += tiles * block_bytes;
+      ahead += tiles * block_bytes;
+      acc.next();
+    }
   }
-  unroll<num_rows>([&](auto m) {
-    unroll<tiles>([&](auto t) { store(out[m.v] + (first_tile + t.v) * kTileRows, acc[m.v * tiles + t.v]); });
-  });
+  acc.rewind(memory);
+  for (int tile = first_tile; tile < first_tile + groups * tiles; tile += tiles) {
+    unroll<num_rows>([&](auto m) {
+      unroll<tiles>([&](auto t) { store(out[m.v] + (tile + t.v) * kTileRows, acc.get(m.v * tiles + t.v)); });
+    });
+    acc.next();
+  }
 }
 
 // Returns whether the panel's tiles can be taken so many at a time; a ragged last panel goes the other way.
@@ -130,10 +167,11 @@ bool multiply_few_rows(const PackedMatrix& w, int panel, const Int8Block* const*
     rows[m] = given[row];
     to[m] = out + row * out_stride;
   }
-  for (int tile = 0; tile < tiles; tile += together) {
-    const int end = tile + together;
+  const int groups = kDotSumsInMemory ? tiles / together : 1;
+  for (int tile = 0; tile < tiles; tile += groups * together) {
+    const int end = tile + groups * together;
     const std::byte* after = end < tiles ? w.panel_codes(panel) + end * (Codec::lines * 64) : next;
-    multiply_few_rows<Codec, Scales, num_rows>(w, panel, tile, rows, to, after);
+    multiply_few_rows<Codec, Scales, num_rows>(w, panel, tile, groups, rows, to, after);
   }
   return true;
 }
@@ -196,24 +234,6 @@ struct Ahead {
   int lines;
 };
 
-// The fp32 sums of a register tile, in registers or, where those are few, in memory that stays in L1.
-template <bool in_memory, int count> struct TileSums;
-template <int count> struct TileSums<false, count> {
-  F sums[count];
-  GLM_INLINE explicit TileSums(float*) {}
-  GLM_INLINE F get(int i) const { return sums[i]; }
-  GLM_INLINE void set(int i, F x) { sums[i] = x; }
-  GLM_INLINE void stay() {}
-};
-template <int count> struct TileSums<true, count> {
-  float* sums;
-  GLM_INLINE explicit TileSums(float* memory) : sums(memory) {}
-  GLM_INLINE F get(int i) const { return load(sums + i * kTileRows); }
-  GLM_INLINE void set(int i, F x) { store(sums + i * kTileRows, x); }
-  // They are not loaded before they are wanted: GCC would do so ahead of a branch, and put them on the stack.
-  GLM_INLINE void stay() { asm volatile("" : "+r"(sums)); }
-};
-
 // num_rows × tiles sums over the blocks of a piece, continuing the chains in `out` unless `fresh`.
 // panel_tiles is the piece's number of tiles; its pointers are at the first of ours.
 template <int bits, int num_rows, int tiles>
@@ -230,54 +250,58 @@ GLM_FLATTEN void multiply_tile(const Piece& piece, int panel_tiles, int zero_poi
   const float *scales = piece.scales, *all_offsets = piece.offsets;
   const bool offsets = piece.has_offsets, halves = piece.halves;
   const ptrdiff_t line = panel_tiles * 64, scale_line = panel_tiles * kTileRows;
-  const int units = halves ? 2 : 1, parts = halves ? 1 : 2;  // sums per block, and parts of half a block per sum
-  for (int b = 0; b < blocks; ++b) {
-    for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
-    int half = 0;
-    for (int unit = 0; unit < units; ++unit) {
-      typename Sums::Partial sums[num_rows * tiles];
-      unroll<num_rows>([&](auto m) {
-        const auto start = Sums::begin(start_of(sum_of(x[m.v][b], halves, unit), zero_point));
-        unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = start; });
-      });
-      for (int part = 0; part < parts; ++part, ++half) {
-        unroll<kQuads / 2>([&](auto q) {
-          unroll<Sums::passes>([&](auto pass) {  // over the vectors of a word, where their codes are taken apart again
-            U w[tiles];
-            unroll<tiles>([&](auto t) { w[t.v] = load_words(codes + t.v * 64); });
-            unroll<num_rows>([&](auto m) {
-              const U word = splat(word_of(x[m.v][b], half * (kQuads / 2) + q.v));
-              unroll<tiles>([&](auto t) {
-                typename Sums::Partial& sum = sums[m.v * tiles + t.v];
-                sum = Sums::template add_part<pass.v>(sum, w[t.v], word);
-              });
+  typename Sums::Partial sums[num_rows * tiles];
+  // `parts` times so many words of columns, then what they add to the fp32 sums: the whole block, or one half of it.
+  const auto multiply = [&](auto words, int parts, int b, int half) {
+    unroll<num_rows>([&](auto m) {
+      const auto start = Sums::begin(start_of(sum_of(x[m.v][b], halves, half), zero_point));
+      unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = start; });
+    });
+    int first_word = half * (kQuads / 2);
+    for (int part = 0; part < parts; ++part, first_word += words.v) {
+      unroll<words.v>([&](auto q) {
+        unroll<Sums::passes>([&](auto pass) {  // over the vectors of a word, where their codes are taken apart again
+          U w[tiles];
+          unroll<tiles>([&](auto t) { w[t.v] = load_words(codes + t.v * 64); });
+          unroll<num_rows>([&](auto m) {
+            const U word = splat(word_of(x[m.v][b], first_word + q.v));
+            unroll<tiles>([&](auto t) {
+              typename Sums::Partial& sum = sums[m.v * tiles + t.v];
+              sum = Sums::template add_part<pass.v>(sum, w[t.v], word);
             });
           });
-          codes += line;
         });
-      }
-      acc.stay();
-      F scale[tiles];
-      unroll<tiles>([&](auto t) { scale[t.v] = load(scales + t.v * kTileRows); });
-      unroll<num_rows>([&](auto m) {
-        const U start = start_of(sum_of(x[m.v][b], halves, unit), zero_point);
-        const F x_scale = broadcast(x[m.v][b].scale);
-        unroll<tiles>([&](auto t) {
-          constexpr int i = m.v * tiles + t.v;
-          acc.set(i, fma(mul(to_float(Sums::end(start, sums[i])), x_scale), scale[t.v], acc.get(i)));
-        });
+        codes += line;
       });
-      if (offsets) {
-        unroll<num_rows>([&](auto m) {
-          const F x_sum = broadcast(x[m.v][b].scale * float(sum_of(x[m.v][b], halves, unit)));
-          unroll<tiles>([&](auto t) {
-            constexpr int i = m.v * tiles + t.v;
-            acc.set(i, fma(x_sum, load(all_offsets + t.v * kTileRows), acc.get(i)));
-          });
-        });
-        all_offsets += scale_line;
-      }
-      scales += scale_line;
+    }
+    acc.stay();
+    F scale[tiles];
+    unroll<tiles>([&](auto t) { scale[t.v] = load(scales + t.v * kTileRows); });
+    unroll<num_rows>([&](auto m) {
+      const U start = start_of(sum_of(x[m.v][b], halves, half), zero_point);
+      const F x_scale = broadcast(x[m.v][b].scale);
+      unroll<tiles>([&](auto t) {
+        constexpr int i = m.v * tiles + t.v;
+        acc.set(i, fma(mul(to_float(Sums::end(start, sums[i])), x_scale), scale[t.v], acc.get(i)));
+      });
+    });
+    scales += scale_line;
+    if (!offsets) return;
+    unroll<num_rows>([&](auto m) {
+      const F x_sum = broadcast(x[m.v][b].scale * float(sum_of(x[m.v][b], halves, half)));
+      unroll<tiles>([&](auto t) {
+        constexpr int i = m.v * tiles + t.v;
+        acc.set(i, fma(x_sum, load(all_offsets + t.v * kTileRows), acc.get(i)));
+      });
+    });
+    all_offsets += scale_line;
+  };
+  for (int b = 0; b < blocks; ++b) {
+    for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
+    if (kDotSumsInMemory && !halves) {  // a loop would put integer sums on the stack where registers are few
+      multiply(Constant<kQuads>{}, 1, b, 0);
+    } else {
+      for (int half = 0; half < (halves ? 2 : 1); ++half) multiply(Constant<kQuads / 2>{}, halves ? 1 : 2, b, half);
     }
   }
   unroll<num_rows>([&](auto m) {

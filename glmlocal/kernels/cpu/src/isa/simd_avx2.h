@@ -100,6 +100,14 @@ template <class Lanes> GLM_INLINE Lanes in_this_order(Lanes x) {
   return x;
 }
 
+// sums + maddubs(codes, x). One statement, because GCC multiplies ahead of the additions and then keeps sums on the stack.
+GLM_INLINE __m256i add_pairs(__m256i sums, __m256i codes, __m256i x) {
+  __m256i products;
+  asm("vpmaddubsw %[x], %[codes], %[products]\n\tvpaddw %[products], %[sums], %[sums]"
+      : [sums] "+x"(sums), [products] "=&x"(products) : [codes] "x"(codes), [x] "x"(x));
+  return sums;
+}
+
 // maddubs adds two products in 16 bits. A lane of 16 bits holds the products of 16 columns, half of a block, where codes have
 // 4 bits: 16 · 15 · 127 = 30480. Its one multiplication and one addition are all that 32 columns take.
 template <int bits> struct Dots {
@@ -107,10 +115,7 @@ template <int bits> struct Dots {
   using Partial = U;
   static constexpr int rows = kDotRows, passes = 1;
   static GLM_INLINE Partial begin(U) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-  static GLM_INLINE Partial add(Partial sums, U codes, U x) {
-    return {in_this_order(_mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(codes.lo, x.lo))),
-            in_this_order(_mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(codes.hi, x.hi)))};
-  }
+  static GLM_INLINE Partial add(Partial sums, U codes, U x) { return {add_pairs(sums.lo, codes.lo, x.lo), add_pairs(sums.hi, codes.hi, x.hi)}; }
   template <int> static GLM_INLINE Partial add_part(Partial sums, U codes, U x) { return add(sums, codes, x); }
   static GLM_INLINE U end(U start, Partial sums) {
     const __m256i one = _mm256_set1_epi16(1);
@@ -150,8 +155,8 @@ template <> struct TileDots<8> {
   static GLM_INLINE Partial begin(U start) { return {Dots<4>::begin(start), Dots<4>::begin(start)}; }
   static GLM_INLINE void add(__m256i& low, __m256i& high, __m256i codes, __m256i x) {
     const __m256i mask = _mm256_set1_epi8(15);
-    low = in_this_order(_mm256_add_epi16(low, _mm256_maddubs_epi16(_mm256_and_si256(codes, mask), x)));
-    high = in_this_order(_mm256_add_epi16(high, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(codes, 4), mask), x)));
+    low = add_pairs(low, _mm256_and_si256(codes, mask), x);
+    high = add_pairs(high, _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask), x);
   }
   template <int part> static GLM_INLINE Partial add_part(Partial sums, U codes, U x) {
     if constexpr (part == 0) add(sums.low.lo, sums.high.lo, codes.lo, x.lo);
@@ -215,6 +220,6 @@ GLM_INLINE int32_t max_of_words(U x) {
 // While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
 inline constexpr int kGemvRows = 4, kGemvChains = 2, kGemvUnscaledChains = 4;
 inline constexpr int kGemmRows = 6, kGemmTiles = 1;  // 12 accumulators, 2 weights, 1 activation of 16 registers
-inline constexpr int kDotGemvRows = 4, kDotGemvChains = 2;  // chains: and as many fp32 sums
+inline constexpr int kDotGemvRows = 4, kDotGemvChains = kDotSumsInMemory ? 1 : 2;  // chains: and as many fp32 sums
 
 }  // namespace glmlocal::GLM_ISA

@@ -22,7 +22,7 @@ void attend(const AttentionTask& task);
 bool attention_in_pairs();
 void merge_splits(float* partials, ptrdiff_t stride, int num_splits, int head_dim, float* out);
 double fma_flops(int iterations);
-float read_bytes(const void* data, size_t num_bytes);
+float read_bytes(const void* data, size_t num_bytes, bool in_four_streams);
 
 }  // namespace glmlocal::GLM_BASE_ISA
 
