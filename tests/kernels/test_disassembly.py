@@ -35,11 +35,14 @@ HOT = [
     ("avx512", "multiply_few_rows<glmlocal::avx512::Quads4, glmlocal::avx512::GroupScales, 1>", 32),
     ("avx512", "multiply_tile<6, 4>", 24),
     ("avx512", "multiply_few_rows<glmlocal::avx512::Bf16Codec, 1>", 64),
-    ("avx2", "multiply_few_rows<glmlocal::avx2::Quads4, glmlocal::avx2::PlainScales, 1>", 20),
-    ("avx2", "multiply_few_rows<glmlocal::avx2::Quads8, glmlocal::avx2::PlainScales, 1>", 34),
 ]
-# GCC 12 keeps one of the 12 sums of a tile on the stack from one word to the next.
-NEARLY = ("avx2", "multiply_tile<4, 6, 1>", 96, 12)
+# With 16 registers GCC 12 keeps a few things on the stack, not one per product: in a tile one of the 12 sums, from one
+# word to the next; in few rows what a sum starts from.
+NEARLY = [
+    ("avx2", "multiply_tile<4, 6, 1>", 96, 12),
+    ("avx2", "multiply_few_rows<glmlocal::avx2::Quads4, glmlocal::avx2::PlainScales, 1>", 20, 2),
+    ("avx2", "multiply_few_rows<glmlocal::avx2::Quads8, glmlocal::avx2::PlainScales, 1>", 34, 2),
+]
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,10 @@ def test_a_hot_loop_stores_nothing_on_the_stack(isa: str, function: str, multipl
     assert not spilled, f"{len(spilled)} of {len(loop)} instructions: {spilled[:4]}"
 
 
-def test_a_tile_of_16_registers_stores_few_sums_on_the_stack() -> None:
-    isa, function, multiplications, most = NEARLY
+@pytest.mark.parametrize(("isa", "function", "multiplications", "most"), NEARLY, ids=lambda value: str(value))
+def test_with_16_registers_few_things_are_stored_on_the_stack(
+    isa: str, function: str, multiplications: int, most: int
+) -> None:
     loop = innermost_loop(instructions(isa, function), multiplications)
     spilled = [each.text for each in loop if SPILL.match(each.text)]
     assert len(spilled) <= most, f"{len(spilled)} of {len(loop)} instructions: {spilled[:4]}"
