@@ -11,7 +11,7 @@ from glmlocal.models.footprints import QUANTS, of_checkpoint
 from glmlocal.planner.advise import TIERS_RUN
 from glmlocal.planner.hardware import DEFAULT_NVME_GB_PER_S
 from glmlocal.planner.machine import Machine, Nvme
-from glmlocal.planner.plan import Plan, Wants
+from glmlocal.planner.plan import CPU, Plan, Wants
 from glmlocal.planner.probe import runtime_machine
 from glmlocal.planner.solve import choose, plan
 
@@ -65,7 +65,7 @@ def check_runs(plan: Plan) -> None:
     if not plan.fits or plan.placement is None:
         raise PlanError(refusal(plan))
     used = sorted({device.kind for device in plan.devices if device.used_bytes} - TIERS_RUN)
-    if used:
+    if used and set(plan.placement.layer_device) != {CPU}:  # with experts alone on GPUs it is executed
         names = {"gpu": "GPUs", "nvme": "NVMe"}
         raise PlanError(
             f"the plan of {plan.name} uses {' and '.join(names[kind] for kind in used)}, but this version runs models "

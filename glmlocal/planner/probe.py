@@ -47,7 +47,7 @@ _DDR5_FLAGS = frozenset({"avx_vnni", "avx512_bf16", "amx_tile"})  # processors w
 _DDR5_GB_PER_S, _DDR4_GB_PER_S = 30.0, 18.0
 _SERVER_CORES, _SERVER_CHANNELS, _DESKTOP_CHANNELS = 24, 8, 2
 
-_UNKNOWN_GPU_GB_PER_S = 300.0  # of a card that is not in the table: as the slowest there
+UNKNOWN_GPU_GB_PER_S = 300.0  # of a card that is not in the table: as the slowest there
 _HOST_SHARE_BYTES = 4 * GIB  # of memory shared with a GPU, what the host's side gets: interpreter, torch, staging
 
 
@@ -177,9 +177,9 @@ def _gpus(link: float | None) -> tuple[tuple[Gpu, ...], list[str]]:
             if not gpu.memory_bytes:
                 notes.append(f"{gpu.name} is left out: its driver does not say how much memory it has")
                 continue
-            card = replace(known.described(gpu.memory_bytes, _UNKNOWN_GPU_GB_PER_S), name=gpu.name)
+            card = replace(known.described(gpu.memory_bytes, UNKNOWN_GPU_GB_PER_S), name=gpu.name)
             notes.append(
-                f"{gpu.name} is not in the table: its memory is assumed to read {_UNKNOWN_GPU_GB_PER_S:g} GB/s; "
+                f"{gpu.name} is not in the table: its memory is assumed to read {UNKNOWN_GPU_GB_PER_S:g} GB/s; "
                 f"describe it as --gpus {gpu.memory_bytes / GIB:.4g}GiB@RATE"
             )
         found.append(card if link is None else with_link(card, link))

@@ -68,7 +68,7 @@ def changed(name: str, path: str, value: object) -> str:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("schema", 2),
+        ("schema", 1),
         ("schema", None),
         ("fits", "yes"),
         ("fits", False),
