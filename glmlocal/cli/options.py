@@ -149,27 +149,38 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``LLM`` that ``add_engine_options`` asked for.
 
-    Raises ConfigError for words about tiers that this version plans for but does not run: they are not ignored.
+    Raises ConfigError for words about tiers that this version, or this machine, does not run: they are not ignored.
     """
     from glmlocal.errors import ConfigError
 
-    not_run = {
-        "--gpus": args.gpus.strip().casefold() not in ("auto", "none"),
-        "--nvme": args.nvme not in (None, "none"),
-        "--link": args.link,
-        "--vram": args.vram is not None,
-        "--cpu-offload-gb": args.cpu_offload_gb,
-        "--draft": args.draft,
-    }
-    word = next((option for option, given in not_run.items() if given), None)
-    if word == "--draft":
+    if args.draft:
         raise ConfigError("--draft: this version loads MTP layers but does not speculate yet; leave it out or give 0")
-    if word is not None:
+    if args.nvme not in (None, "none"):
         raise ConfigError(
-            f"{word}: this version runs models in RAM and from NVMe only; leave it out (`glmlocal plan` knows it)"
+            "--nvme: this version takes the disk that the pack is on; leave it out (`glmlocal plan` knows it)"
         )
-    words = {name: getattr(args, name) for name in ("threads", "quant", "activations", "kv_dtype", "ram")}
-    return {**words, "offload": not args.no_offload and args.nvme != "none"}
+    about_gpus = {
+        "--gpus": args.gpus.strip().casefold() not in ("auto", "none"),
+        "--link": args.link is not None,
+        "--vram": args.vram is not None,
+        "--cpu-offload-gb": args.cpu_offload_gb is not None,
+    }
+    word = next((option for option, given in about_gpus.items() if given), None)
+    if word is not None and not _has_gpus():
+        raise ConfigError(
+            f"{word}: this version runs models in RAM and from NVMe only where torch finds no GPU, as here; leave it "
+            "out (`glmlocal plan` knows it)"
+        )
+    names = ("threads", "quant", "activations", "kv_dtype", "ram", "gpus", "link")
+    words = {name: getattr(args, name) for name in names}
+    gpu_limits = {"vram_bytes": args.vram, "cpu_offload_bytes": args.cpu_offload_gb}
+    return {**words, **gpu_limits, "offload": not args.no_offload and args.nvme != "none"}
+
+
+def _has_gpus() -> bool:
+    from glmlocal.offload.devices import found  # brings torch in, so only where somebody asks
+
+    return bool(found())
 
 
 def add_pack_options(parser: argparse._ActionsContainer) -> None:

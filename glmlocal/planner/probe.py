@@ -25,7 +25,6 @@ from glmlocal.machine.kernel_rates import build_id
 from glmlocal.machine.measurements import Measurements
 from glmlocal.paths import cache_home
 from glmlocal.planner import gpus as known
-from glmlocal.planner.advise import TIERS_RUN
 from glmlocal.planner.hardware import DEFAULT_NVME_GB_PER_S, parse_gpus, parse_nvme, parse_ram, reserve_bytes, with_link
 from glmlocal.planner.machine import Cpu, Gpu, Machine, Nvme, Ram
 from glmlocal.units import GIB, format_bytes
@@ -101,16 +100,11 @@ def machine(
 
 
 def runtime_machine(ram: str | None = None) -> Machine:
-    """This machine as this version runs models on it: without the tiers that it only plans for (``TIERS_RUN``).
+    """This machine as this version runs layers on it: without GPUs, which it only plans for.
 
     ``ram`` is ``--ram``, a limit. Raises ConfigError, as ``machine``.
     """
-    return machine(
-        gpus="auto" if "gpu" in TIERS_RUN else "none",
-        ram=ram,
-        nvme=None if "nvme" in TIERS_RUN else "none",
-        limits_of_this_machine=True,
-    )
+    return machine(gpus="none", ram=ram, limits_of_this_machine=True)
 
 
 def _cpu(facts: cpu_probe.Cpu, measured: Measurements | None, root: Path = Path("/")) -> Cpu:

@@ -78,10 +78,14 @@ def test_commands_that_run_take_the_same_words() -> None:
         "activations": "auto",
         "kv_dtype": "auto",
         "ram": None,
+        "gpus": "auto",
+        "link": None,
+        "vram_bytes": None,
+        "cpu_offload_bytes": None,
         "offload": True,
     }
     assert _engine() == defaults
-    assert _engine("--gpus", "none", "--draft", "0") == defaults
+    assert _engine("--gpus", "none", "--draft", "0") == defaults | {"gpus": "none"}
     for words in (["--nvme", "none"], ["--no-offload"]):
         assert _engine(*words) == defaults | {"offload": False}
     assert _engine("--quant", "auto", "--ram", "16GiB", "--threads", "2") == defaults | {
@@ -97,6 +101,16 @@ def test_commands_that_run_take_the_same_words() -> None:
 def test_words_about_what_does_not_run_yet_are_not_ignored(words: str) -> None:
     with pytest.raises(ConfigError, match=f"{words.split()[0]}: this version"):
         _engine(*words.split())
+
+
+def test_words_about_gpus_are_taken_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLMLOCAL_FAKE_GPU", "2x1GiB")
+    words = _engine("--gpus", "1GiB@60", "--vram", "512MiB", "--cpu-offload-gb", "0", "--link", "pcie4x16")
+    wanted = {"gpus": "1GiB@60", "vram_bytes": GIB // 2, "cpu_offload_bytes": 0, "link": "pcie4x16"}
+    assert wanted.items() <= words.items()
+    monkeypatch.setenv("GLMLOCAL_FAKE_GPU", "many")
+    with pytest.raises(ConfigError, match="GLMLOCAL_FAKE_GPU is 'many', wanted GPUs"):
+        _engine("--vram", "1GiB")
 
 
 def test_a_saved_plan_decides_everything(tmp_path: Path) -> None:

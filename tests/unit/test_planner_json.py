@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmlocal.errors import PlanError
-from glmlocal.planner.machine import Nvme
+from glmlocal.planner.machine import ExpertGpu, Nvme
 from glmlocal.planner.plan import Wants
 from glmlocal.planner.plan_json import as_json, from_json
 from glmlocal.planner.solve import plan
@@ -22,6 +22,11 @@ PLANS = {
     "gpus": plan(air("fp8_channel", 8), machine(H100, H100), Wants()),
     "offload": plan(air(**INT4), machine(RTX4090, ram_gib=24, nvme=Nvme(2 * 10**12, 7.0, "/disk")), Wants(draft=1)),
     "ram": plan(air(**INT4), machine(ram_gib=96), Wants(context=4096, batch=2)),
+    "experts": plan(
+        air(**INT4),
+        replace(machine(ram_gib=96), expert_gpus=(ExpertGpu(RTX4090, 20 << 30), ExpertGpu(RTX4090, 8 << 30))),
+        Wants(),
+    ),
     "refused": plan(glm45(), machine(*[H100] * 8), Wants()),
 }
 
