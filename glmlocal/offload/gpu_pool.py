@@ -66,7 +66,7 @@ class GpuPool:
         self.costs, self.slot_bytes = share.costs, slot_bytes
         self._host = host
         self._memory = share.device.allocate(num_slots + EXPERT_STAGING, slot_bytes)
-        self._uploads = _Uploads(self._memory, host, view)
+        self._uploads = UploadSource(self._memory, host, view)
         policy = lfru(num_slots, len(share.layers) * top_k)
         self.store = ExpertStore(share.layers, num_experts, num_slots, self._uploads, policy, most_reads=MOST_UPLOADS)
         bound = {layout: share.device.bind(layout, num_experts, activations) for layout in set(layouts.values())}
@@ -138,7 +138,7 @@ class GpuPool:
         )
 
 
-class _Uploads:
+class UploadSource:
     """The ``Source`` of a GPU's store: the host's slots, pinned while they are copied."""
 
     def __init__(self, memory: SlotMemory, host: ExpertStore, view: View) -> None:

@@ -10,11 +10,15 @@ import torch
 
 import packed
 import tiny
+from glmlocal.cli.chat_render import Answer, footer
+from glmlocal.completion import Completion, Timings, Usage
 from glmlocal.engine.planning import plan_here
 from glmlocal.errors import ConfigError, PlanError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.kernels import cpu
 from glmlocal.offload.dispatch import Costs, dispatch
+from glmlocal.offload.stats import GpuStats, OffloadStats, merged, since
+from glmlocal.offload.store import StoreStats
 from glmlocal.planner.gpus import described
 from glmlocal.planner.machine import ExpertGpu, Machine, Nvme
 from glmlocal.planner.plan import CPU, Plan, Wants
@@ -27,6 +31,7 @@ if not cpu.available:
 
 from glmlocal import LLM
 from glmlocal.offload import devices
+from glmlocal.offload.torch_gpu import TorchGpu
 
 AIR = air("int4 group 32", 4.5, quant="int4")
 EXPERT_BYTES = -(-AIR.layers[1].expert.nbytes // 4096) * 4096  # type: ignore[union-attr]
@@ -78,6 +83,7 @@ def test_limits_of_the_gpus_are_kept() -> None:
     assert plan(AIR, with_gpus(machine(ram_gib=96), 0.01), Wants()).placement.gpu_slots == ()  # type: ignore[union-attr]
 
 
+ANSWER = Answer(2, Completion("a", "", (5, 6), "stop", Usage(3, 2, 0), Timings(1.0, 0.1, 9.0, 8.0, 2.0), None))
 COSTS = Costs(cpu_read_s=1.0, cpu_token_s=0.5, upload_s=2.0, gpu_token_s=0.001)
 
 
@@ -157,3 +163,42 @@ def test_what_cannot_be_is_refused_in_one_line(source: Path, directory: Path, mo
     small = replace(made.machine.expert_gpus[0], free_bytes=MIB // 64)
     with pytest.raises(PlanError, match=r"fake:0 has .* left"):
         LLM(directory, plan=replace(made, machine=replace(made.machine, expert_gpus=(small,))))
+
+
+def test_torch_computes_what_the_cpu_does_but_for_rounding(directory: Path) -> None:
+    """The code that real GPUs run, on torch's CPU device: hits, uploads and streams."""
+    resident = packed.engine_with(directory, None)
+    for streams in (False, True):
+        engine = packed.engine_with(
+            directory, 6, None, (5,), lambda number, gpu: TorchGpu(torch.device("cpu")), streams
+        )
+        for length in (30, 1, 1, 1, 7, 30):
+            text = list(range(3, 3 + length))
+            found, wanted = engine.logits(text), resident.logits(text)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+        stats = engine.offloads.stats()
+        assert stats is not None
+        assert stats.gpu is not None
+        assert (stats.gpu.streamed > 0) is streams
+        assert stats.gpu.hits > 0
+
+
+def test_the_footer_says_where_experts_were_found() -> None:
+    store = StoreStats(lookups=40, hits=30, num_tokens=10)
+    gpu = GpuStats(lookups=100, hits=60, slots=4, slot_bytes=4096, uploaded_bytes=8192, streamed=1)
+    stats = OffloadStats(store, 8, 8192, 40960, 0.5, True, gpu)
+    assert [tier["tier"] for tier in stats.tiers()] == ["gpu", "ram", "nvme"]
+    assert [tier["hit_rate"] for tier in stats.tiers()] == [0.6, 0.75, 1.0]
+    line = footer(ANSWER, 100, stats)
+    assert "60% of experts on GPU, 75% of the others in RAM · 4 KiB read per token" in line
+    assert "on GPU" not in footer(ANSWER, 100, replace(stats, gpu=None))
+    assert merged([stats, stats]) == OffloadStats(
+        StoreStats(lookups=80, hits=60, num_tokens=10),
+        16,
+        16384,
+        81920,
+        1.0,
+        True,
+        GpuStats(200, 120, 8, 8192, 16384, 2),
+    )
+    assert since(stats, stats).gpu == GpuStats(0, 0, 4, 4096, 0, 0)
