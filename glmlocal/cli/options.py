@@ -143,6 +143,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "below 1 GiB, else bf16; fp8 (e4m3) and int8 take half of bf16's memory",
     )
     group.add_argument("--draft", type=drafts, metavar="N", help="MTP drafts per step: auto (the default) or 0 for now")
+    group.add_argument(
+        "--nvme-dir", type=Path, metavar="DIR", help="where a packed model's experts.pack is, if on another disk"
+    )
     add_machine_options(parser)
 
 
@@ -171,7 +174,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
             f"{word}: this version runs models in RAM and from NVMe only where torch finds no GPU, as here; leave it "
             "out (`glmlocal plan` knows it)"
         )
-    names = ("threads", "quant", "activations", "kv_dtype", "ram", "gpus", "link")
+    names = ("threads", "quant", "activations", "kv_dtype", "ram", "gpus", "link", "nvme_dir")
     words = {name: getattr(args, name) for name in names}
     gpu_limits = {"vram_bytes": args.vram, "cpu_offload_bytes": args.cpu_offload_gb}
     return {**words, **gpu_limits, "offload": not args.no_offload and args.nvme != "none"}
@@ -215,7 +218,8 @@ def planned(args: argparse.Namespace, **decided: Any) -> dict[str, Any]:
     given = next((name for name, default in (_PLAN_DECIDES | decided).items() if getattr(args, name) != default), None)
     if given is not None:
         raise ConfigError(f"--{given.replace('_', '-')} is decided by --plan already; leave one of them out")
-    return {"plan": load(args.plan)}
+    place = {} if args.nvme_dir is None else {"nvme_dir": args.nvme_dir}  # which a plan does not know
+    return {"plan": load(args.plan), **place}
 
 
 _PLAN_DECIDES: dict[str, Any] = {

@@ -80,6 +80,7 @@ def test_commands_that_run_take_the_same_words() -> None:
         "ram": None,
         "gpus": "auto",
         "link": None,
+        "nvme_dir": None,
         "vram_bytes": None,
         "cpu_offload_bytes": None,
         "offload": True,
@@ -118,6 +119,7 @@ def test_a_saved_plan_decides_everything(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(as_json(saved)))
     assert _engine("--plan", str(path)) == {"plan": saved}
+    assert _engine("--plan", str(path), "--nvme-dir", "/disk") == {"plan": saved, "nvme_dir": Path("/disk")}
     for words in ("--quant int8", "--ram 8GiB", "--context 100", "--gpus none"):
         with pytest.raises(ConfigError, match=f"{words.split()[0]} is decided by --plan already"):
             _engine("--plan", str(path), *words.split())
