@@ -62,7 +62,10 @@ def drafts(text: str) -> int | None:
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """The machine: ``plan`` describes one with these, other commands limit this one; ``planner.probe`` reads them."""
+    """The machine: ``plan`` describes one with these, other commands limit this one; ``planner.probe`` reads them.
+
+    Commands that run take GPUs for experts alone (docs/offload.md), and only those that are named.
+    """
     group = parser.add_argument_group("machine (default: this one)")
     group.add_argument(
         "--gpus",
