@@ -126,6 +126,13 @@ class GpuPool:
         if hot:
             self.store.prefetch(sorted(hot, key=lambda key: (-heat[key], key))[:MOST_UPLOADS])
 
+    def warm(self, keys: Sequence[ExpertKey]) -> None:
+        """Upload these experts, hottest first, that the host has, as far as there are slots; waits for it."""
+        here = [key for key in keys if self._host.lookup(key) is Residency.HIT][: self.store.num_slots]
+        for begin in range(0, len(here), MOST_UPLOADS):
+            self.store.prefetch(here[begin : begin + MOST_UPLOADS])
+            self.store.drain()
+
     def stats(self) -> GpuStats:
         store = self.store.stats()
         return GpuStats(

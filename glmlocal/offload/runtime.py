@@ -109,7 +109,8 @@ class Offload:
         return OffloadedExperts(layer, slots, self.store, self._pool, self._buffer, self._look_after, gpu)
 
     def warm(self) -> int:
-        """Read the experts that were hottest in earlier runs into the slots, as many as fit; how many were read.
+        """Read the experts that were hottest in earlier runs into the slots, as many as fit, and the hottest of those
+        onto GPUs; how many were read.
 
         What cannot be read is left for the request that needs it to hear of.
         """
@@ -121,6 +122,8 @@ class Offload:
         for begin in range(0, len(hottest), self._most_reads):
             self.store.prefetch(hottest[begin : begin + self._most_reads])
             self.store.drain()
+        for gpu in self._gpus:
+            gpu.warm([key for key in hottest if key.layer in gpu.store.layers])
         return self.store.stats().prefetched
 
     def stats(self) -> OffloadStats:

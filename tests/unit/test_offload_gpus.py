@@ -145,6 +145,21 @@ def test_a_model_runs_with_the_gpus_that_are_named(directory: Path, monkeypatch:
             assert stats.gpu.lookups > 0
 
 
+def test_what_was_hot_is_on_the_gpu_at_the_next_start(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(devices.FAKE_VARIABLE, "1x1GiB")
+    monkeypatch.setenv("GLMLOCAL_HOME", str(tmp_path))
+    hit_rates = []
+    for _ in range(2):
+        with LLM(directory) as llm:
+            llm.logits([7])
+            assert llm.offload_stats is not None
+            assert llm.offload_stats.gpu is not None
+            hit_rates.append(llm.offload_stats.gpu.hit_rate)
+    assert hit_rates == [0.0, 1.0]
+
+
 def test_what_cannot_be_is_refused_in_one_line(source: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(devices.FAKE_VARIABLE, "1x1GiB")
     plain, pack = open_checkpoint(source), open_checkpoint(directory)
