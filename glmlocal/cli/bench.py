@@ -388,18 +388,24 @@ def _remarks(facts: dict[str, Any]) -> list[str]:
             "measure again when nothing else runs"
         )
     if offload := facts["offload"]:
-        tiers, nvme, gpu = {tier["tier"]: tier for tier in offload["tiers"]}, offload["nvme"], offload["gpu"]
-        ram = tiers["ram"]
-        if gpu is not None:
-            lines.append(
-                f"experts: {tiers['gpu']['hit_rate']:.0%} found in {format_bytes(gpu['slot_bytes'])} on GPUs, "
-                f"{format_bytes(gpu['uploaded_bytes'])} uploaded; of the others:"
-            )
-        lines.append(
-            f"experts: {ram['hit_rate']:.0%} found in {format_bytes(offload['slot_bytes'])} of RAM, the others read "
-            f"from NVMe at {nvme['read_bytes_per_s'] / 1e9:.2f} GB/s, "
-            f"{format_bytes(round(nvme['read_bytes_per_token']))} per token; {nvme['stall_s']:.1f} s spent waiting"
-        )
+        lines += _about_experts(offload)
     if facts["interrupted"]:
         lines.append("interrupted: fewer repeats than asked for, and no second measurement of the peaks")
+    return lines
+
+
+def _about_experts(offload: dict[str, Any]) -> list[str]:
+    """Where experts were found."""
+    tiers, nvme, gpu = {tier["tier"]: tier for tier in offload["tiers"]}, offload["nvme"], offload["gpu"]
+    ram, lines = tiers["ram"], []
+    if gpu is not None:
+        lines.append(
+            f"experts: {tiers['gpu']['hit_rate']:.0%} found in {format_bytes(gpu['slot_bytes'])} on GPUs, "
+            f"{format_bytes(gpu['uploaded_bytes'])} uploaded; of the others:"
+        )
+    lines.append(
+        f"experts: {ram['hit_rate']:.0%} found in {format_bytes(offload['slot_bytes'])} of RAM, the others read "
+        f"from NVMe at {nvme['read_bytes_per_s'] / 1e9:.2f} GB/s, "
+        f"{format_bytes(round(nvme['read_bytes_per_token']))} per token; {nvme['stall_s']:.1f} s spent waiting"
+    )
     return lines

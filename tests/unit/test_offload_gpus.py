@@ -10,6 +10,7 @@ import torch
 
 import packed
 import tiny
+from glmlocal.cli.bench import _about_experts, _offload
 from glmlocal.cli.chat_render import Answer, footer
 from glmlocal.completion import Completion, Timings, Usage
 from glmlocal.engine.planning import plan_here
@@ -143,6 +144,9 @@ def test_a_model_runs_with_the_gpus_that_are_named(directory: Path, monkeypatch:
             assert stats.gpu is not None
             assert stats.gpu.slots == sum(llm.plan.placement.gpu_slots)  # type: ignore[union-attr]
             assert stats.gpu.lookups > 0
+            on_gpus, others = _about_experts(_offload(llm))  # type: ignore[arg-type]
+            assert on_gpus.startswith(f"experts: {stats.gpu.hit_rate:.0%} found in")
+            assert others.startswith(f"experts: {stats.hit_rate:.0%} found in")
 
 
 def test_what_was_hot_is_on_the_gpu_at_the_next_start(

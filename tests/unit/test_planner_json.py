@@ -188,3 +188,21 @@ def test_numbers_are_exact():
     found = PLANS["ram"]
     odd = replace(found, forecast=replace(found.forecast, hit_rate=0.1 + 0.2), download_bytes=2**59 + 1)
     assert from_json(json.dumps(as_json(odd))) == odd
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("placement.gpu_slots.3", 129),
+        ("placement.gpu_slots.3", -1),
+        ("placement.gpu_slots", []),
+        ("placement.slot_device.3", 2),
+        ("placement.slot_device.3", -1),
+        ("placement.slot_device", [0]),
+        ("machine.expert_gpus", []),
+        ("machine.expert_gpus.0.free_bytes", -5),
+    ],
+)
+def test_slots_on_gpus_that_cannot_be_are_refused(path, value):
+    with pytest.raises(PlanError, match="plan again"):
+        from_json(changed("experts", path, value))
