@@ -112,7 +112,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.leases: list[tuple[int, Lease, list[int], list[tuple[int, int]]]] = []  # layer, lease, left, wave
         self.memory = GpuMemory(self.disk)
         uploads = UploadSource(self.memory, self.store, lambda slot: np.array([slot], np.uint8))
-        self.gpu = ExpertStore(LAYERS, EXPERTS, 3, uploads, LFRU(boost_tokens=2), most_reads=2)
+        self.gpu = ExpertStore(LAYERS, EXPERTS, 3, uploads, LFRU(boost_tokens=2), most_reads=3)
 
     @rule(layer=st.sampled_from(LAYERS), experts=st.sets(st.integers(0, EXPERTS - 1), min_size=1))
     def acquire(self, layer: int, experts: set[int]) -> None:
@@ -185,6 +185,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert self.memory.slots[slot] == ExpertKey(layer, expert), "it had not arrived"
             assert self.gpu.num_leased == len(here)
             assert not lease.take()
+        assert not any(copy.done for copy in self.memory.copies), "a step waited for an upload"
 
     @invariant()
     def the_gpu_has_what_it_says(self) -> None:
@@ -318,6 +319,34 @@ def test_prefetch_waits_for_an_idle_disk_and_spares_what_is_worth_more() -> None
     assert store.prefetch([ExpertKey(4, 5)]) == 0, "the disk is busy"
     list(lease.waves())
     lease.close()
+
+
+def test_a_pinned_slot_stays_and_one_is_never_pinned() -> None:
+    store, disk = store_of(2)
+    run(store, 3, 0, 1)
+    slot = store.pin(ExpertKey(3, 0))
+    assert slot is not None
+    assert store.pin(ExpertKey(3, 1)) is None, "no slot would be left to work with"
+    assert store.pin(ExpertKey(3, 5)) is None, "it is not there"
+    assert everyone(store, 4, 0, 1, 2, 3) == [0, 1, 2, 3], "through the other slot"
+    assert disk.slots[slot] == ExpertKey(3, 0)
+    assert store.shrink(2) == [], "one slot that is not pinned stays"
+    store.unpin(slot)
+    assert store.num_leased == 0
+    assert len(store.shrink(2)) == 1
+
+
+def test_what_is_present_is_leased_and_nothing_is_read() -> None:
+    store, disk = store_of(3)
+    run(store, 3, 0, 1)
+    started = disk.num_started
+    with store.acquire_present(3, uses(0, 1, 2)) as lease:
+        assert sorted(expert for expert, _ in lease.take()) == [0, 1]
+        assert store.num_leased == 2
+        assert lease.take() == []
+    assert disk.num_started == started
+    assert (store.stats().lookups, store.stats().hits) == (5, 2)
+    assert store.heat(ExpertKey(3, 2)) > 0, "it was wanted"
 
 
 def test_shrinking_gives_up_the_least_worth_and_growing_takes_it_back() -> None:
