@@ -47,7 +47,10 @@ class LLM:
     planner would. ``activations`` is what quantized weights are multiplied with: "int8", rounded in groups of 32, which
     is several times faster, "fp32", exact, or auto: fp32 for small checkpoints, else int8 (``models/precision.py``).
     ``ram`` ("16GiB") limits the memory that is planned with: routed experts of a packed model (``glmlocal pack``) that
-    do not fit are read from the disk when they are needed, unless ``offload`` is False. ``plan``, from
+    do not fit are read from the disk when they are needed, unless ``offload`` is False. ``gpus`` ("1xRTX4090", "none")
+    hold experts of a packed model, at most ``vram_bytes`` on each, and of its layers' experts all but
+    ``cpu_offload_bytes``; ``link`` is what is between them and the host.
+    ``nvme_dir`` is where the model's pack is, if not beside it. ``plan``, from
     ``glmlocal plan --save``, is executed as it stands; the other wishes have then been said already and must not be
     said again. ``on_bytes(done, total)`` is told how loading comes along, from several threads.
     Raises CheckpointError, ConfigError, DownloadError or PlanError.
@@ -64,6 +67,11 @@ class LLM:
         quant: str = "keep",
         activations: str = "auto",
         ram: str | None = None,
+        gpus: str = "auto",
+        link: str | None = None,
+        vram_bytes: int | None = None,
+        cpu_offload_bytes: int | None = None,
+        nvme_dir: Path | None = None,
         offload: bool = True,
         plan: Plan | None = None,
         progress: bool = False,
@@ -74,7 +82,7 @@ class LLM:
             check_quant(quant)
         kernels.set_num_threads(threads if plan is None else plan.resolved.threads)
         self.model_name = str(model)
-        self._checkpoint = checkpoint = open_checkpoint(resolve(model, progress=progress))
+        self._checkpoint = checkpoint = open_checkpoint(resolve(model, progress=progress), nvme_dir)
         self.config = ModelConfig.from_hf(checkpoint.config)
         text = load_model_text(
             checkpoint.directory, checkpoint.config, checkpoint.gguf_metadata, self.config.vocab_size
@@ -89,10 +97,12 @@ class LLM:
                 batch=max_batch,
                 kv_dtype=kv_dtype,
                 activations=activations,
+                vram_bytes=vram_bytes,
+                cpu_offload_bytes=cpu_offload_bytes,
                 offload=offload,
                 threads=threads,
             )
-            plan = plan_here(checkpoint, quant, wants, ram=ram)
+            plan = plan_here(checkpoint, quant, wants, ram, gpus, link)
         #: What is executed: where every byte is, and how fast it should be.
         self.plan = plan
         num_bytes = checkpoint.tensors.nbytes

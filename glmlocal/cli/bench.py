@@ -22,7 +22,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from glmlocal.cli.options import add_engine_options, add_plan_option, at_least, planned
@@ -311,7 +311,10 @@ def _memory(cost: ModelCost, wanted: Sequence[Row]) -> dict[str, int]:
 def _offload(llm: LLM) -> dict[str, Any] | None:
     """Of everything since the model was loaded; None where all experts are in RAM."""
     stats = llm.offload_stats
-    return None if stats is None else {"tiers": stats.tiers(), "nvme": stats.nvme(), "slot_bytes": stats.slot_bytes}
+    if stats is None:
+        return None
+    gpu = None if stats.gpu is None else asdict(stats.gpu)
+    return {"tiers": stats.tiers(), "nvme": stats.nvme(), "slot_bytes": stats.slot_bytes, "gpu": gpu}
 
 
 def _quant(cost: ModelCost) -> dict[str, int]:
@@ -385,12 +388,24 @@ def _remarks(facts: dict[str, Any]) -> list[str]:
             "measure again when nothing else runs"
         )
     if offload := facts["offload"]:
-        ram, nvme = offload["tiers"][0], offload["nvme"]
-        lines.append(
-            f"experts: {ram['hit_rate']:.0%} found in {format_bytes(offload['slot_bytes'])} of RAM, the others read "
-            f"from NVMe at {nvme['read_bytes_per_s'] / 1e9:.2f} GB/s, "
-            f"{format_bytes(round(nvme['read_bytes_per_token']))} per token; {nvme['stall_s']:.1f} s spent waiting"
-        )
+        lines += _about_experts(offload)
     if facts["interrupted"]:
         lines.append("interrupted: fewer repeats than asked for, and no second measurement of the peaks")
+    return lines
+
+
+def _about_experts(offload: dict[str, Any]) -> list[str]:
+    """Where experts were found."""
+    tiers, nvme, gpu = {tier["tier"]: tier for tier in offload["tiers"]}, offload["nvme"], offload["gpu"]
+    ram, lines = tiers["ram"], []
+    if gpu is not None:
+        lines.append(
+            f"experts: {tiers['gpu']['hit_rate']:.0%} found in {format_bytes(gpu['slot_bytes'])} on GPUs, "
+            f"{format_bytes(gpu['uploaded_bytes'])} uploaded; of the others:"
+        )
+    lines.append(
+        f"experts: {ram['hit_rate']:.0%} found in {format_bytes(offload['slot_bytes'])} of RAM, the others read "
+        f"from NVMe at {nvme['read_bytes_per_s'] / 1e9:.2f} GB/s, "
+        f"{format_bytes(round(nvme['read_bytes_per_token']))} per token; {nvme['stall_s']:.1f} s spent waiting"
+    )
     return lines

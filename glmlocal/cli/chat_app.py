@@ -22,6 +22,7 @@ _SERVER_WORDS = (
     ("gpus", "--gpus", "auto"),
     ("ram", "--ram", None),
     ("nvme", "--nvme", None),
+    ("nvme_dir", "--nvme-dir", None),
     ("link", "--link", None),
     ("vram", "--vram", None),
     ("cpu_offload_gb", "--cpu-offload-gb", None),

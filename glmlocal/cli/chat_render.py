@@ -135,7 +135,7 @@ class AnswerView:
 
 def footer(answer: Answer, context: int, offload: OffloadStats | None = None) -> str:
     """The line under an answer: prompt tokens, generated tokens, tok/s, time to first token, context; with ``offload``
-    how many experts were found in RAM and what was read of the others."""
+    how many experts were found on GPUs and in RAM, and what was read of the others."""
     completion = answer.completion
     if completion is None:
         elapsed_s = (answer.last_token_s or 0.0) - (answer.first_token_s or 0.0)
@@ -150,7 +150,10 @@ def footer(answer: Answer, context: int, offload: OffloadStats | None = None) ->
         f"context {usage.total_tokens:,}/{context:,}",
     ]
     if offload is not None:
-        parts.append(f"{offload.hit_rate:.0%} of experts in RAM")
+        if offload.gpu is not None:
+            parts.append(f"{offload.gpu.hit_rate:.0%} of experts on GPU, {offload.hit_rate:.0%} of the others in RAM")
+        else:
+            parts.append(f"{offload.hit_rate:.0%} of experts in RAM")
         parts.append(f"{format_bytes(round(offload.read_bytes_per_token))} read per token")
     return " · ".join(parts)
 

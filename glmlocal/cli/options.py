@@ -62,7 +62,10 @@ def drafts(text: str) -> int | None:
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """The machine: ``plan`` describes one with these, other commands limit this one; ``planner.probe`` reads them."""
+    """The machine: ``plan`` describes one with these, other commands limit this one; ``planner.probe`` reads them.
+
+    Commands that run take GPUs for experts alone (docs/offload.md), and only those that are named.
+    """
     group = parser.add_argument_group("machine (default: this one)")
     group.add_argument(
         "--gpus",
@@ -143,33 +146,47 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "below 1 GiB, else bf16; fp8 (e4m3) and int8 take half of bf16's memory",
     )
     group.add_argument("--draft", type=drafts, metavar="N", help="MTP drafts per step: auto (the default) or 0 for now")
+    group.add_argument(
+        "--nvme-dir", type=Path, metavar="DIR", help="where a packed model's experts.pack is, if on another disk"
+    )
     add_machine_options(parser)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``LLM`` that ``add_engine_options`` asked for.
 
-    Raises ConfigError for words about tiers that this version plans for but does not run: they are not ignored.
+    Raises ConfigError for words about tiers that this version, or this machine, does not run: they are not ignored.
     """
     from glmlocal.errors import ConfigError
 
-    not_run = {
-        "--gpus": args.gpus.strip().casefold() not in ("auto", "none"),
-        "--nvme": args.nvme not in (None, "none"),
-        "--link": args.link,
-        "--vram": args.vram is not None,
-        "--cpu-offload-gb": args.cpu_offload_gb,
-        "--draft": args.draft,
-    }
-    word = next((option for option, given in not_run.items() if given), None)
-    if word == "--draft":
+    if args.draft:
         raise ConfigError("--draft: this version loads MTP layers but does not speculate yet; leave it out or give 0")
-    if word is not None:
+    if args.nvme not in (None, "none"):
         raise ConfigError(
-            f"{word}: this version runs models in RAM and from NVMe only; leave it out (`glmlocal plan` knows it)"
+            "--nvme: this version takes the disk that the pack is on; leave it out (`glmlocal plan` knows it)"
         )
-    words = {name: getattr(args, name) for name in ("threads", "quant", "activations", "kv_dtype", "ram")}
-    return {**words, "offload": not args.no_offload and args.nvme != "none"}
+    about_gpus = {
+        "--gpus": args.gpus.strip().casefold() not in ("auto", "none"),
+        "--link": args.link is not None,
+        "--vram": args.vram is not None,
+        "--cpu-offload-gb": args.cpu_offload_gb is not None,
+    }
+    word = next((option for option, given in about_gpus.items() if given), None)
+    if word is not None and not _has_gpus():
+        raise ConfigError(
+            f"{word}: this version runs models in RAM and from NVMe only where torch finds no GPU, as here; leave it "
+            "out (`glmlocal plan` knows it)"
+        )
+    names = ("threads", "quant", "activations", "kv_dtype", "ram", "gpus", "link", "nvme_dir")
+    words = {name: getattr(args, name) for name in names}
+    gpu_limits = {"vram_bytes": args.vram, "cpu_offload_bytes": args.cpu_offload_gb}
+    return {**words, **gpu_limits, "offload": not args.no_offload and args.nvme != "none"}
+
+
+def _has_gpus() -> bool:
+    from glmlocal.offload.devices import found  # brings torch in, so only where somebody asks
+
+    return bool(found())
 
 
 def add_pack_options(parser: argparse._ActionsContainer) -> None:
@@ -204,7 +221,8 @@ def planned(args: argparse.Namespace, **decided: Any) -> dict[str, Any]:
     given = next((name for name, default in (_PLAN_DECIDES | decided).items() if getattr(args, name) != default), None)
     if given is not None:
         raise ConfigError(f"--{given.replace('_', '-')} is decided by --plan already; leave one of them out")
-    return {"plan": load(args.plan)}
+    place = {} if args.nvme_dir is None else {"nvme_dir": args.nvme_dir}  # which a plan does not know
+    return {"plan": load(args.plan), **place}
 
 
 _PLAN_DECIDES: dict[str, Any] = {

@@ -12,7 +12,7 @@ import psutil
 from glmlocal.engine.block_pool import BlockPool
 from glmlocal.engine.engine import Engine
 from glmlocal.engine.model_runner import ModelRunner
-from glmlocal.engine.placing import Offloads, open_offloads, slot_bytes
+from glmlocal.engine.placing import Offloads, OpenDevice, open_offloads, slot_bytes
 from glmlocal.engine.planning import check_runs
 from glmlocal.engine.scheduler import Scheduler
 from glmlocal.formats.index import Checkpoint
@@ -52,11 +52,12 @@ def load_engine(
     plan: Plan,
     on_bytes: Callable[[int], None] = lambda num_bytes: None,
     open_reader: OpenReader | None = None,
+    open_device: OpenDevice | None = None,
 ) -> Engine:
     """Check the checkpoint, read it as the plan says, and return an engine that is ready to step.
 
     ``on_bytes`` is told how many bytes have been read so far, from several threads; experts whose home is NVMe are not
-    read here. ``open_reader`` is what reads them later: tests give one that fails.
+    read here. ``open_reader`` is what reads them later, ``open_device`` what opens GPUs: tests give their own.
     Raises CheckpointError (nothing is read before every name, shape and dtype is right), and PlanError for a plan that
     does not fit or uses tiers that this version does not run.
     """
@@ -64,7 +65,7 @@ def load_engine(
     config, run = ModelConfig.from_hf(checkpoint.config), plan.resolved
     has_mtp = check_tensors(config, checkpoint.tensors)
     activations = check_activations(run.activations)
-    offloads = open_offloads(checkpoint, config, plan, activations, open_reader)
+    offloads = open_offloads(checkpoint, config, plan, activations, open_reader, open_device)
     model = glm4_moe.build(
         config,
         WeightReader(checkpoint.tensors, on_bytes, check_quant(run.quant), activations),
@@ -99,7 +100,8 @@ def allocations(
             planned[what] = planned.get(what, 0) + line.nbytes
     actual = {**held_bytes(model), "KV cache": kv_cache.nbytes}
     if offloads.nbytes:
-        planned["expert slots"], actual["expert slots"] = slot_bytes(plan), offloads.nbytes
+        in_ram = sum(planned.get(f"{prefix}routed experts", 0) for prefix in ("", "MTP "))  # slots for all, under GPUs
+        planned["expert slots"], actual["expert slots"] = slot_bytes(plan) or in_ram, offloads.nbytes
     return tuple(Allocation(what, planned.get(what, 0), nbytes) for what, nbytes in actual.items())
 
 

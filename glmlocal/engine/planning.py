@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 
-from glmlocal.errors import PlanError
+from glmlocal.errors import ConfigError, PlanError
 from glmlocal.formats.expert_pack import file_bytes
 from glmlocal.formats.index import Checkpoint
+from glmlocal.kernels import cpu
 from glmlocal.models.footprints import QUANTS, of_checkpoint
-from glmlocal.planner.advise import TIERS_RUN
-from glmlocal.planner.hardware import DEFAULT_NVME_GB_PER_S
-from glmlocal.planner.machine import Machine, Nvme
-from glmlocal.planner.plan import Plan, Wants
+from glmlocal.offload import devices
+from glmlocal.planner.gpus import parse_link
+from glmlocal.planner.hardware import DEFAULT_NVME_GB_PER_S, parse_gpus, with_link
+from glmlocal.planner.machine import ExpertGpu, Machine, Nvme
+from glmlocal.planner.plan import CPU, Plan, Wants
 from glmlocal.planner.probe import runtime_machine
 from glmlocal.planner.solve import choose, plan
 
 
-def plan_here(checkpoint: Checkpoint, quant: str, wants: Wants, ram: str | None = None) -> Plan:
+def plan_here(
+    checkpoint: Checkpoint,
+    quant: str,
+    wants: Wants,
+    ram: str | None = None,
+    gpus: str = "auto",
+    link: str | None = None,
+) -> Plan:
     """What ``load_engine`` is to execute on this machine, with the tiers that this version runs.
 
     ``quant`` "auto" leaves it to the planner; ``ram`` ("16GiB") limits the memory. Experts of a packed model that do
-    not fit stay in its pack; others have to fit. Raises CheckpointError, ConfigError, or PlanError with what is short
-    and what would fit.
+    not fit stay in its pack; others have to fit. ``gpus`` are those that hold experts of a packed model (see
+    ``_expert_gpus``), ``link`` what is between them and the host. Raises CheckpointError, ConfigError, or PlanError
+    with what is short and what would fit.
     """
     machine = _with_pack(runtime_machine(ram), checkpoint)
+    machine = replace(machine, expert_gpus=_expert_gpus(checkpoint, wants, gpus, link))
     if quant == "auto":
         found = choose([of_checkpoint(checkpoint, each) for each in QUANTS], machine, wants)
     else:
@@ -46,6 +59,42 @@ def _with_pack(machine: Machine, checkpoint: Checkpoint) -> Machine:
     return replace(machine, nvme=replace(disk, capacity_bytes=file_bytes(pack.header), path=str(pack.path.parent)))
 
 
+def _expert_gpus(checkpoint: Checkpoint, wants: Wants, words: str, link: str | None) -> tuple[ExpertGpu, ...]:
+    """Of this machine's GPUs, those that are named.
+
+    ``auto`` means fake ones, which somebody has asked for already, and real ones where a limit is given for them: real
+    ones were never run, so they are not used unasked. Raises ConfigError for GPUs that there are not, PlanError where
+    the model is not packed.
+    """
+    is_auto = words.strip().casefold() == "auto"
+    is_limited = wants.vram_bytes is not None or wants.cpu_offload_bytes is not None
+    is_asked = not is_auto or is_limited
+    rate = None if link is None else parse_link(link)
+    wanted = () if is_auto else parse_gpus(words, rate)
+    if not is_auto and not wanted:
+        return ()
+    if not is_asked and not os.environ.get(devices.FAKE_VARIABLE, ""):
+        return ()
+    own = devices.found()
+    chosen = own if is_auto else _present(words, [gpu.name for gpu in wanted], own)
+    if chosen and (checkpoint.tensors.experts is None or not cpu.available):
+        if not is_asked:
+            return ()
+        raise PlanError("GPUs hold experts of packed models only in this version: `glmlocal pack` it, or --gpus none")
+    if rate is None:
+        return chosen
+    return tuple(replace(each, gpu=with_link(each.gpu, rate)) for each in chosen)
+
+
+def _present(words: str, wanted: Sequence[str], own: Sequence[ExpertGpu]) -> tuple[ExpertGpu, ...]:
+    """The first GPUs, since plans number them as the driver does. Raises ConfigError where others are wanted."""
+    chosen = tuple(own[: len(wanted)])
+    if [each.gpu.name for each in chosen] != list(wanted):
+        has = ", ".join(each.gpu.name for each in own) or "none"
+        raise ConfigError(f"--gpus {words[:80]!r}: torch finds {has}, in that order; name the first of them")
+    return chosen
+
+
 def _pack_hint(checkpoint: Checkpoint) -> str:
     if checkpoint.tensors.experts is not None:
         return ""
@@ -64,10 +113,8 @@ def check_runs(plan: Plan) -> None:
     """Raises PlanError for a plan that this version cannot execute: made for another machine, or for other tiers."""
     if not plan.fits or plan.placement is None:
         raise PlanError(refusal(plan))
-    used = sorted({device.kind for device in plan.devices if device.used_bytes} - TIERS_RUN)
-    if used:
-        names = {"gpu": "GPUs", "nvme": "NVMe"}
+    if set(plan.placement.layer_device) != {CPU}:
         raise PlanError(
-            f"the plan of {plan.name} uses {' and '.join(names[kind] for kind in used)}, but this version runs models "
-            "in RAM and from NVMe only; plan it with --gpus none"
+            f"the plan of {plan.name} has layers on GPUs, but this version runs models in RAM and from NVMe, with "
+            "experts on GPUs at the most; plan it with --gpus none"
         )

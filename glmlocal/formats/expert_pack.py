@@ -45,6 +45,7 @@ KERNEL_LAYOUT = "panels of 4 tiles of 16 rows, blocks of 32 columns, 1"  # chang
 _MAGIC = b"GLMPACK\n"
 _PREAMBLE = struct.Struct("<8sIIQQQ16xQ")  # magic, version, 0, JSON bytes, records, data offset, checksum
 _MAX_JSON_BYTES, _MAX_CHECKSUMS, _MAX_EXPERTS, _MAX_LAYER = 16 << 20, 1 << 20, 4096, 9999
+_SMALL_BYTES = 1 << 16  # norms, biases: every layer has some, and no two models the same
 _REMAKE = "pack the model again"
 
 
@@ -177,6 +178,23 @@ class ExpertPack:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}") from error
         for i, record in enumerate(records):
             self.check(record, out[i * record.nbytes : (i + 1) * record.nbytes])
+
+
+def check_beside(pack: ExpertPack, dense: Sequence[TensorRef]) -> None:
+    """Are these the tensors that the pack was made with? Compares their number, and the small ones by their checksums.
+
+    For a pack that does not lie beside them. Raises CheckpointError.
+    """
+    stored = sorted(dense, key=lambda ref: ref.offset)
+    is_same = len(stored) == len(pack.dense_checksums)
+    for ref, wanted in zip(stored, pack.dense_checksums, strict=False):
+        if is_same and ref.nbytes <= _SMALL_BYTES:
+            data = np.empty(ref.nbytes, np.uint8)
+            with open(ref.file, "rb") as file:
+                read_exactly(file.fileno(), data, ref.offset, ref.file)
+            is_same = checksum(data) == wanted
+    if not is_same:
+        raise CheckpointError(f"{pack.path} was made with other tensors than {stored[0].file} has; {_REMAKE}")
 
 
 def expert_name(layer: int, expert: int, matrix: str) -> str:

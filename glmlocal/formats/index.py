@@ -183,14 +183,15 @@ class Checkpoint:
     gguf_metadata: Mapping[str, Any] | None  # as stored; None for safetensors
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, pack_dir: Path | None = None) -> Checkpoint:
     """Open a directory (safetensors, or one GGUF model), a ``.gguf`` file, or any part of a split one.
 
+    ``pack_dir`` is where the ``experts.pack`` of a packed model is instead, or a directory of the model's name with it.
     Raises CheckpointError for everything else, and for files that are damaged, incomplete or hostile.
     """
     path = Path(path)
     try:
-        return _open(path)
+        return _open(path, pack_dir)
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
 
@@ -225,7 +226,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open(path: Path) -> Checkpoint:
+def _open(path: Path, pack_dir: Path | None) -> Checkpoint:
+    if pack_dir is not None:
+        return _open_with_pack(path, pack_dir)
     if path.is_dir():
         return _open_directory(path)
     if not path.exists():
@@ -248,7 +251,7 @@ def _open(path: Path) -> Checkpoint:
 def _open_directory(path: Path) -> Checkpoint:
     names = sorted(entry.name for entry in os.scandir(path))
     if "experts.pack" in names:
-        return _open_packed(path, names)
+        return _open_packed(path, path / "experts.pack", names)
     if any(name.endswith(".safetensors") or name == "model.safetensors.index.json" for name in names):
         from glmlocal.formats import safetensors  # here, as both formats build on this module
 
@@ -269,10 +272,27 @@ def _open_directory(path: Path) -> Checkpoint:
     raise CheckpointError(f"no model in {path}: wanted model.safetensors, its index, or a .gguf file; found {found}")
 
 
-def _open_packed(path: Path, names: list[str]) -> Checkpoint:
+def _open_with_pack(path: Path, pack_dir: Path) -> Checkpoint:
+    from glmlocal.formats import expert_pack
+
+    names = sorted(entry.name for entry in os.scandir(path)) if path.is_dir() else []
+    if not {expert_pack.DENSE_GGUF, expert_pack.DENSE_SAFETENSORS} & set(names):
+        raise CheckpointError(f"{path} is no packed model, so it has no pack that could be elsewhere; pack it first")
+    places = (pack_dir / expert_pack.PACK_FILE, pack_dir / path.resolve().name / expert_pack.PACK_FILE)
+    pack_file = next((place for place in places if place.is_file()), None)
+    if pack_file is None:
+        raise CheckpointError(f"there is no pack at {places[0]} nor at {places[1]}; name the directory that has it")
+    checkpoint = _open_packed(path, pack_file, names)
+    pack = checkpoint.tensors.experts
+    assert pack is not None
+    expert_pack.check_beside(pack, [ref for ref in checkpoint.tensors.values() if ref.file != pack_file])
+    return checkpoint
+
+
+def _open_packed(path: Path, pack_file: Path, names: list[str]) -> Checkpoint:
     from glmlocal.formats import expert_pack, gguf, safetensors
 
-    pack_file, dense = path / expert_pack.PACK_FILE, path / expert_pack.DENSE_GGUF
+    dense = path / expert_pack.DENSE_GGUF
     if dense.name in names:
         pack = expert_pack.read_pack(pack_file)
         model = gguf.read_model(dense)

@@ -6,17 +6,17 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from glmlocal import kernels
 from glmlocal.errors import PlanError
 from glmlocal.formats.expert_pack import ExpertPack
 from glmlocal.formats.expert_pack_layout import ExpertLayout
 from glmlocal.formats.quant import Activations
-from glmlocal.kernels.cpu.slots import SlotExperts, bind_slots
+from glmlocal.kernels.cpu.slots import SlotExperts, bind_layout
 from glmlocal.offload import host, trace
 from glmlocal.offload.eviction import Policy, lfru
 from glmlocal.offload.experts import OffloadedExperts, RowBuffer
+from glmlocal.offload.gpu_pool import GpuPool, GpuShare
 from glmlocal.offload.nvme import PackSource, Reader, open_reader
-from glmlocal.offload.stats import OffloadStats, bottleneck, since
+from glmlocal.offload.stats import OffloadStats, bottleneck, since, together
 from glmlocal.offload.store import ExpertStore
 from glmlocal.units import format_bytes
 
@@ -29,7 +29,10 @@ _WARN_AFTER_S = 5.0
 
 
 class Offload:
-    """Slots in RAM over a pack, for layers whose records have one size. Belongs to the engine's thread."""
+    """Slots in RAM over a pack, and on GPUs over those, for layers whose records have one size.
+
+    Belongs to the engine's thread.
+    """
 
     def __init__(
         self,
@@ -39,11 +42,15 @@ class Offload:
         *,
         top_k: int,
         activations: Activations = "int8",
+        gpus: Sequence[GpuShare] = (),
         policy: Policy | None = None,
         open_reader: OpenReader = open_reader,
         available_bytes: Callable[[], int] = host.available_bytes,
     ) -> None:
-        """As many slots as fit into ``budget_bytes``. Raises CheckpointError, and PlanError if none does."""
+        """As many slots as fit into ``budget_bytes``; a layer is in one of the ``gpus`` at the most.
+
+        Raises CheckpointError, and PlanError if no slot fits.
+        """
         self._pack, self._activations = pack, activations
         self._layouts = {layer: pack.layout(layer) for layer in layers}
         slot_bytes = max(layout.record_bytes for layout in self._layouts.values())
@@ -63,25 +70,47 @@ class Offload:
         self._available_bytes, self._next_check_s = available_bytes, 0.0
         self._full: tuple[float, OffloadStats] | None = None  # when the slots were full, and what had been by then
         self._has_warned = False
+        self._gpus = [
+            GpuPool(
+                share,
+                self._layouts,
+                pack.num_experts,
+                slot_bytes,
+                self.store,
+                self._pool.view,
+                top_k=top_k,
+                activations=activations,
+            )
+            for share in gpus
+            if share.num_slots
+        ]
+        self._gpu_of = {layer: gpu for gpu in self._gpus for layer in gpu.store.layers}
         self._earlier = trace.load(pack)
         if self._earlier is not None:
-            self.store.seed(self._earlier.heats)
+            for store in self.stores:
+                store.seed(self._earlier.heats)
 
     @property
     def nbytes(self) -> int:
         """Of the slots, filled or not."""
         return self._pool.nbytes
 
+    @property
+    def stores(self) -> list[ExpertStore]:
+        return [self.store, *(gpu.store for gpu in self._gpus)]
+
     def experts(self, layer: int) -> OffloadedExperts:
         """The routed experts of a layer, for the model."""
         layout = self._layouts[layer]
         slots = self._bound.get(layout)
         if slots is None:
-            slots = self._bound[layout] = _bind(layout, self._pack.num_experts, self._activations)
-        return OffloadedExperts(layer, slots, self.store, self._pool.address, self._buffer, self._look_after)
+            slots = self._bound[layout] = bind_layout(layout, self._pack.num_experts, self._activations)
+        gpu = self._gpu_of.get(layer)
+        return OffloadedExperts(layer, slots, self.store, self._pool, self._buffer, self._look_after, gpu)
 
     def warm(self) -> int:
-        """Read the experts that were hottest in earlier runs into the slots, as many as fit; how many were read.
+        """Read the experts that were hottest in earlier runs into the slots, as many as fit, and the hottest of those
+        onto GPUs; how many were read.
 
         What cannot be read is left for the request that needs it to hear of.
         """
@@ -93,6 +122,8 @@ class Offload:
         for begin in range(0, len(hottest), self._most_reads):
             self.store.prefetch(hottest[begin : begin + self._most_reads])
             self.store.drain()
+        for gpu in self._gpus:
+            gpu.warm([key for key in hottest if key.layer in gpu.store.layers])
         return self.store.stats().prefetched
 
     def stats(self) -> OffloadStats:
@@ -104,14 +135,23 @@ class Offload:
             reader.bytes_read,
             reader.busy_s,
             reader.direct,
+            together([gpu.stats() for gpu in self._gpus]),
         )
 
     def close(self) -> None:
-        """Wait for reads that are under way, and keep what was learned of the routing for the next start."""
-        self.store.drain()
+        """Wait for what is under way, and keep what was learned of the routing for the next start."""
+        self.drain()
         if num_tokens := self.store.stats().num_tokens:
             earlier = self._earlier.num_tokens if self._earlier is not None else 0
-            trace.save(self._pack, trace.RouteTrace(earlier + num_tokens, self.store.heats()))
+            heats = self.store.heats()
+            for gpu in self._gpus:  # which are asked first, and so know of all uses
+                heats |= gpu.store.heats()
+            trace.save(self._pack, trace.RouteTrace(earlier + num_tokens, heats))
+
+    def drain(self) -> None:
+        """Wait for all reads and uploads that are under way."""
+        for store in reversed(self.stores):
+            store.drain()
 
     def _look_after(self) -> None:
         now = time.monotonic()
@@ -152,10 +192,3 @@ class Offload:
         if seconds >= _WARN_AFTER_S and lately.store.stall_s > STALL_WARNS_ABOVE * seconds:
             self._has_warned = True
             log.warning("%s", bottleneck(lately, seconds, len(self._layouts) * self._pack.num_experts))
-
-
-def _bind(layout: ExpertLayout, num_experts: int, activations: Activations) -> SlotExperts:
-    """The form alone counts, so any record does."""
-    form = kernels.bind_record(layout, kernels.record_buffer(layout.record_bytes), activations)
-    offsets = (layout.gate.offset, layout.up.offset, layout.down.offset)
-    return bind_slots(form, offsets, num_experts, layout.record_bytes)  # type: ignore[arg-type]

@@ -11,8 +11,24 @@ from glmlocal.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
+class GpuStats:
+    """Of all GPUs together, since the start. ``lookups`` are distinct experts of a layer and step, as of a store."""
+
+    lookups: int
+    hits: int
+    slots: int
+    slot_bytes: int  # of all of them together
+    uploaded_bytes: int
+    streamed: int  # experts that were uploaded for one chunk of a prompt
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.lookups if self.lookups else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class OffloadStats:
-    """Since the start."""
+    """Since the start. ``store``, ``slots`` and ``slot_bytes`` are RAM's, which is asked for what no GPU has."""
 
     store: StoreStats
     slots: int
@@ -20,6 +36,7 @@ class OffloadStats:
     read_bytes: int
     read_s: float  # with at least one read under way
     direct: bool  # past the page cache
+    gpu: GpuStats | None = None  # None: no GPU holds experts
 
     @property
     def hit_rate(self) -> float:
@@ -35,10 +52,12 @@ class OffloadStats:
         return self.read_bytes / self.read_s if self.read_s else 0.0
 
     def tiers(self) -> list[dict[str, Any]]:
-        """The ``tiers`` of ``/v1/stats``: what RAM did not have the NVMe did."""
-        lookups, hits = self.store.lookups, self.store.hits
+        """The ``tiers`` of ``/v1/stats``, fastest first: what one did not have the next was asked for."""
+        lookups, hits, gpu = self.store.lookups, self.store.hits, self.gpu
         misses = lookups - hits
+        on_gpu = [] if gpu is None else [(gpu.lookups, gpu.hits, gpu.hit_rate)]
         return [
+            *({"tier": "gpu", "lookups": asked, "hits": found, "hit_rate": rate} for asked, found, rate in on_gpu),
             {"tier": "ram", "lookups": lookups, "hits": hits, "hit_rate": self.hit_rate},
             {"tier": "nvme", "lookups": misses, "hits": misses, "hit_rate": 1.0 if misses else 0.0},
         ]
@@ -76,7 +95,31 @@ def since(now: OffloadStats, then: OffloadStats) -> OffloadStats:
         one.stall_s - two.stall_s,
         one.num_tokens - two.num_tokens,
     )
-    return replace(now, store=store, read_bytes=now.read_bytes - then.read_bytes, read_s=now.read_s - then.read_s)
+    gpu = now.gpu
+    if gpu is not None and then.gpu is not None:
+        gpu = replace(
+            gpu,
+            lookups=gpu.lookups - then.gpu.lookups,
+            hits=gpu.hits - then.gpu.hits,
+            uploaded_bytes=gpu.uploaded_bytes - then.gpu.uploaded_bytes,
+            streamed=gpu.streamed - then.gpu.streamed,
+        )
+    read_bytes, read_s = now.read_bytes - then.read_bytes, now.read_s - then.read_s
+    return replace(now, store=store, read_bytes=read_bytes, read_s=read_s, gpu=gpu)
+
+
+def together(stats: Sequence[GpuStats]) -> GpuStats | None:
+    """Of several GPUs as one; None of none."""
+    if not stats:
+        return None
+    return GpuStats(
+        sum(each.lookups for each in stats),
+        sum(each.hits for each in stats),
+        sum(each.slots for each in stats),
+        sum(each.slot_bytes for each in stats),
+        sum(each.uploaded_bytes for each in stats),
+        sum(each.streamed for each in stats),
+    )
 
 
 def merged(stats: Sequence[OffloadStats]) -> OffloadStats | None:
@@ -103,5 +146,6 @@ def merged(stats: Sequence[OffloadStats]) -> OffloadStats | None:
             read_bytes=total.read_bytes + other.read_bytes,
             read_s=total.read_s + other.read_s,
             direct=total.direct and other.direct,
+            gpu=together([each for each in (total.gpu, other.gpu) if each is not None]),
         )
     return total

@@ -1,7 +1,9 @@
 """ExpertStore: which experts are in which slots. The only mutable map of offloading; it moves no bytes itself.
 
 Holds at all times: an expert is in at most one slot; a leased slot is never given to another expert; nor is one that is
-being read into; releasing everything leaves no slot leased. One thread uses a store.
+being read into; releasing everything leaves no slot leased; one slot at least is not pinned. One thread uses a store.
+
+The slots are those of one tier: in RAM, read from NVMe, or on a GPU, uploaded from RAM.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from glmlocal.errors import CheckpointError
+from glmlocal.errors import GlmlocalError
 from glmlocal.offload.eviction import NEVER, History, Policy, heat_after
 from glmlocal.offload.tiers import ExpertKey, Residency
 
@@ -27,7 +29,7 @@ class Arrival:
     """A read that has ended. ``error`` None: the record is in the slot, whole and checked."""
 
     slot: int
-    error: CheckpointError | None = None
+    error: GlmlocalError | None = None
 
 
 class Source(Protocol):
@@ -81,6 +83,7 @@ class ExpertStore:
         self._slot_of: dict[int, int] = {}
         self._key_in = [_EMPTY] * num_slots
         self._leases = [0] * num_slots
+        self._num_pins = 0  # of the leases, those that are pins
         self._pending: set[int] = set()  # slots
         self._retired: set[int] = set()  # slots whose memory was given back
         # Worth of what is in the slot, less its layer's time; inf where it may not be evicted.
@@ -96,6 +99,10 @@ class ExpertStore:
     def num_slots(self) -> int:
         """That have memory."""
         return len(self._key_in) - len(self._retired)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self._layers
 
     @property
     def num_leased(self) -> int:
@@ -136,6 +143,32 @@ class ExpertStore:
         base = self._row[layer] * self._num_experts
         return Lease(self, [base + expert for expert in uses], base)
 
+    def acquire_present(self, layer: int, uses: Mapping[int, float], num_tokens: int = 1) -> Lease:
+        """Lease those of the experts that are in their slots, which counts as using all of them. Nothing is read."""
+        self._collect(0.0)
+        self.touch(layer, uses, num_tokens)
+        base = self._row[layer] * self._num_experts
+        return Lease(self, [base + expert for expert in uses], base, reads=False)
+
+    def pin(self, key: ExpertKey) -> int | None:
+        """The slot of an expert, leased until ``unpin`` without counting as a use; None where it is not in its slot,
+        or where no slot would be left to work with."""
+        slot = self._slot_of.get(self._index(key))
+        if slot is None or slot in self._pending or self._num_pins + 2 > self.num_slots:
+            return None
+        self._num_pins += 1
+        self._pin(slot)
+        return slot
+
+    def unpin(self, slot: int) -> None:
+        self._num_pins -= 1
+        self._unpin(slot)
+
+    def heat(self, key: ExpertKey) -> float:
+        """How often the expert was used of late, in a slot or not (``eviction.History``)."""
+        known = self._known.get(self._index(key))
+        return 0.0 if known is None else heat_after(known, self._time[self._row[key.layer]], 0.0)
+
     def prefetch(self, keys: Sequence[ExpertKey]) -> int:
         """Begin to read experts that are likely to be wanted, if the disk is idle; how many reads have begun.
 
@@ -159,7 +192,7 @@ class ExpertStore:
     def shrink(self, num_slots: int) -> list[int]:
         """Give up so many slots, of those worth least; those whose memory may go. Leased ones stay."""
         gone: list[int] = []
-        while len(gone) < num_slots and self.num_slots > 1:
+        while len(gone) < num_slots and self.num_slots > 1 + self._num_pins:
             slot = int(np.argmin(self._rank))
             if self._rank[slot] == np.inf:
                 break
@@ -279,21 +312,24 @@ class Lease:
     A context manager; leaving it releases what is still leased. Reads that were begun go on and are kept.
     """
 
-    def __init__(self, store: ExpertStore, keys: Sequence[int], base: int) -> None:
+    def __init__(self, store: ExpertStore, keys: Sequence[int], base: int, *, reads: bool = True) -> None:
+        """``reads`` False: of those that are there alone."""
         self._store, self._base = store, base
         self._here: list[int] = []  # keys, leased and not handed out yet
         self._handed: list[int] = []  # slots
         self._waiting: list[int] = []  # keys whose read was begun, leased as well
         self._missing: list[int] = []  # keys for which there was no slot yet
-        self._error: CheckpointError | None = None  # why one of them could not be read
+        self._error: GlmlocalError | None = None  # why one of them could not be read
         store._open.append(self)
         for key in keys:
             slot = store._slot_of.get(key)
+            is_here = slot is not None and slot not in store._pending
+            if not reads and not is_here:
+                continue
             if slot is None:
                 self._missing.append(key)
                 continue
             store._pin(slot)
-            is_here = slot not in store._pending
             (self._here if is_here else self._waiting).append(key)
             store._counts[1] += is_here
             store._counts[4] += key in store._prefetched
@@ -304,7 +340,8 @@ class Lease:
     def waves(self) -> Iterator[list[tuple[int, int]]]:
         """(expert, slot) of all, in waves: first those that are here, then whoever has arrived.
 
-        A wave is leased until the next is asked for. Raises CheckpointError when an expert cannot be read.
+        A wave is leased until the next is asked for. Raises what the source says when an expert cannot be read: of
+        a pack, CheckpointError.
         """
         while wave := self.take():
             yield wave
@@ -370,7 +407,7 @@ class Lease:
         self._waiting = [key for key in self._waiting if slot_of[key] in pending]
         self._request()
 
-    def _lose(self, key: int, error: CheckpointError) -> None:
+    def _lose(self, key: int, error: GlmlocalError) -> None:
         if key in self._waiting:
             self._waiting.remove(key)
             self._error = error

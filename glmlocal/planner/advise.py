@@ -12,10 +12,9 @@ from glmlocal.models.footprint import Footprint
 from glmlocal.planner.hardware import reserve_bytes
 from glmlocal.planner.ledger import Layout
 from glmlocal.planner.machine import Machine
-from glmlocal.planner.plan import Advice, Placement, Plan, Shortfall, Wants
+from glmlocal.planner.plan import CPU, Advice, Placement, Plan, Shortfall, Wants
 from glmlocal.units import GIB, format_bytes
 
-TIERS_RUN: frozenset[str] = frozenset({"ram", "nvme"})  # kinds of devices that this version's runtime executes plans on
 DRAFTS_RUN = False  # this version's runtime loads the MTP layer but does not speculate
 MOST_GPUS = 64
 
@@ -59,11 +58,8 @@ def _drafts(plan: Plan) -> Iterator[Advice]:
 
 
 def _not_run_yet(plan: Plan) -> Iterator[Advice]:
-    used = {device.kind for device in plan.devices if device.used_bytes}
-    names = {"gpu": "GPUs", "nvme": "NVMe"}
-    missing = [names[kind] for kind in sorted(used - TIERS_RUN)]
-    if missing:
-        yield Advice(f"this version plans for {' and '.join(missing)} but runs models in RAM and from NVMe only")
+    if plan.placement is not None and set(plan.placement.layer_device) != {CPU}:
+        yield Advice("this version plans for layers on GPUs but runs models in RAM and from NVMe, with experts on GPUs")
     if plan.resolved.num_drafts and not DRAFTS_RUN:
         yield Advice("this version plans for MTP drafts but does not speculate yet")
 

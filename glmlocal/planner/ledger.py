@@ -12,7 +12,7 @@ from functools import cached_property
 
 from glmlocal.models.footprint import Footprint, Layer, Part
 from glmlocal.planner import layers
-from glmlocal.planner.machine import Basis, Gpu, Machine
+from glmlocal.planner.machine import Basis, ExpertGpu, Gpu, Machine
 from glmlocal.planner.plan import CPU, Device, Line, Placement, Wants
 from glmlocal.units import GIB, MIB, format_bytes
 
@@ -24,6 +24,7 @@ ACTIVATION_ROWS = (
     24  # rows of hidden_size in fp32 that a token of a chunk holds at once: q, k, v, 8 experts' results, …
 )
 STAGING_BYTES = GIB  # one of two buffers through which a layer's missing experts are streamed while prefilling
+EXPERT_STAGING = 2  # slots of a GPU that holds experts only, through which others are streamed
 PACK_ALIGNMENT = 4096  # of an expert's record on NVMe (design.md §3)
 
 
@@ -65,6 +66,10 @@ class Demand:
     def ram_bytes(self) -> int:
         available = self.machine.ram.available_bytes
         return available if self.wants.ram_bytes is None else min(available, self.wants.ram_bytes)
+
+    def slot_bytes(self, gpu: ExpertGpu) -> int:
+        """For experts, staging among them."""
+        return gpu.free_bytes if self.wants.vram_bytes is None else min(gpu.free_bytes, self.wants.vram_bytes)
 
     def vram_bytes(self, gpu: Gpu) -> int:
         return gpu.memory_bytes if self.wants.vram_bytes is None else min(gpu.memory_bytes, self.wants.vram_bytes)
@@ -225,12 +230,46 @@ def _lay_out(demand: Demand, kv_tokens: int, gpus: list[tuple[int, Gpu]], *, who
     placement = Placement(
         tuple(owners), tuple(gpu_experts), tuple(homes), tuple(nvme), tuple(slots), head_device=owners[-1]
     )
+    slot_gpus: list[Device] = []
+    if demand.machine.expert_gpus and not demand.machine.gpus:
+        placement, slot_gpus = _over_gpus(demand, sizes, placement)
     devices = (
         *_gpu_devices(demand, placement, kv_tokens),
+        *slot_gpus,
         Device("RAM", "ram", demand.ram_bytes, tuple(line for line in ram_lines if line.nbytes)),
         *nvme_device,
     )
     return Layout(placement, devices, is_fast and not any(nvme))
+
+
+def _over_gpus(demand: Demand, sizes: _Bytes, placement: Placement) -> tuple[Placement, list[Device]]:
+    """Slots on GPUs that hold experts only: layers shared in proportion to memory, slots evenly among those."""
+    gpus, expert = demand.machine.expert_gpus, [_padded(size) for size in sizes.expert]
+    staging = EXPERT_STAGING * sum({size for size in expert if size})
+    free = [max(0, demand.slot_bytes(gpu) - staging) for gpu in gpus]
+    usable = [number for number, nbytes in enumerate(free) if nbytes >= max(expert)]
+    if not usable or not any(expert):
+        return placement, []
+    loads = [size * count for size, count in zip(expert, sizes.num_experts, strict=True)]
+    owners = [usable[owner] for owner in layers.level(loads, [free[number] for number in usable])]
+    given, devices = [0] * len(expert), []
+    for number in usable:
+        mine = [i for i, owner in enumerate(owners) if owner == number and expert[i]]
+        at_home = demand.wants.cpu_offload_bytes or 0
+        room = min(free[number], sum(loads[i] for i in mine) - at_home)
+        counts = layers.fill([expert[i] for i in mine], [sizes.num_experts[i] for i in mine], max(0, room))
+        for i, count in zip(mine, counts, strict=True):
+            given[i] = count
+        used = sum(expert[i] * given[i] for i in mine)
+        note = f"{sum(counts)} slots; what is in them is in RAM or on NVMe too"
+        lines = (
+            Line("GPU expert slots", used, "exact", note),
+            Line("GPU staging", staging, "exact", f"{EXPERT_STAGING} slots to stream through"),
+        )
+        name, capacity = f"gpu:{number} {gpus[number].gpu.name}", demand.slot_bytes(gpus[number])
+        devices.append(Device(name, "gpu", capacity, lines if used else ()))
+    device = tuple(owner if count else CPU for owner, count in zip(owners, given, strict=True))
+    return replace(placement, slot_device=device, gpu_slots=tuple(given)), devices
 
 
 def _on_gpus(

@@ -24,6 +24,14 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertGpu:
+    """A GPU as this version runs one: it holds and computes routed experts, everything else is the CPU's."""
+
+    gpu: Gpu
+    free_bytes: int  # of its memory, for slots: driver, kernels and a margin taken off
+
+
+@dataclass(frozen=True, slots=True)
 class Cpu:
     name: str
     threads: int
@@ -56,4 +64,5 @@ class Machine:
     ram: Ram
     nvme: Nvme | None
     is_this_machine: bool = False  # nothing was described by hand
+    expert_gpus: tuple[ExpertGpu, ...] = ()  # only where ``gpus``, which hold whole layers, are none
     notes: tuple[str, ...] = ()  # what was assumed, and how to know better; a sentence each, for the report

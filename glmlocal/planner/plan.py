@@ -80,6 +80,9 @@ class Placement:
     nvme_experts: tuple[int, ...]  # experts whose home is the pack on NVMe
     ram_slots: tuple[int, ...]  # slots in RAM that cache experts of the layer whose home is NVMe
     head_device: int
+    # Caches above those homes, on the GPUs of ``Machine.expert_gpus``; empty where there are none.
+    slot_device: tuple[int, ...] = ()  # index of the GPU with slots for the layer's experts; or CPU
+    gpu_slots: tuple[int, ...] = ()  # how many
 
 
 @dataclass(frozen=True, slots=True)

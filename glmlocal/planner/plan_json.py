@@ -1,6 +1,6 @@
 """Plan ↔ JSON, documented and stable. Torch-free; what is read is checked before anything is believed.
 
-    schema              1; another number is another format
+    schema              2; another number is another format
     fits                true or false
     model               {name, quant, total_params (whole checkpoint, MTP included), active_params, weights_bytes,
                         download_bytes, disk_bytes}
@@ -35,7 +35,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from glmlocal.errors import PlanError
 from glmlocal.machine import kernel_rates
 from glmlocal.machine.kernel_rates import KernelRates
-from glmlocal.planner.machine import Cpu, Gpu, Machine, Nvme, Ram
+from glmlocal.planner.machine import Cpu, ExpertGpu, Gpu, Machine, Nvme, Ram
 from glmlocal.planner.plan import (
     CPU,
     Advice,
@@ -50,7 +50,7 @@ from glmlocal.planner.plan import (
     Wants,
 )
 
-SCHEMA = 1
+SCHEMA = 2
 _MOST_BYTES = 4 << 20
 _MOST_NUMBER = 1 << 60  # of bytes, tokens, parameters
 _MOST_ITEMS = 4096
@@ -245,6 +245,7 @@ _VALUES = (
     Wants,
     Machine,
     Gpu,
+    ExpertGpu,
     Cpu,
     Ram,
     Nvme,
@@ -275,6 +276,7 @@ def _check(plan: Plan) -> None:
         raise ValueError("nothing to run")
     if place is not None:
         _check_placement(place, len(plan.machine.gpus))
+        _check_slots(place, len(plan.machine.expert_gpus))
 
 
 def _check_placement(place: Placement, num_gpus: int) -> None:
@@ -289,3 +291,12 @@ def _check_placement(place: Placement, num_gpus: int) -> None:
         raise ValueError("experts on the GPU of a layer that has none")
     if any(not CPU <= device < num_gpus for device in (*place.layer_device, place.head_device)):
         raise ValueError("a layer on a device that there is not")
+
+
+def _check_slots(place: Placement, num_gpus: int) -> None:
+    if len(place.slot_device) != len(place.gpu_slots) or len(place.gpu_slots) not in (0, len(place.layer_device)):
+        raise ValueError("slots on GPUs for other layers than there are")
+    homes = [ram + nvme for ram, nvme in zip(place.ram_experts, place.nvme_experts, strict=True)]
+    for device, slots, experts in zip(place.slot_device, place.gpu_slots, homes, strict=False):
+        if not (CPU <= device < num_gpus and 0 <= slots <= experts) or (device == CPU and slots):
+            raise ValueError("slots on a GPU that there is not, or more than experts")

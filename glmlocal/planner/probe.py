@@ -25,7 +25,6 @@ from glmlocal.machine.kernel_rates import build_id
 from glmlocal.machine.measurements import Measurements
 from glmlocal.paths import cache_home
 from glmlocal.planner import gpus as known
-from glmlocal.planner.advise import TIERS_RUN
 from glmlocal.planner.hardware import DEFAULT_NVME_GB_PER_S, parse_gpus, parse_nvme, parse_ram, reserve_bytes, with_link
 from glmlocal.planner.machine import Cpu, Gpu, Machine, Nvme, Ram
 from glmlocal.units import GIB, format_bytes
@@ -47,7 +46,7 @@ _DDR5_FLAGS = frozenset({"avx_vnni", "avx512_bf16", "amx_tile"})  # processors w
 _DDR5_GB_PER_S, _DDR4_GB_PER_S = 30.0, 18.0
 _SERVER_CORES, _SERVER_CHANNELS, _DESKTOP_CHANNELS = 24, 8, 2
 
-_UNKNOWN_GPU_GB_PER_S = 300.0  # of a card that is not in the table: as the slowest there
+UNKNOWN_GPU_GB_PER_S = 300.0  # of a card that is not in the table: as the slowest there
 _HOST_SHARE_BYTES = 4 * GIB  # of memory shared with a GPU, what the host's side gets: interpreter, torch, staging
 
 
@@ -101,16 +100,11 @@ def machine(
 
 
 def runtime_machine(ram: str | None = None) -> Machine:
-    """This machine as this version runs models on it: without the tiers that it only plans for (``TIERS_RUN``).
+    """This machine as this version runs layers on it: without GPUs, which it only plans for.
 
     ``ram`` is ``--ram``, a limit. Raises ConfigError, as ``machine``.
     """
-    return machine(
-        gpus="auto" if "gpu" in TIERS_RUN else "none",
-        ram=ram,
-        nvme=None if "nvme" in TIERS_RUN else "none",
-        limits_of_this_machine=True,
-    )
+    return machine(gpus="none", ram=ram, limits_of_this_machine=True)
 
 
 def _cpu(facts: cpu_probe.Cpu, measured: Measurements | None, root: Path = Path("/")) -> Cpu:
@@ -177,9 +171,9 @@ def _gpus(link: float | None) -> tuple[tuple[Gpu, ...], list[str]]:
             if not gpu.memory_bytes:
                 notes.append(f"{gpu.name} is left out: its driver does not say how much memory it has")
                 continue
-            card = replace(known.described(gpu.memory_bytes, _UNKNOWN_GPU_GB_PER_S), name=gpu.name)
+            card = replace(known.described(gpu.memory_bytes, UNKNOWN_GPU_GB_PER_S), name=gpu.name)
             notes.append(
-                f"{gpu.name} is not in the table: its memory is assumed to read {_UNKNOWN_GPU_GB_PER_S:g} GB/s; "
+                f"{gpu.name} is not in the table: its memory is assumed to read {UNKNOWN_GPU_GB_PER_S:g} GB/s; "
                 f"describe it as --gpus {gpu.memory_bytes / GIB:.4g}GiB@RATE"
             )
         found.append(card if link is None else with_link(card, link))

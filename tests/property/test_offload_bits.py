@@ -19,10 +19,14 @@ from glmlocal.kernels import cpu
 if not cpu.available:
     pytest.skip("packs need the native kernels", allow_module_level=True)
 
+from glmlocal.offload.fake_gpu import FakeGpu
 from glmlocal.offload.nvme import Reader, open_reader
+from glmlocal.offload.stats import since
+from glmlocal.planner.machine import ExpertGpu
 
 NUM_EXPERTS, TOP_K, MOE_LAYERS = 8, 2, 2
 SLOTS = {"all": NUM_EXPERTS * MOE_LAYERS, "50 %": 8, "10 %": 2, "top-k": TOP_K, "one": 1}
+GPU_SLOTS = [(1,), (2,), (5,), (NUM_EXPERTS * MOE_LAYERS,), (NUM_EXPERTS, NUM_EXPERTS), (3, 1), (0, 4)]
 
 
 class Shuffled:
@@ -97,9 +101,71 @@ def test_logits_are_those_of_the_all_resident_run(
     assert stats.slots == min(slots, NUM_EXPERTS * MOE_LAYERS)
     for text in texts(seed, lengths):  # later ones find the slots as earlier ones left them
         assert torch.equal(engine.logits(text), resident.logits(text))
+    _nothing_is_leased(engine)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    slots=st.none() | st.sampled_from(sorted(SLOTS.values())),
+    gpu_slots=st.sampled_from(GPU_SLOTS),
+    streams=st.booleans(),
+    seed=st.integers(0, 999),
+    lengths=st.lists(st.sampled_from([1, 2, 7, 40]), min_size=2, max_size=6),
+)
+def test_gpus_do_not_change_a_bit(
+    directory: Path,
+    resident: Engine,
+    slots: int | None,
+    gpu_slots: tuple[int, ...],
+    streams: bool,
+    seed: int,
+    lengths: list[int],
+) -> None:
+    """All experts in RAM (None) or some, and above them GPUs whose copies are late and poisoned until they are done."""
+    late = random.Random(seed)
+
+    def device(number: int, gpu: ExpertGpu) -> FakeGpu:
+        return FakeGpu(f"fake:{number}", gpu.free_bytes, lambda: late.choice([0.0, 0.0, 0.001, 0.004]))
+
+    engine = packed.engine_with(directory, slots, None, gpu_slots, device, streams)
+    for text in texts(seed, lengths):
+        assert torch.equal(engine.logits(text), resident.logits(text))
+    stats = engine.offloads.stats()
+    assert stats is not None
+    assert stats.gpu is not None
+    assert stats.gpu.slots <= sum(gpu_slots)
+    assert not stats.gpu.streamed or streams
+    assert stats.gpu.streamed or not streams or lengths[0] < 7  # of so many tokens, two share an expert
+    _nothing_is_leased(engine)
+
+
+def _nothing_is_leased(engine: Engine) -> None:
     for offload in engine.offloads.all:
-        offload.store.drain()
-        assert offload.store.num_leased == 0
+        offload.drain()
+        for store in offload.stores:
+            assert store.num_leased == 0
+
+
+def test_hot_experts_rise_and_are_then_computed_on_the_gpu(directory: Path, resident: Engine) -> None:
+    engine = packed.engine_with(
+        directory, None, None, (NUM_EXPERTS * MOE_LAYERS,), lambda number, gpu: FakeGpu("fake", gpu.free_bytes)
+    )
+    text = texts(4, [1])[0]
+    for _ in range(12):
+        assert torch.equal(engine.logits(text), resident.logits(text))
+        for offload in engine.offloads.all:
+            offload.drain()
+    first = engine.offloads.stats()
+    engine.logits(text)
+    then = engine.offloads.stats()
+    assert first is not None
+    assert then is not None
+    lately = since(then, first)
+    assert lately.gpu is not None
+    assert lately.gpu.hits == lately.gpu.lookups == MOE_LAYERS * TOP_K
+    assert lately.store.lookups == lately.gpu.uploaded_bytes == 0
+    assert [tier["tier"] for tier in lately.tiers()] == ["gpu", "ram", "nvme"]
+    assert lately.tiers()[0]["hit_rate"] == 1.0
 
 
 def test_a_resident_plan_has_no_slots_and_an_offloaded_one_reads(directory: Path, resident: Engine) -> None:

@@ -78,10 +78,15 @@ def test_commands_that_run_take_the_same_words() -> None:
         "activations": "auto",
         "kv_dtype": "auto",
         "ram": None,
+        "gpus": "auto",
+        "link": None,
+        "nvme_dir": None,
+        "vram_bytes": None,
+        "cpu_offload_bytes": None,
         "offload": True,
     }
     assert _engine() == defaults
-    assert _engine("--gpus", "none", "--draft", "0") == defaults
+    assert _engine("--gpus", "none", "--draft", "0") == defaults | {"gpus": "none"}
     for words in (["--nvme", "none"], ["--no-offload"]):
         assert _engine(*words) == defaults | {"offload": False}
     assert _engine("--quant", "auto", "--ram", "16GiB", "--threads", "2") == defaults | {
@@ -99,11 +104,22 @@ def test_words_about_what_does_not_run_yet_are_not_ignored(words: str) -> None:
         _engine(*words.split())
 
 
+def test_words_about_gpus_are_taken_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLMLOCAL_FAKE_GPU", "2x1GiB")
+    words = _engine("--gpus", "1GiB@60", "--vram", "512MiB", "--cpu-offload-gb", "0", "--link", "pcie4x16")
+    wanted = {"gpus": "1GiB@60", "vram_bytes": GIB // 2, "cpu_offload_bytes": 0, "link": "pcie4x16"}
+    assert wanted.items() <= words.items()
+    monkeypatch.setenv("GLMLOCAL_FAKE_GPU", "many")
+    with pytest.raises(ConfigError, match="GLMLOCAL_FAKE_GPU is 'many', wanted GPUs"):
+        _engine("--vram", "1GiB")
+
+
 def test_a_saved_plan_decides_everything(tmp_path: Path) -> None:
     saved = plan(air(), machine(ram_gib=256), Wants(context=4096, batch=1))
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(as_json(saved)))
     assert _engine("--plan", str(path)) == {"plan": saved}
+    assert _engine("--plan", str(path), "--nvme-dir", "/disk") == {"plan": saved, "nvme_dir": Path("/disk")}
     for words in ("--quant int8", "--ram 8GiB", "--context 100", "--gpus none"):
         with pytest.raises(ConfigError, match=f"{words.split()[0]} is decided by --plan already"):
             _engine("--plan", str(path), *words.split())

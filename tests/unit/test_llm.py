@@ -253,7 +253,7 @@ def test_a_saved_plan_is_executed_as_it_stands(directory: Path) -> None:
         assert llm.engine.runner.kv_cache.keys[0].dtype == torch.bfloat16
         assert llm.engine.runner.model.layers[2].experts.weights.up[0].kind == "int8"
         assert llm.generate("fox", **GREEDY).token_ids == answer.token_ids
-    with pytest.raises(PlanError, match="uses GPUs, but this version runs models in RAM and from NVMe only"):
+    with pytest.raises(PlanError, match="has layers on GPUs, but this version runs models in RAM and from NVMe"):
         LLM(
             directory,
             plan=plan(

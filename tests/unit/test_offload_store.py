@@ -1,17 +1,22 @@
-"""ExpertStore as a state machine: leases, evictions, waves, prefetches, failures and shrinking in any order."""
+"""ExpertStore as a state machine: leases, evictions, waves, prefetches, failures, shrinking, and a GPU above, in any
+order."""
 
 from __future__ import annotations
 
 import random
 from collections import deque
+from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from numpy.typing import NDArray
 
 from glmlocal.errors import CheckpointError
 from glmlocal.offload.eviction import LFRU, LRU
+from glmlocal.offload.gpu_pool import UploadSource
 from glmlocal.offload.store import Arrival, ExpertStore, Lease
 from glmlocal.offload.tiers import ExpertKey, Residency
 
@@ -55,6 +60,44 @@ class Disk:
         self.under_way = deque(items)
 
 
+@dataclass(eq=False)
+class Copy:
+    """Ends when the test says; reads its source then and not before, as a copy may."""
+
+    memory: GpuMemory
+    slot: int
+    source: int  # slot of the disk
+    fails: bool
+    done: bool = False
+
+    def end(self) -> None:
+        if not self.done and not self.fails:
+            self.memory.slots[self.slot] = self.memory.disk.slots[self.source]
+        self.done = True
+
+    def is_done(self) -> bool:
+        return self.done
+
+    def wait(self) -> None:
+        self.end()
+        if self.fails:
+            raise OSError("the device is gone")
+
+
+@dataclass
+class GpuMemory:
+    disk: Disk
+    slots: dict[int, ExpertKey | None] = field(default_factory=dict)
+    copies: list[Copy] = field(default_factory=list)
+    fail_next: bool = False
+
+    def upload(self, slot: int, source: NDArray[np.uint8], after: object = None) -> Copy:
+        self.slots[slot] = None  # torn
+        self.copies.append(Copy(self, slot, int(source[0]), self.fail_next))
+        self.fail_next = False
+        return self.copies[-1]
+
+
 def uses(*experts: int) -> dict[int, float]:
     return dict.fromkeys(experts, 1.0)
 
@@ -67,6 +110,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.disk = Disk(self.num_slots)
         self.store = ExpertStore(LAYERS, EXPERTS, self.num_slots, self.disk, LFRU(boost_tokens=2), most_reads=3)
         self.leases: list[tuple[int, Lease, list[int], list[tuple[int, int]]]] = []  # layer, lease, left, wave
+        self.memory = GpuMemory(self.disk)
+        uploads = UploadSource(self.memory, self.store, lambda slot: np.array([slot], np.uint8))
+        self.gpu = ExpertStore(LAYERS, EXPERTS, 3, uploads, LFRU(boost_tokens=2), most_reads=3)
 
     @rule(layer=st.sampled_from(LAYERS), experts=st.sets(st.integers(0, EXPERTS - 1), min_size=1))
     def acquire(self, layer: int, experts: set[int]) -> None:
@@ -119,6 +165,32 @@ class StoreMachine(RuleBasedStateMachine):
     def grow(self, count: int) -> None:
         self.store.grow(count)
 
+    @rule(layer=st.sampled_from(LAYERS), experts=st.lists(st.integers(0, EXPERTS - 1), max_size=3, unique=True))
+    def rise(self, layer: int, experts: list[int]) -> None:
+        self.gpu.touch(layer, uses(*experts), 1)
+        self.gpu.prefetch([ExpertKey(layer, expert) for expert in experts])
+
+    @precondition(lambda self: self.memory.copies)
+    @rule(which=st.integers(0, 9), fails_next=st.booleans())
+    def an_upload_ends(self, which: int, fails_next: bool) -> None:
+        self.memory.copies.pop(which % len(self.memory.copies)).end()
+        self.memory.fail_next = fails_next
+
+    @rule(layer=st.sampled_from(LAYERS), experts=st.sets(st.integers(0, EXPERTS - 1), min_size=1))
+    def use_the_gpu(self, layer: int, experts: set[int]) -> None:
+        with self.gpu.acquire_present(layer, uses(*experts)) as lease:
+            here = lease.take()
+            assert {expert for expert, _ in here} <= experts
+            for expert, slot in here:
+                assert self.memory.slots[slot] == ExpertKey(layer, expert), "it had not arrived"
+            assert self.gpu.num_leased == len(here)
+            assert not lease.take()
+        assert not any(copy.done for copy in self.memory.copies), "a step waited for an upload"
+
+    @invariant()
+    def the_gpu_has_what_it_says(self) -> None:
+        assert self.gpu.resident() <= {key for key in self.memory.slots.values() if key is not None}
+
     @invariant()
     def errors_are_the_disks(self) -> None:
         assert not self.others
@@ -143,6 +215,8 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for _, lease, _, _ in self.leases:
             lease.close()
+        self.gpu.drain()
+        assert self.gpu.num_leased == self.gpu.num_pending == 0
         self.store.drain()
         assert self.store.num_leased == self.store.num_pending == 0
         self.store.grow(self.num_slots)
@@ -245,6 +319,34 @@ def test_prefetch_waits_for_an_idle_disk_and_spares_what_is_worth_more() -> None
     assert store.prefetch([ExpertKey(4, 5)]) == 0, "the disk is busy"
     list(lease.waves())
     lease.close()
+
+
+def test_a_pinned_slot_stays_and_one_is_never_pinned() -> None:
+    store, disk = store_of(2)
+    run(store, 3, 0, 1)
+    slot = store.pin(ExpertKey(3, 0))
+    assert slot is not None
+    assert store.pin(ExpertKey(3, 1)) is None, "no slot would be left to work with"
+    assert store.pin(ExpertKey(3, 5)) is None, "it is not there"
+    assert everyone(store, 4, 0, 1, 2, 3) == [0, 1, 2, 3], "through the other slot"
+    assert disk.slots[slot] == ExpertKey(3, 0)
+    assert store.shrink(2) == [], "one slot that is not pinned stays"
+    store.unpin(slot)
+    assert store.num_leased == 0
+    assert len(store.shrink(2)) == 1
+
+
+def test_what_is_present_is_leased_and_nothing_is_read() -> None:
+    store, disk = store_of(3)
+    run(store, 3, 0, 1)
+    started = disk.num_started
+    with store.acquire_present(3, uses(0, 1, 2)) as lease:
+        assert sorted(expert for expert, _ in lease.take()) == [0, 1]
+        assert store.num_leased == 2
+        assert lease.take() == []
+    assert disk.num_started == started
+    assert (store.stats().lookups, store.stats().hits) == (5, 2)
+    assert store.heat(ExpertKey(3, 2)) > 0, "it was wanted"
 
 
 def test_shrinking_gives_up_the_least_worth_and_growing_takes_it_back() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmlocal.errors import PlanError
-from glmlocal.planner.machine import Nvme
+from glmlocal.planner.machine import ExpertGpu, Nvme
 from glmlocal.planner.plan import Wants
 from glmlocal.planner.plan_json import as_json, from_json
 from glmlocal.planner.solve import plan
@@ -22,6 +22,11 @@ PLANS = {
     "gpus": plan(air("fp8_channel", 8), machine(H100, H100), Wants()),
     "offload": plan(air(**INT4), machine(RTX4090, ram_gib=24, nvme=Nvme(2 * 10**12, 7.0, "/disk")), Wants(draft=1)),
     "ram": plan(air(**INT4), machine(ram_gib=96), Wants(context=4096, batch=2)),
+    "experts": plan(
+        air(**INT4),
+        replace(machine(ram_gib=96), expert_gpus=(ExpertGpu(RTX4090, 20 << 30), ExpertGpu(RTX4090, 8 << 30))),
+        Wants(),
+    ),
     "refused": plan(glm45(), machine(*[H100] * 8), Wants()),
 }
 
@@ -68,7 +73,7 @@ def changed(name: str, path: str, value: object) -> str:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("schema", 2),
+        ("schema", 1),
         ("schema", None),
         ("fits", "yes"),
         ("fits", False),
@@ -183,3 +188,21 @@ def test_numbers_are_exact():
     found = PLANS["ram"]
     odd = replace(found, forecast=replace(found.forecast, hit_rate=0.1 + 0.2), download_bytes=2**59 + 1)
     assert from_json(json.dumps(as_json(odd))) == odd
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("placement.gpu_slots.3", 129),
+        ("placement.gpu_slots.3", -1),
+        ("placement.gpu_slots", []),
+        ("placement.slot_device.3", 2),
+        ("placement.slot_device.3", -1),
+        ("placement.slot_device", [0]),
+        ("machine.expert_gpus", []),
+        ("machine.expert_gpus.0.free_bytes", -5),
+    ],
+)
+def test_slots_on_gpus_that_cannot_be_are_refused(path, value):
+    with pytest.raises(PlanError, match="plan again"):
+        from_json(changed("experts", path, value))

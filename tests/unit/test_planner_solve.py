@@ -323,7 +323,10 @@ def test_advised_context_is_the_largest_that_fits():
 
 
 def test_plans_that_this_version_cannot_run_say_so():
-    assert any("in RAM and from NVMe only" in advice.text for advice in plan(air(**FP8), machine(H200), Wants()).advice)
+    assert any(
+        "in RAM and from NVMe, with experts on GPUs" in advice.text
+        for advice in plan(air(**FP8), machine(H200), Wants()).advice
+    )
     in_ram = plan(air(**INT4), machine(ram_gib=128), Wants())
     assert not any("this version" in advice.text for advice in in_ram.advice)
     assert any("MTP" in advice.text for advice in in_ram.advice)

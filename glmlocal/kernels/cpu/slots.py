@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glmlocal.formats.expert_pack_layout import ExpertLayout
+from glmlocal.formats.quant import Activations
 from glmlocal.kernels.cpu import _cpu
 from glmlocal.kernels.cpu.linear import check_rows, check_tensor
-from glmlocal.kernels.cpu.packing import PackedWeight, table_of
+from glmlocal.kernels.cpu.packing import PackedWeight, bind_record, record_buffer, table_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +55,13 @@ class SlotExperts:
             rows.data_ptr(), num_tokens, topk_ids.data_ptr(), topk_weights.data_ptr(), top_k, out.data_ptr()
         )
         return out
+
+
+def bind_layout(layout: ExpertLayout, num_experts: int, activations: Activations) -> SlotExperts:
+    """Experts whose records are those of an expert pack. ValueError for a layout that these kernels do not have."""
+    form = bind_record(layout, record_buffer(layout.record_bytes), activations)  # the form alone counts
+    offsets = (layout.gate.offset, layout.up.offset, layout.down.offset)
+    return bind_slots(form, offsets, num_experts, layout.record_bytes)
 
 
 def bind_slots(

@@ -1,0 +1,188 @@
+"""GpuPool: slots on one device that cache experts above the host's tier, and two more to stream through.
+
+It is an ``ExpertStore`` whose slots are filled from the host's slots. A step uses what is there when it begins and
+waits for no upload; experts that are used again and again rise in the background.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glmlocal.errors import EngineError
+from glmlocal.formats.expert_pack_layout import ExpertLayout
+from glmlocal.formats.quant import Activations
+from glmlocal.offload.device import Device, DeviceExperts, Event, SlotMemory
+from glmlocal.offload.dispatch import Costs
+from glmlocal.offload.eviction import lfru
+from glmlocal.offload.stats import GpuStats
+from glmlocal.offload.store import Arrival, ExpertStore
+from glmlocal.offload.tiers import ExpertKey, Residency
+from glmlocal.planner.ledger import EXPERT_STAGING
+
+log = logging.getLogger(__name__)
+
+MOST_UPLOADS = 2  # under way at once; a layer begins none while there are any
+RISES_AT = 1.5  # heat (``eviction.History``) from which an upload is worth it: used more than once of late
+
+View = Callable[[int], NDArray[np.uint8]]  # a slot of the host's, as bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GpuShare:
+    """What of a device is a tier's: slots for experts of these layers, ``EXPERT_STAGING`` not counted."""
+
+    device: Device
+    layers: tuple[int, ...]
+    num_slots: int
+    costs: Costs
+
+
+class GpuPool:
+    """``host`` is the store below, ``view`` its slots of ``slot_bytes``. Belongs to the engine's thread.
+
+    Raises PlanError where the device has not the memory.
+    """
+
+    def __init__(
+        self,
+        share: GpuShare,
+        layouts: Mapping[int, ExpertLayout],
+        num_experts: int,
+        slot_bytes: int,
+        host: ExpertStore,
+        view: View,
+        *,
+        top_k: int,
+        activations: Activations,
+    ) -> None:
+        num_slots = min(share.num_slots, len(share.layers) * num_experts)
+        self.costs, self.slot_bytes = share.costs, slot_bytes
+        self._host = host
+        self._memory = share.device.allocate(num_slots + EXPERT_STAGING, slot_bytes)
+        self._uploads = UploadSource(self._memory, host, view)
+        policy = lfru(num_slots, len(share.layers) * top_k)
+        self.store = ExpertStore(share.layers, num_experts, num_slots, self._uploads, policy, most_reads=MOST_UPLOADS)
+        bound = {layout: share.device.bind(layout, num_experts, activations) for layout in set(layouts.values())}
+        self._experts: dict[int, DeviceExperts] = {layer: bound[layouts[layer]] for layer in share.layers}
+        self._staging = range(num_slots, num_slots + EXPERT_STAGING)
+        self._staged: list[Event | None] = [None] * EXPERT_STAGING  # the last product that used the slot
+        self._num_streamed = 0
+
+    @contextmanager
+    def hits(
+        self, layer: int, uses: Mapping[int, float], x: Tensor, topk_ids: Tensor, rows: Tensor
+    ) -> Iterator[dict[int, float]]:
+        """Compute the experts that are here while the caller computes the others, whose uses are yielded.
+
+        Arguments as of ``DeviceExperts.rows``; the rows are there when the context is left.
+        """
+        with self.store.acquire_present(layer, uses, len(topk_ids)) as lease:
+            placed = lease.take()
+            if not placed:
+                yield dict(uses)
+                return
+            done = self._experts[layer].rows(self._memory, x, topk_ids, placed, rows)
+            here = dict(placed)
+            try:
+                yield {expert: weight for expert, weight in uses.items() if expert not in here}
+            finally:
+                done.wait()
+
+    def stream(
+        self, layer: int, sources: Sequence[tuple[int, NDArray[np.uint8]]], x: Tensor, topk_ids: Tensor, rows: Tensor
+    ) -> Event:
+        """Begin to compute (expert, record) of the host's: one is uploaded while another is computed.
+
+        The caller keeps the records, and otherwise as ``DeviceExperts.rows``.
+        """
+        done: list[Event] = []
+        for i, (expert, source) in enumerate(sources):
+            turn = i % EXPERT_STAGING
+            slot = self._staging[turn]
+            there = self._memory.upload(slot, source, self._staged[turn])
+            product = self._experts[layer].rows(self._memory, x, topk_ids, [(expert, slot)], rows, [there])
+            self._staged[turn] = product
+            done.append(product)
+        self._num_streamed += len(sources)
+        return _All(tuple(done))
+
+    def rise(self, layer: int, experts: Iterable[int]) -> None:
+        """Begin to upload the hottest of these experts of the layer, where that is worth it and the link is idle."""
+        heat = {key: self.store.heat(key) for key in (ExpertKey(layer, expert) for expert in experts)}
+        hot = [
+            key
+            for key, value in heat.items()
+            if value >= RISES_AT
+            and self.store.lookup(key) is Residency.MISS
+            and self._host.lookup(key) is Residency.HIT
+        ]
+        if hot:
+            self.store.prefetch(sorted(hot, key=lambda key: (-heat[key], key))[:MOST_UPLOADS])
+
+    def warm(self, keys: Sequence[ExpertKey]) -> None:
+        """Upload these experts, hottest first, that the host has, as far as there are slots; waits for it."""
+        here = [key for key in keys if self._host.lookup(key) is Residency.HIT][: self.store.num_slots]
+        for begin in range(0, len(here), MOST_UPLOADS):
+            self.store.prefetch(here[begin : begin + MOST_UPLOADS])
+            self.store.drain()
+
+    def stats(self) -> GpuStats:
+        store = self.store.stats()
+        return GpuStats(
+            store.lookups,
+            store.hits,
+            self.store.num_slots,
+            self.store.num_slots * self.slot_bytes,
+            (store.prefetched + self._num_streamed) * self.slot_bytes,
+            self._num_streamed,
+        )
+
+
+class UploadSource:
+    """The ``Source`` of a GPU's store: the host's slots, pinned while they are copied."""
+
+    def __init__(self, memory: SlotMemory, host: ExpertStore, view: View) -> None:
+        self._memory, self._host, self._view = memory, host, view
+        self._under_way: dict[int, tuple[Event, int]] = {}  # slot → its event, and the host's slot
+
+    def start(self, key: ExpertKey, slot: int) -> bool:
+        source = self._host.pin(key)
+        if source is None:
+            return False
+        self._under_way[slot] = self._memory.upload(slot, self._view(source)), source
+        return True
+
+    def arrival(self, timeout_s: float) -> Arrival | None:
+        slot = next((slot for slot, (event, _) in self._under_way.items() if event.is_done()), None)
+        if slot is None and timeout_s > 0:
+            slot = next(iter(self._under_way), None)  # the oldest; an upload takes no longer than it is worth waiting
+        if slot is None:
+            return None
+        event, source = self._under_way.pop(slot)
+        try:
+            event.wait()
+        except Exception as error:  # of a driver: the expert stays where it was
+            log.warning("an upload to the GPU failed: %s", error)
+            return Arrival(slot, EngineError(f"an upload to the GPU failed: {error}"))
+        finally:
+            self._host.unpin(source)
+        return Arrival(slot)
+
+
+@dataclass(frozen=True, slots=True)
+class _All:
+    events: tuple[Event, ...]
+
+    def is_done(self) -> bool:
+        return all(event.is_done() for event in self.events)
+
+    def wait(self) -> None:
+        for event in self.events:
+            event.wait()

@@ -1,0 +1,155 @@
+"""A GPU through torch: uploads on a stream of their own through pinned memory, products on another.
+
+Everything is written for any torch device, and tests run it on "cpu", where nothing runs late. On CUDA it has not been
+run: there was no such machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glmlocal.errors import PlanError
+from glmlocal.formats.expert_pack_layout import ExpertLayout
+from glmlocal.formats.quant import Activations
+from glmlocal.kernels.torch_records import RecordExperts
+from glmlocal.offload.device import Event, SlotMemory
+from glmlocal.units import format_bytes
+
+_STAGING_BUFFERS = 2  # pinned: one is filled while the other is on its way
+
+
+class TorchGpu:
+    """Belongs to the engine's thread; uploads are begun on one of its own, because filling pinned memory takes time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.name, self._device = str(device), device
+        self._products = _Stream(device)
+
+    def allocate(self, num_slots: int, slot_bytes: int) -> SlotMemory:
+        try:
+            return _Memory(self._device, num_slots, slot_bytes)
+        except torch.OutOfMemoryError as error:
+            raise PlanError(
+                f"{self.name} has not the {format_bytes(num_slots * slot_bytes)} left that {num_slots} expert slots "
+                "take; give less with --vram"
+            ) from error
+
+    def bind(self, layout: ExpertLayout, num_experts: int, activations: Activations) -> _Experts:
+        return _Experts(RecordExperts(layout, activations), self._products)
+
+
+class _Stream:
+    """Of CUDA; elsewhere everything is done when it returns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def use(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def wait_for(self, event: torch.cuda.Event | None) -> None:
+        if self._stream is not None and event is not None:
+            self._stream.wait_event(event)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What has been put on the stream so far."""
+        return None if self._stream is None else self._stream.record_event()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Upload:
+    begun: Future[torch.cuda.Event | None]
+
+    def is_done(self) -> bool:
+        if not self.begun.done():
+            return False
+        event = self.begun.result()
+        return event is None or event.query()
+
+    def wait(self) -> None:
+        if (event := self.begun.result()) is not None:
+            event.synchronize()
+
+
+class _Memory:
+    def __init__(self, device: torch.device, num_slots: int, slot_bytes: int) -> None:
+        is_cuda = device.type == "cuda"
+        self._slots = torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=device)
+        self._staging = torch.empty((_STAGING_BUFFERS, slot_bytes), dtype=torch.uint8, pin_memory=is_cuda)
+        self._sent: list[torch.cuda.Event | None] = [None] * _STAGING_BUFFERS
+        self._turn = 0
+        self._stream, self._thread = _Stream(device), ThreadPoolExecutor(1, thread_name_prefix=f"{device}-uploads")
+
+    def slot(self, number: int) -> Tensor:
+        return self._slots[number]
+
+    def upload(self, slot: int, source: NDArray[np.uint8], after: Event | None = None) -> _Upload:
+        return _Upload(self._thread.submit(self._copy, slot, source, after))
+
+    def _copy(self, slot: int, source: NDArray[np.uint8], after: Event | None) -> torch.cuda.Event | None:
+        turn = self._turn = (self._turn + 1) % _STAGING_BUFFERS
+        if (sent := self._sent[turn]) is not None:
+            sent.synchronize()
+        staging = self._staging[turn, : source.nbytes]
+        staging.copy_(torch.from_numpy(source))
+        with self._stream.use():
+            if isinstance(after, _Product):
+                self._stream.wait_for(after.event)
+            self._slots[slot, : source.nbytes].copy_(staging, non_blocking=True)
+            event = self._sent[turn] = self._stream.mark()
+        return event
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Product:
+    """Results on their way to pinned memory, and the rows they belong to."""
+
+    event: torch.cuda.Event | None
+    pairs: Tensor  # int64
+    results: Tensor  # fp32 [pairs, hidden]
+    out: Tensor
+
+    def is_done(self) -> bool:
+        return self.event is None or self.event.query()
+
+    def wait(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+        self.out[self.pairs] = F.pad(self.results, (0, self.out.shape[1] - self.results.shape[1]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Experts:
+    experts: RecordExperts
+    stream: _Stream
+
+    def rows(
+        self,
+        memory: SlotMemory,
+        x: Tensor,
+        topk_ids: Tensor,
+        placed: Sequence[tuple[int, int]],
+        out: Tensor,
+        after: Sequence[Event] = (),
+    ) -> Event:
+        assert isinstance(memory, _Memory)
+        with self.stream.use():
+            for event in after:
+                assert isinstance(event, _Upload)
+                self.stream.wait_for(event.begun.result())
+            device = self.stream.device
+            records = [(expert, memory.slot(slot)) for expert, slot in placed]
+            pairs, results = self.experts.rows(x.to(device), topk_ids, records)
+            here = torch.empty(results.shape, pin_memory=device.type == "cuda")
+            here.copy_(results, non_blocking=True)
+            return _Product(self.stream.mark(), pairs, here, out)

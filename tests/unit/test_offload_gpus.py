@@ -1,0 +1,223 @@
+"""GPUs that hold experts: which there are, what the plan gives them, and what a model that runs with them says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import packed
+import tiny
+from glmlocal.cli.bench import _about_experts, _offload
+from glmlocal.cli.chat_render import Answer, footer
+from glmlocal.completion import Completion, Timings, Usage
+from glmlocal.engine.planning import plan_here
+from glmlocal.errors import ConfigError, PlanError
+from glmlocal.formats.index import open_checkpoint
+from glmlocal.kernels import cpu
+from glmlocal.offload.dispatch import Costs, dispatch
+from glmlocal.offload.stats import GpuStats, OffloadStats, merged, since
+from glmlocal.offload.store import StoreStats
+from glmlocal.planner.gpus import described
+from glmlocal.planner.machine import ExpertGpu, Machine, Nvme
+from glmlocal.planner.plan import CPU, Plan, Wants
+from glmlocal.planner.solve import plan
+from glmlocal.units import GIB, MIB
+from planned import air, machine
+
+if not cpu.available:
+    pytest.skip("packs need the native kernels", allow_module_level=True)
+
+from glmlocal import LLM
+from glmlocal.offload import devices
+from glmlocal.offload.torch_gpu import TorchGpu
+
+AIR = air("int4 group 32", 4.5, quant="int4")
+EXPERT_BYTES = -(-AIR.layers[1].expert.nbytes // 4096) * 4096  # type: ignore[union-attr]
+
+
+def with_gpus(there: Machine, *free_gib: float) -> Machine:
+    gpus = tuple(ExpertGpu(described(int(gib * GIB), 900), int(gib * GIB)) for gib in free_gib)
+    return replace(there, expert_gpus=gpus)
+
+
+def slots_by_gpu(found: Plan) -> dict[int, int]:
+    assert found.placement is not None
+    sums: dict[int, int] = {}
+    for device, slots in zip(found.placement.slot_device, found.placement.gpu_slots, strict=True):
+        sums[device] = sums.get(device, 0) + slots
+    return sums
+
+
+def test_slots_fill_the_memory_that_is_free_and_no_more() -> None:
+    found = plan(AIR, with_gpus(machine(ram_gib=96), 8, 4), Wants())
+    assert found.fits
+    assert found.placement is not None
+    assert set(found.placement.layer_device) == {CPU}
+    gpus = [device for device in found.devices if device.kind == "gpu"]
+    for number, (device, gib) in enumerate(zip(gpus, (8, 4), strict=True)):
+        assert device.capacity_bytes == gib * GIB
+        assert device.used_bytes == (slots_by_gpu(found)[number] + 2) * EXPERT_BYTES
+        assert 0 <= device.capacity_bytes - device.used_bytes < EXPERT_BYTES
+    assert list(found.placement.slot_device) == sorted(found.placement.slot_device)  # ranges; the dense layer first
+
+
+def test_everything_else_is_planned_as_without_them() -> None:
+    for there in (machine(ram_gib=96), machine(ram_gib=24, nvme=Nvme(10**12, 5))):
+        alone, beside = (plan(AIR, each, Wants()) for each in (there, with_gpus(there, 8)))
+        assert beside.resolved == alone.resolved
+        assert beside.placement is not None
+        assert replace(beside.placement, slot_device=(), gpu_slots=()) == alone.placement
+        assert [device for device in beside.devices if device.kind != "gpu"] == list(alone.devices)
+
+
+def test_limits_of_the_gpus_are_kept() -> None:
+    there = with_gpus(machine(ram_gib=96), 80)
+    everything = slots_by_gpu(plan(AIR, there, Wants()))[0]
+    assert everything == 45 * 128
+    vram = slots_by_gpu(plan(AIR, there, Wants(vram_bytes=2 * GIB)))[0]
+    assert vram == 2 * GIB // EXPERT_BYTES - 2
+    offloaded = slots_by_gpu(plan(AIR, there, Wants(cpu_offload_bytes=16 * GIB)))[0]
+    assert 0 <= everything * EXPERT_BYTES - 16 * GIB - offloaded * EXPERT_BYTES < EXPERT_BYTES
+    assert plan(AIR, with_gpus(machine(ram_gib=96), 0.01), Wants()).placement.gpu_slots == ()  # type: ignore[union-attr]
+
+
+ANSWER = Answer(2, Completion("a", "", (5, 6), "stop", Usage(3, 2, 0), Timings(1.0, 0.1, 9.0, 8.0, 2.0), None))
+COSTS = Costs(cpu_read_s=1.0, cpu_token_s=0.5, upload_s=2.0, gpu_token_s=0.001)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "streamed"),
+    [
+        ({}, ()),
+        ({0: 1, 1: 1, 2: 1}, ()),  # a decode step: the CPU reads as fast as an upload does
+        ({0: 2, 1: 2}, ()),
+        ({0: 3}, ()),  # 1.5 s here, 2 s there
+        ({0: 100}, (0,)),
+        ({0: 8, 1: 8}, (0,)),  # 4 s on the CPU beside an upload of 2 s
+        ({0: 10, 1: 20, 2: 30}, (2, 1)),  # 5 s against 4 s: all three would take 6 s
+        ({0: 100, 1: 1, 2: 100}, (0, 2)),
+    ],
+)
+def test_dispatch_ends_both_sides_soonest(tokens: dict[int, int], streamed: tuple[int, ...]) -> None:
+    found = dispatch(tokens, COSTS)
+    assert found.streamed == streamed
+    assert found.on_cpu == tuple(sorted(set(tokens) - set(streamed)))
+
+
+def test_fake_gpus_are_what_the_variable_says() -> None:
+    found = devices.found({devices.FAKE_VARIABLE: "2x1GiB,1x512MiB@100"})
+    assert [each.free_bytes for each in found] == [GIB, GIB, 512 * MIB]
+    assert found[2].gpu.read_gb_per_s == 100
+    for bad in ("none", "0x1GiB", "1GiB@0", "moose", "1GiB,,"):
+        with pytest.raises(ConfigError, match=r"GLMLOCAL_FAKE_GPU is .* for example 2x1GiB"):
+            devices.found({devices.FAKE_VARIABLE: bad})
+    if not torch.cuda.is_available():
+        assert devices.found({}) == ()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tiny.build_model(5), tmp_path_factory.mktemp("gpus") / "source")
+
+
+@pytest.fixture(scope="module")
+def directory(source: Path) -> Path:
+    return packed.pack(source, source.parent / "packed", "int4")
+
+
+def test_a_model_runs_with_the_gpus_that_are_named(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.FAKE_VARIABLE, "2x1GiB")
+    text = list(range(3, 40))
+    with LLM(directory, gpus="none") as llm:
+        assert llm.offload_stats is None
+        wanted = llm.logits(text)
+    for words, count in ({}, 2), ({"gpus": "1GiB@60"}, 1), ({"vram_bytes": 32 * 4096}, 2):
+        with LLM(directory, **words) as llm:  # type: ignore[arg-type]
+            assert len(slots_by_gpu(llm.plan).keys() - {CPU}) == count
+            for _ in range(3):
+                assert torch.equal(llm.logits(text), wanted)
+            stats = llm.offload_stats
+            assert stats is not None
+            assert stats.gpu is not None
+            assert stats.gpu.slots == sum(llm.plan.placement.gpu_slots)  # type: ignore[union-attr]
+            assert stats.gpu.lookups > 0
+            on_gpus, others = _about_experts(_offload(llm))  # type: ignore[arg-type]
+            assert on_gpus.startswith(f"experts: {stats.gpu.hit_rate:.0%} found in")
+            assert others.startswith(f"experts: {stats.hit_rate:.0%} found in")
+
+
+def test_what_was_hot_is_on_the_gpu_at_the_next_start(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(devices.FAKE_VARIABLE, "1x1GiB")
+    monkeypatch.setenv("GLMLOCAL_HOME", str(tmp_path))
+    hit_rates = []
+    for _ in range(2):
+        with LLM(directory) as llm:
+            llm.logits([7])
+            assert llm.offload_stats is not None
+            assert llm.offload_stats.gpu is not None
+            hit_rates.append(llm.offload_stats.gpu.hit_rate)
+    assert hit_rates == [0.0, 1.0]
+
+
+def test_what_cannot_be_is_refused_in_one_line(source: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.FAKE_VARIABLE, "1x1GiB")
+    plain, pack = open_checkpoint(source), open_checkpoint(directory)
+    assert plan_here(plain, "keep", Wants()).machine.expert_gpus == ()  # nobody asked
+    with pytest.raises(PlanError, match="packed models only in this version: `glmlocal pack` it"):
+        plan_here(plain, "keep", Wants(), gpus="1GiB@60")
+    with pytest.raises(ConfigError, match="torch finds 1GiB@60"):
+        plan_here(pack, "keep", Wants(), gpus="2x1GiB@60")
+    with pytest.raises(ConfigError, match="torch finds 1GiB@60"):
+        plan_here(pack, "keep", Wants(), gpus="1xH100")
+    made = plan_here(pack, "keep", Wants())
+    monkeypatch.setenv(devices.FAKE_VARIABLE, "1x2GiB")
+    with pytest.raises(PlanError, match="uses GPU 0, a 1GiB@60; this machine has: 2GiB@60; plan again"):
+        LLM(directory, plan=made)
+    monkeypatch.setenv(devices.FAKE_VARIABLE, "1x1GiB")
+    small = replace(made.machine.expert_gpus[0], free_bytes=MIB // 64)
+    with pytest.raises(PlanError, match=r"fake:0 has .* left"):
+        LLM(directory, plan=replace(made, machine=replace(made.machine, expert_gpus=(small,))))
+
+
+def test_torch_computes_what_the_cpu_does_but_for_rounding(directory: Path) -> None:
+    """The code that real GPUs run, on torch's CPU device: hits, uploads and streams."""
+    resident = packed.engine_with(directory, None)
+    for streams in (False, True):
+        engine = packed.engine_with(
+            directory, 6, None, (5,), lambda number, gpu: TorchGpu(torch.device("cpu")), streams
+        )
+        for length in (30, 1, 1, 1, 7, 30):
+            text = list(range(3, 3 + length))
+            found, wanted = engine.logits(text), resident.logits(text)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+        stats = engine.offloads.stats()
+        assert stats is not None
+        assert stats.gpu is not None
+        assert (stats.gpu.streamed > 0) is streams
+        assert stats.gpu.hits > 0
+
+
+def test_the_footer_says_where_experts_were_found() -> None:
+    store = StoreStats(lookups=40, hits=30, num_tokens=10)
+    gpu = GpuStats(lookups=100, hits=60, slots=4, slot_bytes=4096, uploaded_bytes=8192, streamed=1)
+    stats = OffloadStats(store, 8, 8192, 40960, 0.5, True, gpu)
+    assert [tier["tier"] for tier in stats.tiers()] == ["gpu", "ram", "nvme"]
+    assert [tier["hit_rate"] for tier in stats.tiers()] == [0.6, 0.75, 1.0]
+    line = footer(ANSWER, 100, stats)
+    assert "60% of experts on GPU, 75% of the others in RAM · 4 KiB read per token" in line
+    assert "on GPU" not in footer(ANSWER, 100, replace(stats, gpu=None))
+    assert merged([stats, stats]) == OffloadStats(
+        StoreStats(lookups=80, hits=60, num_tokens=10),
+        16,
+        16384,
+        81920,
+        1.0,
+        True,
+        GpuStats(200, 120, 8, 8192, 16384, 2),
+    )
+    assert since(stats, stats).gpu == GpuStats(0, 0, 4, 4096, 0, 0)
