@@ -157,6 +157,15 @@ def _add_openai(app: FastAPI, context: ServerContext) -> None:
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         return await responses(body, request, context)
 
+    @app.get("/v1/responses/{response_id}")
+    async def stored_response(response_id: str) -> dict[str, Any]:
+        return dict(context.responses.get(response_id))
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete_response(response_id: str) -> dict[str, Any]:
+        context.responses.delete(response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
+
 
 def _add_anthropic(app: FastAPI, context: ServerContext) -> None:
     @app.post("/v1/messages")
