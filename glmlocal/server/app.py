@@ -159,7 +159,7 @@ def _add_openai(app: FastAPI, context: ServerContext) -> None:
 
     @app.get("/v1/responses/{response_id}")
     async def stored_response(response_id: str) -> dict[str, Any]:
-        return dict(context.responses.get(response_id))
+        return context.responses.get(response_id)
 
     @app.delete("/v1/responses/{response_id}")
     async def delete_response(response_id: str) -> dict[str, Any]:

@@ -22,10 +22,8 @@ Item = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    response: Mapping[str, Any]
-    input_items: Sequence[Item]
+    data: bytes  # JSON of [response, input items]: a fraction of what they take as objects, and a size that is known
     previous_id: str | None
-    num_bytes: int  # of both as JSON
 
 
 class ResponseStore:
@@ -41,21 +39,22 @@ class ResponseStore:
 
     def keep(self, response: Mapping[str, Any], input_items: Sequence[Item]) -> None:
         """Remember what was answered to what. One that is larger than all that may be kept is not kept."""
-        num_bytes = len(json.dumps([response, input_items], ensure_ascii=False).encode())
+        data = json.dumps([response, list(input_items)], ensure_ascii=False).encode()
         previous_id = response["previous_response_id"]
-        self._stored[response["id"]] = _Stored(response, tuple(input_items), previous_id, num_bytes)
-        self._num_bytes += num_bytes
+        self._stored[response["id"]] = _Stored(data, previous_id)
+        self._num_bytes += len(data)
         if previous_id is not None:
             with suppress(ApiError):  # deleted while this one was being answered
                 self._chain(previous_id)
         while len(self._stored) > self._max_responses or self._num_bytes > self._max_bytes:
             self._forget(next(iter(self._stored)))
 
-    def get(self, response_id: str) -> Mapping[str, Any]:
+    def get(self, response_id: str) -> dict[str, Any]:
         """What was answered. Raises ApiError (404)."""
         if response_id not in self._stored:
             raise _not_found(response_id, None)
-        return self._stored[response_id].response
+        response: dict[str, Any] = json.loads(self._stored[response_id].data)[0]
+        return response
 
     def delete(self, response_id: str) -> None:
         """Raises ApiError (404)."""
@@ -66,7 +65,8 @@ class ResponseStore:
         """Inputs and outputs up to and with that response, oldest first. Raises ApiError (404)."""
         items: list[Item] = []
         for stored in reversed(self._chain(response_id)):
-            items += [*stored.input_items, *stored.response["output"]]
+            response, input_items = json.loads(stored.data)
+            items += [*input_items, *response["output"]]
         return items
 
     def _chain(self, response_id: str) -> list[_Stored]:
@@ -82,7 +82,7 @@ class ResponseStore:
         return chain
 
     def _forget(self, response_id: str) -> None:
-        self._num_bytes -= self._stored.pop(response_id).num_bytes
+        self._num_bytes -= len(self._stored.pop(response_id).data)
 
 
 def _not_found(response_id: str, missing: str | None) -> ApiError:
