@@ -63,6 +63,8 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
             if text:
                 turn = _assistant(messages)
                 turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+        case "function_call" if item.get("status") == "incomplete":
+            pass  # cut off by max_output_tokens: half a JSON, which nobody has run
         case "function_call":
             name, arguments = item.get("name"), item.get("arguments")
             if not isinstance(name, str) or not isinstance(arguments, str):

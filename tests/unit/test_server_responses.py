@@ -197,3 +197,17 @@ def test_items_that_cannot_be_are_refused(server: Running, item: dict[str, Any],
     assert answer.status_code == 400
     assert word in answer.json()["error"]["message"]
     assert "input.0" in answer.json()["error"]["message"]
+
+
+def test_a_call_that_was_cut_off_is_not_in_the_next_prompt(server: Running) -> None:
+    whole = ask(server, "do it", tools=[EXEC])
+    for max_tokens in range(whole["usage"]["output_tokens"] - 1, 0, -1):
+        cut = ask(server, "do it", tools=[EXEC], max_output_tokens=max_tokens)
+        if cut["output"][-1].get("arguments", "{}").count("{") > cut["output"][-1].get("arguments", "{}").count("}"):
+            break
+    else:
+        raise AssertionError("no answer ended inside the arguments")
+    assert cut["output"][-1]["status"] == "incomplete"
+    ask(server, "say «go on»", tools=[EXEC], previous_response_id=cut["id"])
+    assert "<tool_call>exec_command" not in prompt_of(server).rpartition("<|user|>do it")[2]
+    assert cut["output"][1]["content"][0]["text"] in prompt_of(server)
