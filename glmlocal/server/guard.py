@@ -203,7 +203,7 @@ async def _drained(receive: Receive) -> bool:
             while size <= _DRAIN_BYTES:
                 message = await receive()
                 if not message.get("more_body", False):
-                    return message["type"] == "http.request"
+                    return bool(message["type"] == "http.request")
                 size += len(message.get("body", b""))
     return False
 

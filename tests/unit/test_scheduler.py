@@ -92,6 +92,11 @@ def test_the_youngest_is_preempted_and_recomputed_when_blocks_run_out() -> None:
     (item,) = scheduler.schedule().requests
     # The prefix cache still has its first block; the second went to the old one. Prompt and its first output:
     assert (item.request.request_id, item.start, item.token_ids[-1], len(item.token_ids)) == ("young", 4, 7, 5)
+    # It is counted once, and what it finds again of its own was not cached before it came:
+    counters = scheduler.counters
+    assert (counters.num_preempted, counters.num_queried_tokens, counters.num_hit_tokens) == (1, 16, 0)
+    (output,) = scheduler.update(Batch((item,)), {"young": SampledToken(7)})
+    assert output.num_cached_tokens == 0
 
 
 def test_abort_frees_blocks_while_waiting_and_while_running() -> None:
