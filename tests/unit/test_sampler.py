@@ -96,7 +96,7 @@ def test_another_seed_gives_other_tokens() -> None:
         sampler = Sampler(6)
         return tuple(sampler.sample(LOGITS, item(SamplingParams(seed=seed))).token_id for _ in range(20))
 
-    assert len({draw(seed) for seed in (0, 1, 2, 2**63 - 1, -1)}) == 5
+    assert len({draw(seed) for seed in (0, 1, 2, 7)}) == 4
 
 
 def test_top_p_that_is_reached_exactly_needs_no_more() -> None:
