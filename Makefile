@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= What is the capital of France?
+SOAK ?= 10
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check fmt bench sanitize clean
@@ -47,8 +48,9 @@ fmt: $(VENV)/.installed-dev ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-test ## the demo against transformers, and llama.cpp where installed
+bench: $(VENV)/.installed-test ## the demo against transformers, and llama.cpp where installed; the server for SOAK minutes
 	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/soak.py --minutes $(SOAK)
 
 SRC := glmlocal/kernels/cpu/src
 HAS = $(shell grep -qsw $(1) /proc/cpuinfo && echo yes)

@@ -141,6 +141,9 @@ class ScriptedStats:
         }
 
 
+_REMEMBERED = 1000
+
+
 class ScriptedClient:
     """Runs ``max_batch`` requests at a time, token by token, and remembers what it was asked.
 
@@ -175,6 +178,9 @@ class ScriptedClient:
         if self.num_waiting >= self.max_waiting:
             raise QueueFull(f"{self.num_waiting} requests are waiting already; try again later", 1.5)
         self.requests.append(request)
+        if len(self.requests) > _REMEMBERED:  # a server that is soaked must not grow on account of its double
+            for memory in (self.requests, self.aborted, self._seen):
+                memory.clear()
         prompt = tokenizer().decode(request.prompt_token_ids)
         if self._record:
             with open(self._record, "a", encoding="utf-8") as file:

@@ -21,14 +21,25 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Remove a model that was pulled, or a pack by its name. org/name:QUANT removes one quantization, "
         "org/name everything of the repository.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a name of `glmlocal ls`")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a name of `glmlocal ls`")
     add_hub_options(parser)
+    parser.add_argument(
+        "--replaced",
+        action="store_true",
+        help="remove what packs were made of instead, once every record of them is verified; MODEL: of this pack only",
+    )
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
 
 
 def run(args: argparse.Namespace) -> int:
     from glmlocal.packing import here
 
+    if args.replaced:
+        from glmlocal.cli.rm_replaced import remove_replaced
+
+        return remove_replaced(args.model, yes=args.yes)
+    if args.model is None:
+        raise ConfigError("name what to remove (`glmlocal ls` shows it), or give --replaced")
     pack = here.find(args.model)
     if pack is not None:
         what, num_bytes, remove = f"the pack {pack.name}", pack.size_bytes, pack.remove

@@ -1,8 +1,9 @@
 """Files from a hub into its cache: in parallel, in ranges, hashed on the way, resumed where they stopped.
 
 One queue of ranges over all files, in order; as many threads as there are connections take from it. One thread hashes
-behind them, in order too, from the page cache, and puts a file in place when its hash is right. The calling thread
-journals what has arrived and reports. Nothing that the journal vouches for is ever fetched again.
+behind them, in order too, from the page cache. One thread keeps the disk busy behind both: it syncs what has arrived,
+journals it, and puts a file in place when its hash is right. The calling thread reports. Nothing that the journal
+vouches for is ever fetched again.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Options:
     connections: int = 8
     range_bytes: int = 64 * MIB  # of one request
     commit_every_s: float = 1.0  # at most so much is fetched again after a kill
+    commit_bytes: int = 64 * MIB  # not synced yet, of all files: the disk starts on them without waiting for the second
+    report_every_s: float = 0.5
     limit_bytes_per_s: int | None = None
     patience: Patience = DEFAULT_PATIENCE
 
@@ -53,7 +56,8 @@ class Progress:
     path: str
     done_bytes: int
     size_bytes: int
-    is_complete: bool  # verified and in its place
+    is_complete: bool  # verified, on disk and in its place
+    is_verified: bool = False  # every byte arrived and the hash is right; the disk may still be busy with it
 
 
 OnProgress = Callable[[Sequence[Progress]], object]
@@ -77,6 +81,7 @@ class _Fetch:
     location: str | None = None  # where the hub redirected to last time
     ranges_ignored: bool = False
     rehashed: bool = False  # the hash was wrong once
+    verified: bool = False
     complete: bool = False
 
 
@@ -121,12 +126,11 @@ def download(
     with new_client(options.patience, options.connections) as client:
         run = _Download(fetches, listing, hub, options, client)
         threads = [threading.Thread(target=run.work, daemon=True) for _ in range(options.connections)]
-        threads.append(threading.Thread(target=run.hash_files, daemon=True))
+        threads += [threading.Thread(target=work, daemon=True) for work in (run.hash_files, run.sync_files)]
         for thread in threads:
             thread.start()
         try:
-            while run.wait(options.commit_every_s):
-                run.commit()
+            while run.wait(options.report_every_s):
                 on_progress(run.progress())
         except BaseException:
             run.stop(threads)
@@ -183,6 +187,7 @@ class _Download:
                 fetch.file.size_bytes if fetch.complete else sum(end - begin for begin, end in fetch.partial.written),
                 fetch.file.size_bytes,
                 fetch.complete,
+                fetch.verified,
             )
             for fetch in self.fetches
         ]
@@ -354,10 +359,7 @@ class _Download:
             for fetch in self.fetches:
                 while not self._hash(fetch, buffer):
                     self._start_over(fetch)
-                fetch.partial.finish(fetch.target)
-                with self.changed:
-                    fetch.complete = True
-                    self.changed.notify_all()
+                fetch.verified = True
         except _Stopped:
             pass
         except BaseException as error:
@@ -401,3 +403,30 @@ class _Download:
             fetch.location = None
             self.tasks.extendleft(reversed(list(self._tasks(fetch))))
             self.changed.notify_all()
+
+    # The thread that syncs
+
+    def sync_files(self) -> None:
+        """Nobody else waits for the disk. A file gets its name when it is verified and its last byte is on disk."""
+        try:
+            while self._wait_to_sync():
+                self.commit()
+                for fetch in self.fetches:
+                    if fetch.verified and not fetch.complete:
+                        fetch.partial.finish(fetch.target)
+                        with self.changed:
+                            fetch.complete = True
+                            self.changed.notify_all()
+        except BaseException as error:
+            self._fail(error)
+
+    def _wait_to_sync(self) -> bool:
+        """Until a commit is due or a file is verified; False when there is nothing left to do."""
+        due_s = time.monotonic() + self.options.commit_every_s
+        while not (self.stopped.is_set() or self._is_over()):
+            unsynced = sum(fetch.partial.unsynced_bytes for fetch in self.fetches if not fetch.complete)
+            is_verified = any(fetch.verified and not fetch.complete for fetch in self.fetches)
+            if is_verified or unsynced >= self.options.commit_bytes or time.monotonic() >= due_s:
+                return True
+            self.stopped.wait(_LOOK_EVERY_S)
+        return False

@@ -53,6 +53,7 @@ class PartialFile:
         self._lock = threading.Lock()  # of _pending and _written
         self._commit_lock = threading.Lock()
         self._pending: list[Extent] = []  # written, not yet in the journal
+        self._unsynced_bytes = 0
         self._written, self._journal_bytes = self._read_journal()
 
     @property
@@ -65,6 +66,11 @@ class PartialFile:
     def missing(self) -> list[Extent]:
         return gaps(self.written, self.size_bytes)
 
+    @property
+    def unsynced_bytes(self) -> int:
+        """Written since the last commit began."""
+        return self._unsynced_bytes
+
     def write(self, offset: int, data: bytes | memoryview) -> None:
         if self._data < 0:
             self._open()
@@ -73,6 +79,7 @@ class PartialFile:
             num_bytes = os.pwrite(self._data, rest, position)
             rest, position = rest[num_bytes:], position + num_bytes
         with self._lock:
+            self._unsynced_bytes += position - offset
             for extents in (self._pending, self._written):
                 if extents and extents[-1][1] == offset:  # the same stream goes on
                     extents[-1] = (extents[-1][0], position)
@@ -89,7 +96,7 @@ class PartialFile:
         """Sync the data, then say in the journal that it is there."""
         with self._commit_lock:
             with self._lock:
-                extents, self._pending = merged(self._pending), []
+                extents, self._pending, self._unsynced_bytes = merged(self._pending), [], 0
             if not extents or self._data < 0:
                 return
             os.fdatasync(self._data)
@@ -118,7 +125,7 @@ class PartialFile:
             self._close()
             self._journal_path.unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
-            self._pending, self._written, self._journal_bytes = [], [], 0
+            self._pending, self._written, self._journal_bytes, self._unsynced_bytes = [], [], 0, 0
 
     def close(self) -> None:
         with self._commit_lock:

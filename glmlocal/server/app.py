@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -102,10 +102,23 @@ def _validation(error: RequestValidationError) -> ApiError:
     """The first mistake, with the field's name. Of a field that may be several things, the deepest try is the one."""
     mistakes = error.errors()
     first = max(mistakes, key=lambda mistake: len(mistake["loc"])) if len(mistakes) > 1 else mistakes[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+    field = ".".join(_place(first, error.body))[:200]
     if first["type"] == "missing" and not field:
         return bad_request("the body is missing; send a JSON object")
     return bad_request(f"{field or 'the body'}: {first['msg']}", field or None)
+
+
+def _place(mistake: Mapping[str, Any], body: Any) -> Iterator[str]:
+    """Names and indices that lead to a mistake, without the types that pydantic tried of a field that may be several
+    things: those are in no body. Only what is missing is not there either."""
+    value, parts = body, [part for part in mistake["loc"] if part != "body"]
+    for number, part in enumerate(parts, 1):
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            if not (mistake["type"] == "missing" and number == len(parts)):
+                continue
+        yield str(part)
 
 
 def _add_info(app: FastAPI, context: ServerContext) -> None:
@@ -156,6 +169,15 @@ def _add_openai(app: FastAPI, context: ServerContext) -> None:
     @app.post("/v1/responses")
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         return await responses(body, request, context)
+
+    @app.get("/v1/responses/{response_id}")
+    async def stored_response(response_id: str) -> dict[str, Any]:
+        return context.responses.get(response_id)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete_response(response_id: str) -> dict[str, Any]:
+        context.responses.delete(response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
 
 
 def _add_anthropic(app: FastAPI, context: ServerContext) -> None:

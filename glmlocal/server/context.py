@@ -11,6 +11,7 @@ from starlette.requests import Request
 from glmlocal.server import sse
 from glmlocal.server.metrics import Metrics
 from glmlocal.server.model import ServerState
+from glmlocal.server.response_store import ResponseStore
 
 T = TypeVar("T")
 
@@ -34,6 +35,7 @@ class ServerContext:
     state: ServerState
     metrics: Metrics
     times: StreamTimes = field(default_factory=StreamTimes)
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     def stream(
         self,

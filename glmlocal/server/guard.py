@@ -14,6 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +25,7 @@ from glmlocal.server.limits import MAX_BODY_BYTES
 log = logging.getLogger("glmlocal.server")
 _OPEN_PATHS = ("/health",)  # for load balancers and containers; says nothing but the state
 _QUIET_PATHS = ("/health", "/metrics", "/v1/stats")  # asked for all the time
+_DRAIN_BYTES, _DRAIN_S = 1 << 20, 1.0  # of a request that is refused
 _CORS_HEADERS = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
 
 
@@ -119,7 +121,8 @@ class Guard:
             body = await self._read_in_time(scope, headers, receive)
             await self._app(scope, _replay(body, receive), answer.send)
         except ApiError as error:
-            await answer.error(error, scope["path"], close=body is None and _has_body(scope))
+            is_read = body is not None or not _has_body(scope) or await _drained(receive)
+            await answer.error(error, scope["path"], close=not is_read)
         except Exception as error:  # the app has answered if it could
             log.error("%s: %s", printable(scope["path"]), printable(repr(error), 500), exc_info=error)
             await answer.error(api_error(error), scope["path"], close=True)
@@ -161,6 +164,11 @@ class Guard:
 
     async def _read(self, scope: Scope, headers: _Headers, receive: Receive) -> bytes:
         """The whole body. Raises ApiError for one that is too long, or of another type than JSON."""
+        media_type = headers.get("content-type").partition(";")[0].strip().lower()
+        if scope["method"] in ("POST", "PUT", "PATCH") and media_type != "application/json":
+            raise ApiError(415, f"the content type is {media_type[:100]!r}; send application/json")
+        if (encoding := headers.get("content-encoding").strip().lower()) not in ("", "identity"):
+            raise ApiError(415, f"the content encoding is {encoding[:100]!r}; send the JSON as it is")
         limit = self._door.max_body_bytes
         too_long = ApiError(413, f"the body is longer than {limit >> 20} MiB; send less", code="request_too_large")
         length = headers.get("content-length")
@@ -177,14 +185,27 @@ class Guard:
                 raise too_long
             if not message.get("more_body", False):
                 break
-        media_type = headers.get("content-type").partition(";")[0].strip().lower()
-        if scope["method"] in ("POST", "PUT", "PATCH") and media_type != "application/json":
-            raise ApiError(415, f"the content type is {media_type[:100]!r}; send application/json")
         return b"".join(chunks)
 
 
 def _has_body(scope: Scope) -> bool:
     return any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+
+
+async def _drained(receive: Receive) -> bool:
+    """Read the body of a request that is refused, if it is short; whether all of it came.
+
+    A socket that is closed with bytes unread is reset, and a reset can overtake the answer that was written before.
+    """
+    size = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_S):
+            while size <= _DRAIN_BYTES:
+                message = await receive()
+                if not message.get("more_body", False):
+                    return bool(message["type"] == "http.request")
+                size += len(message.get("body", b""))
+    return False
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -1,4 +1,4 @@
-"""``POST /v1/responses``."""
+"""``/v1/responses``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from starlette.responses import JSONResponse, Response
 from glmlocal.server import sse
 from glmlocal.server.begin import begin
 from glmlocal.server.context import ServerContext
-from glmlocal.server.errors import ApiError, api_error
+from glmlocal.server.errors import api_error
 from glmlocal.server.generation import Generation, Step, Wanted
 from glmlocal.server.model import ServedModel
 from glmlocal.server.reply import Reply, usage_dict
 from glmlocal.server.response_items import Items
+from glmlocal.server.response_store import ResponseStore
 from glmlocal.server.responses_input import conversation, is_probe, text_grammar, use_of_tools
 from glmlocal.server.responses_types import ResponsesRequest
 
@@ -26,18 +27,11 @@ from glmlocal.server.responses_types import ResponsesRequest
 async def responses(body: ResponsesRequest, request: Request, context: ServerContext) -> Response:
     model = context.state.ready()
     headers = context.state.answering(body.model)
-    if body.previous_response_id is not None:
-        raise ApiError(
-            404,
-            f"there is no response {body.previous_response_id[:80]!r}: answers are not kept here; "
-            "send the whole conversation as input",
-            "previous_response_id",
-            "previous_response_not_found",
-        )
-    answer = _Answer(model, body, context.state.served_names[0])
+    history = [] if body.previous_response_id is None else context.responses.history(body.previous_response_id)
+    answer = _Answer(model, body, context.state.served_names[0], context.responses)
     if is_probe(body):
         return _probed(answer, body, headers)
-    asked = conversation(body)
+    asked = conversation(body, history)
     wanted = Wanted(body.sampling(), 1, use_of_tools(body, asked), text_grammar(body), body.user or "")
     generation = await begin(context, model, asked, wanted)
     if body.stream:
@@ -47,7 +41,7 @@ async def responses(body: ResponsesRequest, request: Request, context: ServerCon
 
 def _probed(answer: _Answer, body: ResponsesRequest, headers: dict[str, str]) -> Response:
     """An answer without output to an input without content."""
-    response = answer.response("completed", usage=answer.usage(None))
+    response = answer.kept(answer.response("completed", usage=answer.usage(None)))
     if not body.stream:
         return JSONResponse(response, headers=headers)
 
@@ -65,6 +59,7 @@ class _Answer:
     model: ServedModel
     body: ResponsesRequest
     served_name: str
+    store: ResponseStore
     response_id: str = field(default_factory=lambda: f"resp_{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
     reply: Reply = field(init=False)
@@ -90,9 +85,9 @@ class _Answer:
             "model": self.served_name,
             "output": [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": None,
+            "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
-            "store": False,
+            "store": body.store is not False,
             "temperature": body.temperature,
             "text": {"format": {"type": "text"}},
             "tool_choice": body.tool_choice if isinstance(body.tool_choice, str) else "auto",
@@ -120,12 +115,19 @@ class _Answer:
     def ended(self, generation: Generation) -> dict[str, Any]:
         """The response when its last token is there."""
         is_cut = self.reply.finish_reason == "length"
-        return self.response(
+        response = self.response(
             "incomplete" if is_cut else "completed",
             incomplete_details={"reason": "max_output_tokens"} if is_cut else None,
             output=self.items.done,
             usage=self.usage(generation),
         )
+        return self.kept(response)
+
+    def kept(self, response: dict[str, Any]) -> dict[str, Any]:
+        """The same, remembered for the next request unless this one wants it forgotten."""
+        if self.body.store is not False:
+            self.store.keep(response, self.body.items)
+        return response
 
     async def collect(self, generation: Generation) -> dict[str, Any]:
         steps = generation.steps()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from glmlocal.engine.request import Grammar
 from glmlocal.server.errors import bad_request
 from glmlocal.server.generation import ToolUse
+from glmlocal.server.limits import MAX_MESSAGES
 from glmlocal.server.openai_types import JsonSchema, NamedFunction, NamedTool, ResponseFormat
 from glmlocal.server.prompts import Conversation
 from glmlocal.server.responses_types import ResponsesRequest
@@ -24,16 +25,18 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
 
 
-def conversation(body: ResponsesRequest) -> Conversation:
-    """Raises ApiError for items that are not text, naming them. Unknown kinds of items and tools are skipped."""
+def conversation(body: ResponsesRequest, history: Sequence[Mapping[str, Any]] = ()) -> Conversation:
+    """``history``: the items before the input. Raises ApiError for items that are not text, naming them.
+
+    Unknown kinds of items and tools are skipped.
+    """
     messages: list[dict[str, Any]] = []
     if body.instructions:
         messages.append({"role": "system", "content": body.instructions})
-    if isinstance(body.input, str):
-        messages.append({"role": "user", "content": body.input})
-    else:
-        for index, item in enumerate(body.input):
-            _add(messages, item, f"input.{index}")
+    for index, item in enumerate((*history, *body.items), -len(history)):
+        _add(messages, item, f"input.{index}")
+    if len(messages) > MAX_MESSAGES:
+        raise bad_request(f"the conversation has {len(messages):,} messages, at most {MAX_MESSAGES:,}", "input")
     effort = body.reasoning.effort if body.reasoning is not None else None
     return Conversation(messages, _tools(body), template_switches(effort=effort, kwargs=body.chat_template_kwargs))
 
@@ -60,6 +63,8 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
             if text:
                 turn = _assistant(messages)
                 turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+        case "function_call" if item.get("status") == "incomplete":
+            pass  # cut off by max_output_tokens: half a JSON, which nobody has run
         case "function_call":
             name, arguments = item.get("name"), item.get("arguments")
             if not isinstance(name, str) or not isinstance(arguments, str):

@@ -58,7 +58,14 @@ class ResponsesRequest(Strict):
     chat_template_kwargs: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
-    store: bool | None = None
+    store: bool | None = None  # as with OpenAI, true unless it is false
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """The input, always as items."""
+        if isinstance(self.input, str):
+            return [{"type": "message", "role": "user", "content": self.input}] if self.input else []
+        return self.input
 
     def sampling(self) -> dict[str, Any]:
         """Fields of SamplingParams; None: not given."""

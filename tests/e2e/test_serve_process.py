@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from glmlocal.cli.main import main
@@ -182,3 +186,39 @@ def test_json_on_stdout_is_all_there_is(tmp_path: Path) -> None:
         assert server.exit_code() == 0
         assert server.process.stdout is not None
         assert server.process.stdout.read() == ""
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl, which makes the certificate")
+def test_https_with_a_certificate_of_ones_own(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    names = "subjectAltName=IP:127.0.0.1,DNS:localhost"
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    make += ["-subj", "/CN=glmlocal", "-addext", names, "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    files = ("--ssl-certfile", str(certificate), "--ssl-keyfile", str(key))
+    with served(tmp_path, "b", *files, ready=False) as server:
+        assert server.url.startswith("https://127.0.0.1:")
+        trusting = httpx.Client(verify=ssl.create_default_context(cafile=str(certificate)), trust_env=False)
+        with trusting, openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", http_client=trusting) as client:
+            messages: Any = [{"role": "user", "content": "say «safely»"}]  # 503 while it loads is tried again
+            answer = client.with_options(max_retries=20).chat.completions.create(model="glm", messages=messages)
+            assert answer.choices[0].message.content == "safely"
+            chunks = client.chat.completions.create(model="glm", messages=messages, stream=True)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "safely"
+        with pytest.raises(httpx.ConnectError, match="certificate"):
+            httpx.get(f"{server.url}/health", trust_env=False)
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.get(f"http://{server.url.removeprefix('https://')}/health", trust_env=False)
+        server.signal(signal.SIGTERM)
+        assert server.exit_code() == 0

@@ -112,6 +112,28 @@ def test_openai_responses_with_tools(script: Running) -> None:
     assert second.output_text == agent_script.FINAL
 
 
+def test_openai_responses_are_kept_and_gone_on_from(script: Running) -> None:
+    client = openai_client(script.url)
+    tool: Any = {"type": "function", "strict": False, **WEATHER["function"]}
+    first = client.responses.create(model="glm", input="what is the weather?", tools=[tool])
+    call = first.output[-1]
+    assert call.type == "function_call"
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    options: Any = {"model": "glm", "tools": [tool], "previous_response_id": first.id}
+    with client.responses.stream(input=[result], **options) as stream:
+        for _ in stream:
+            pass
+        second = stream.get_final_response()
+    assert second.output_text == agent_script.FINAL
+    assert client.responses.retrieve(second.id).output_text == agent_script.FINAL
+    client.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(second.id)
+    forgotten = client.responses.create(model="glm", input="say «x»", store=False)
+    with pytest.raises(openai.NotFoundError, match="send the whole conversation"):
+        client.responses.create(model="glm", input="y", previous_response_id=forgotten.id)
+
+
 def test_anthropic_messages_with_tools_and_thinking(script: Running) -> None:
     client = anthropic_client(script.url)
     tools: Any = [{"name": "get_weather", "input_schema": WEATHER["function"]["parameters"]}]

@@ -17,7 +17,7 @@ from hub.server import HubServer
 REPO = "zai-org/GLM-test"
 SOURCE = Source("huggingface", REPO)
 PATIENCE = Patience(connect_s=5, read_s=5, attempts=3, backoff_s=0.01, max_wait_s=2)
-QUICK = Options(connections=4, range_bytes=64 << 10, commit_every_s=0.02, patience=PATIENCE)
+QUICK = Options(connections=4, range_bytes=64 << 10, commit_every_s=0.02, report_every_s=0.02, patience=PATIENCE)
 
 
 def huggingface(server: HubServer, cache: Path, token: str | None = None, **settings: Any) -> HuggingFace:

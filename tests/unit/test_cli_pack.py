@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +14,13 @@ from huggingface_hub import constants
 
 import tiny
 from glmlocal.cli import pack as cli_pack
+from glmlocal.cli import rm_replaced
 from glmlocal.cli.main import main
+from glmlocal.hub.cache import blocks_bytes
 from glmlocal.kernels import cpu
 from glmlocal.packing import here, partial
 from glmlocal.resolve import resolve
+from glmlocal.units import format_bytes
 
 pytestmark = pytest.mark.skipif(not cpu.available, reason="no native kernels, whose layout a pack has")
 
@@ -133,3 +140,92 @@ def test_default_names() -> None:
     assert cli_pack.default_out("zai-org/GLM-4.5-Air", "int4").name == "GLM-4.5-Air-int4"
     assert cli_pack.default_out("unsloth/GLM-4.5-Air-GGUF:Q4_K_M", "keep").name == "GLM-4.5-Air-GGUF-Q4_K_M-keep"
     assert cli_pack.default_out("models/air.gguf", "keep").name == "air-keep"
+
+
+# rm --replaced
+
+REPO = "zai-org/GLM-4.5-Air"
+
+
+@pytest.fixture
+def pulled(source: Path, tmp_path: Path) -> Path:
+    """The snapshot of a model in Hugging Face's cache."""
+    directory = tmp_path / "hf" / "models--zai-org--GLM-4.5-Air"
+    snapshot = directory / "snapshots" / ("a" * 40)
+    (directory / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in source.iterdir():
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, directory / "blobs" / digest)
+        (snapshot / file.name).symlink_to(f"../../blobs/{digest}")
+    (directory / "refs").mkdir()
+    (directory / "refs" / "main").write_text("a" * 40)
+    return snapshot
+
+
+def test_what_packs_replaced_is_removed_in_one_go(
+    pulled: Path, source: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sum(blocks_bytes(path) for path in pulled.parents[1].rglob("*") if "snapshots" not in path.parts)
+    for model, quant in ((REPO, "int8"), (REPO, "int4"), (str(source), "keep")):  # the last: the user's own directory
+        assert main(["pack", model, "--quant", quant]) == 0
+    capsys.readouterr()
+    assert main(["rm", "--replaced"]) == 2  # nobody to ask
+    asked = capsys.readouterr().err
+    assert "give --yes" in asked
+    assert f"remove {REPO} (" in asked
+    assert "packed as GLM-4.5-Air-int4, GLM-4.5-Air-int8)" in asked
+    assert str(source) not in asked
+    assert pulled.is_dir()
+    assert main(["rm", "--replaced", "--yes"]) == 0
+    assert f"removed {REPO}: {format_bytes(before)} freed" in capsys.readouterr().err
+    assert not pulled.exists()
+    assert (source / "model.safetensors").is_file()
+    packs = sorted(path.name for path in (home / "packs").iterdir())
+    assert packs == ["GLM-4.5-Air-int4", "GLM-4.5-Air-int8", "GLM-tiny-keep"]
+    assert main(["rm", "--replaced", "--yes"]) == 0
+    assert "nothing on this disk has been replaced" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "why", ["damaged", "another pack is damaged", "fetched again", "a family's name", "a directory", "no"]
+)
+def test_what_may_still_be_needed_stays(
+    why: str, pulled: Path, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["pack", REPO, "--quant", "int8"]) == 0
+    assert main(["pack", REPO, "--quant", "int4"]) == 0
+    command = ["rm", "--replaced", "GLM-4.5-Air-int8", "--yes"]
+    match why:
+        case "damaged" | "another pack is damaged":
+            file = home / "packs" / f"GLM-4.5-Air-{'int8' if why == 'damaged' else 'int4'}" / "experts.pack"
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            file.write_bytes(data)
+        case "fetched again":
+            later_s = (home / "packs" / "GLM-4.5-Air-int4" / "experts.pack").stat().st_mtime + 10
+            os.utime(pulled, (later_s, later_s))
+        case "a family's name":  # which of its releases it was then, nobody knows
+            packs = [
+                replace(pack, header=replace(pack.header, source="GLM-4.5-Air")) for pack in here.packs() if pack.header
+            ]
+            monkeypatch.setattr(here, "packs", lambda: iter(packs))
+        case "a directory":  # that is called so, and was packed rather than what was pulled
+            (home / REPO).mkdir(parents=True)
+            monkeypatch.chdir(home)
+        case "no":
+            command.remove("--yes")
+            monkeypatch.setattr(rm_replaced, "confirm", lambda question, default: default)
+    capsys.readouterr()
+    assert main(command) == (2 if "damaged" in why else 0)
+    assert (pulled / "model.safetensors").is_file()
+    assert ("stays, to pack it again" in capsys.readouterr().err) == ("damaged" in why)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["rm"], "name what to remove"), (["rm", "--replaced", "nope", "--yes"], "there is no whole pack 'nope'")],
+)
+def test_rm_of_nothing(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err

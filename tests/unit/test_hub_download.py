@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -466,9 +466,53 @@ def test_one_process_waits_for_the_other_and_fetches_nothing_twice(server: HubSe
     assert visible_files(cache) == WANTED
 
 
+def test_nobody_waits_for_a_slow_disk_but_the_name_of_the_file(
+    server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, may_sync = os.fsync, threading.Event()
+    seen: list[tuple[bool, bool]] = []
+
+    def slow(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).suffix == ".partial" and os.fstat(descriptor).st_blocks:
+            assert may_sync.wait(20)
+        sync(descriptor)
+
+    def on_progress(files: Sequence[Progress]) -> None:
+        big = next(file for file in files if file.path == BIG)
+        seen.append((big.is_verified, big.is_complete))
+        if all(file.is_verified for file in files) and not may_sync.is_set():  # all of them, in spite of the first one
+            assert not any(file.is_complete for file in files if file.size_bytes)
+            assert not [blob for blob in cache.glob("models--*/blobs/*") if blob.stat().st_size]
+            assert_nothing_is_visible(cache)
+            may_sync.set()
+
+    monkeypatch.setattr(partial.os, "fsync", slow)
+    monkeypatch.setattr(partial.os, "fdatasync", slow)
+    fetch(huggingface(server, cache), on_progress=on_progress)
+    assert visible_files(cache) == WANTED
+    assert (True, False) in seen
+    assert seen[-1] == (True, True)
+
+
+def test_the_disk_starts_when_enough_has_arrived_not_only_each_second(server: HubServer, cache: Path) -> None:
+    server.fail(BIG, bytes_per_s=1_000_000, times=100)  # of each of four connections
+    lines: list[int] = []
+
+    def on_progress(files: object) -> None:
+        lines.append(sum(len(extents) for extents in journalled(cache).values()))
+
+    fetch(
+        huggingface(server, cache),
+        options=replace(QUICK, commit_every_s=1000, commit_bytes=100_000),
+        on_progress=on_progress,
+    )
+    assert len(set(lines)) > 4  # a verified small file is the occasion for one or two
+    assert visible_files(cache) == WANTED
+
+
 def test_no_thread_is_left_behind(server: HubServer, cache: Path) -> None:
     server.fail(BIG, status=404, times=100)
     fails(huggingface(server, cache))
-    names = {thread.name for thread in threading.enumerate() if "work" in thread.name or "hash_files" in thread.name}
+    names = {thread.name for thread in threading.enumerate() if "work" in thread.name or "_files" in thread.name}
     assert not names
     assert download.DEFAULTS.connections == 8

@@ -42,6 +42,7 @@ def test_what_was_committed_is_there_after_reopening_and_nothing_else(tmp_path: 
     file.commit()
     file.write(50, b"c" * 10)  # not committed: the process dies
     assert file.written == [(10, 25), (50, 60)]
+    assert file.unsynced_bytes == 10
     again = open_partial(tmp_path)
     assert again.missing() == [(0, 10), (25, 100)]
     file.close()

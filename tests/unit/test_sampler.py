@@ -91,6 +91,19 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_in_the_batch() -> None:
     assert len(set(draw(0))) > 1
 
 
+def test_another_seed_gives_other_tokens() -> None:
+    def draw(seed: int) -> tuple[int, ...]:
+        sampler = Sampler(6)
+        return tuple(sampler.sample(LOGITS, item(SamplingParams(seed=seed))).token_id for _ in range(20))
+
+    assert len({draw(seed) for seed in (0, 1, 2, 7)}) == 4
+
+
+def test_top_p_that_is_reached_exactly_needs_no_more() -> None:
+    tied = torch.tensor([0.0, 0.0, float("-inf")])  # a half each
+    assert truncated_probs(tied, SamplingParams(top_p=0.5)).count_nonzero() == 1
+
+
 def test_logprobs_are_of_the_unmodified_logits() -> None:
     expected = LOGITS.log_softmax(-1)
     got = logprob_of(LOGITS, 1, 2)

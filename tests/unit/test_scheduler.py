@@ -92,6 +92,30 @@ def test_the_youngest_is_preempted_and_recomputed_when_blocks_run_out() -> None:
     (item,) = scheduler.schedule().requests
     # The prefix cache still has its first block; the second went to the old one. Prompt and its first output:
     assert (item.request.request_id, item.start, item.token_ids[-1], len(item.token_ids)) == ("young", 4, 7, 5)
+    # It is counted once, and what it finds again of its own was not cached before it came:
+    counters = scheduler.counters
+    assert (counters.num_preempted, counters.num_queried_tokens, counters.num_hit_tokens) == (1, 16, 0)
+    (output,) = scheduler.update(Batch((item,)), {"young": SampledToken(7)})
+    assert output.num_cached_tokens == 0
+
+
+def test_min_tokens_are_enough_when_they_are_there() -> None:
+    scheduler = make()
+    scheduler.add(request("a", 3, min_tokens=2))
+    assert finish(scheduler, scheduler.schedule(), EOS) == {"a": None}
+    assert finish(scheduler, scheduler.schedule(), EOS) == {"a": FinishReason.STOP}
+
+
+def test_cached_blocks_that_nobody_holds_are_no_room_beside_the_free_ones() -> None:
+    scheduler = make(num_blocks=4, block_size=4, context=16, budget=100)
+    scheduler.add(request("a", 8, max_tokens=1))
+    finish(scheduler, scheduler.schedule())  # two blocks are cached and free
+    scheduler.add(request("b", 6))
+    finish(scheduler, scheduler.schedule())
+    scheduler.add(Request("c", (*request("a", 8).prompt_token_ids, 1), SamplingParams(), frozenset({EOS})))
+    batch = scheduler.schedule()  # c needs three blocks, and two are free, whatever they hold
+    assert [item.request.request_id for item in batch.requests] == ["b"]
+    assert (len(scheduler.waiting), scheduler.counters.num_preempted) == (1, 0)
 
 
 def test_abort_frees_blocks_while_waiting_and_while_running() -> None:

@@ -64,7 +64,8 @@ def test_headers_have_a_time_that_trickling_does_not_extend_and_answers_do() -> 
 
 def test_a_body_that_trickles_is_refused_and_its_connection_ends() -> None:
     with running(door=Door(body_timeout_s=0.3)) as server, connect(server) as raw:
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\n{")
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        raw.sendall(head + b"Content-Length: 99999\r\n\r\n{")
         assert raw.recv(65536).startswith(b"HTTP/1.1 408")
         server.wait(lambda: server.num_connections == 0)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,6 +118,9 @@ def test_bodies_have_a_length_a_type_and_a_time(locked: Running) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         answer = locked.http.post(CHAT, content=json.dumps(HELLO), headers={**key, "content-type": kind})
         assert answer.status_code == 415
+    for encoding, status in (("gzip", 415), ("identity", 200)):
+        headers = {**key, "content-type": "application/json", "content-encoding": encoding}
+        assert locked.http.post(CHAT, content=json.dumps(HELLO), headers=headers).status_code == status
     connection = http.client.HTTPConnection("127.0.0.1", locked.port, timeout=10)
     connection.putrequest("POST", CHAT)
     for name, value in {**key, "content-type": "application/json", "content-length": "500"}.items():
@@ -257,3 +262,50 @@ def test_names_of_hosts_and_lines_of_logs() -> None:
     assert printable("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"
     assert len(printable("x" * 500)) == 201
     assert read_keys(["# comment", "", " key ", "other"]) == ("key", "other")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+        ({"stop": ["x", 5]}, "stop.1"),
+        ({"messages": None}, "messages"),
+        ({"n": 0}, "n"),
+    ],
+)
+def test_a_mistake_is_named_by_its_place_in_the_body(fields: dict[str, Any], param: str, server: Running) -> None:
+    error = server.post(CHAT, {**HELLO, **fields}).json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: ")
+
+
+def test_a_refusal_waits_for_the_body_so_that_the_answer_is_read(locked: Running) -> None:
+    body = json.dumps(HELLO).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", locked.port), timeout=10) as connection:
+        for key, status in (("wrong", b"401"), ("first-key", b"200")):  # the second on the same connection
+            connection.sendall(f"{head}x-api-key: {key}\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+            time.sleep(0.1)  # an answer that came now would have closed the connection under the body
+            connection.sendall(body)
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert (str(answer.status).encode(), answer.headers["connection"]) == (status, None)
+            answer.read()
+
+
+@pytest.mark.parametrize("sent", [b"", b"x" * 3_000_000])
+def test_a_body_that_is_long_or_does_not_come_is_not_waited_for(sent: bytes, locked: Running) -> None:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", locked.port), timeout=10) as connection:
+        connection.sendall(head)
+        with contextlib.suppress(OSError):  # it stops reading
+            connection.sendall(sent)
+        try:
+            answer = connection.recv(1000)
+        except ConnectionResetError:
+            assert sent
+            return
+        assert answer.startswith(b"HTTP/1.1 401")
+        assert b"connection: close" in answer
