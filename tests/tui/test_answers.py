@@ -74,6 +74,30 @@ async def test_inline_thinking_of_a_foreign_server_is_thinking(tmp_path: Path) -
     assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "42 it is"}
 
 
+async def test_thinking_that_the_template_began_is_told_by_its_end(tmp_path: Path) -> None:
+    with scripted(models=["glm"]) as server:
+        server.script([text("let me\n\nsee `a`"), GATE, text(".</think>"), text("\n4"), GATE, text("2"), finish()])
+        async with running(tmp_path, server.url) as app:
+            await app.wait("ready: ask something")
+            await app.say("why?")
+            await app.wait("see a")
+            assert "Thought for" not in app.text
+            server.open_gate()
+            await app.wait("Thought for")
+            assert "see a" not in app.text
+            assert row(app, "Thought for") < row(app, " 4 ")
+            await app.pilot.click("CollapsibleTitle")
+            await app.wait("see a.", 5)
+            assert app.text.count("let me") == 1
+            server.open_gate()
+            await app.wait("42")
+            await app.press("escape")  # the click has moved the focus
+            await app.wait(lambda: app.app.answering is None)
+            await app.say("again")
+            await app.wait(lambda: len(server.requests) == 2)
+    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "42"}
+
+
 async def test_thinking_can_be_kept_open_and_switched_off(tmp_path: Path, server: ScriptedServer) -> None:
     save(tmp_path / "config" / "chat.json", Settings(keep_thinking_open=True))
     server.script([think("deep thought"), text("<think>answer"), finish(), usage()])
@@ -124,7 +148,7 @@ async def test_regenerate_makes_a_branch_and_arrows_walk_the_branches(tmp_path: 
         await app.wait("answer one")
         assert "‹ 1/2 ›" in app.text
         assert "answer two" not in app.text
-        await app.pilot.click("Branches.-many", offset=(6, 0))  # the right arrow
+        await app.pilot.click("Branches", offset=(6, 0))  # the right arrow
         await app.wait("answer two")
 
 

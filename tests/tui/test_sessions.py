@@ -197,9 +197,9 @@ async def test_long_conversations_are_drawn_from_their_end(tmp_path: Path, serve
         await app.say("/load long")
         await app.wait("answer 39")
         await app.press("ctrl+home")
-        await app.wait("show 50 earlier messages")
-        assert "question 25" in app.text
+        await app.wait("show 68 earlier messages")
+        assert "question 34" in app.text
         await app.pilot.click("Earlier")
-        await app.wait("question 25")
+        await app.wait("question 34")
         await app.press("ctrl+home")
-        await app.wait("question 10")
+        await app.wait("question 28")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -31,9 +31,9 @@ class AnswerRunner:
         self.answering: Answering | None = None
         self.measured = Measured()
 
-    def start(self, parent_id: str) -> None:
-        """Ask for an answer to a message; it is drawn as it comes."""
-        run = self._run(self._app.conversation, parent_id)
+    def start(self, parent_id: str, *new: Message) -> None:
+        """Ask for an answer to a message; it is drawn as it comes, after messages that are not drawn yet."""
+        run = self._run(self._app.conversation, parent_id, new)
         self._worker = self._app.run_worker(run, group="answer")
 
     async def stop(self) -> None:
@@ -44,17 +44,15 @@ class AnswerRunner:
         while self.answering is not None:
             await asyncio.sleep(0.01)
 
-    async def _run(self, conversation: Conversation, parent_id: str) -> None:
+    async def _run(self, conversation: Conversation, parent_id: str, new: Sequence[Message]) -> None:
         app = self._app
         message = Message(new_id(), parent_id, "assistant", "", model=app.model_name, created_s=time.time())
         conversation.add(message)
         transcript = app.query_one(Transcript)
-        if len(conversation.siblings(message.id)) > 1:
-            await app.show_conversation()
-        else:
-            await transcript.add(conversation, [message])
+        showing = asyncio.create_task(app.show_new(*new, message))  # while the server reads the prompt
 
         async def paint(newer: Message) -> None:
+            await asyncio.shield(showing)
             conversation.update(newer)
             app.keeper.changed(conversation, newer)
             view = transcript.view_of(newer.id)  # looked up: the reader may have had the transcript drawn anew
@@ -76,6 +74,8 @@ class AnswerRunner:
         except asyncio.CancelledError:  # stopped before the request was sent
             finished = replace(answering.current(), ending="stopped")
             await paint(finished)
+        finally:
+            await asyncio.shield(showing)
         self._done(finished)
         await app.show_sessions()
 

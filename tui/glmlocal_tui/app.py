@@ -22,6 +22,7 @@ from glmlocal_tui.answering import Answering
 from glmlocal_tui.cleaning import one_line
 from glmlocal_tui.client import Client, Sampling
 from glmlocal_tui.command_runner import CommandRunner
+from glmlocal_tui.compositor import ChatScreen
 from glmlocal_tui.connection import LOADS, LOST, NO_KEY, READY, STARTING, Connection, ServerState
 from glmlocal_tui.conversation import Attachment, Conversation, Message, user_message
 from glmlocal_tui.keeper import Keeper
@@ -94,6 +95,9 @@ class ChatApp(App[int]):
         self.editing: Message | None = None  # the message that the prompt's text will take the place of
         self._leaving = False
 
+    def get_default_screen(self) -> Screen[None]:
+        return ChatScreen()
+
     def compose(self) -> ComposeResult:
         with Horizontal():
             yield Sidebar()
@@ -131,7 +135,7 @@ class ChatApp(App[int]):
     # -- the server
 
     def on_server_changed(self, event: ServerChanged) -> None:
-        if not self.query(StatusBar):  # the app is closing
+        if self.query_one_optional(StatusBar) is None:  # the app is closing
             return
         state = event.state
         self.query_one(StartView).show(state)
@@ -158,7 +162,7 @@ class ChatApp(App[int]):
         return self.model or (self.state.models[0] if self.state.models else "")
 
     def update_status(self) -> None:
-        if not self.query(StatusBar):  # the app is closing
+        if self.query_one_optional(StatusBar) is None:  # the app is closing
             return
         answering, state = self.answering, self.state
         thinks = state.stats is None or state.stats.model.supports_thinking
@@ -179,7 +183,8 @@ class ChatApp(App[int]):
         return used + (self.answering.tokens if self.answering else 0)
 
     def _tick(self) -> None:
-        for dashboard in self.query(Dashboard):
+        dashboard = self.query_one_optional(Dashboard)  # None: the app is closing
+        if dashboard is not None:
             dashboard.tick(self.answering.tokens_per_s if self.answering else 0.0)
 
     # -- writing and answering
@@ -217,11 +222,7 @@ class ChatApp(App[int]):
         message = user_message(parent, text, attachments)
         self.conversation.add(message)
         self.keeper.changed(self.conversation, message)
-        if editing is not None:
-            await self.show_conversation()
-        else:
-            await self.show_talk(message)
-        self.answers.start(message.id)
+        self.answers.start(message.id, message)
 
     def _attachments(self, text: str, pastes: dict[str, str]) -> list[Attachment]:
         """The files and pastes of a text. Raises ValueError for a file that cannot be sent."""
@@ -235,10 +236,13 @@ class ChatApp(App[int]):
         system = self.settings.system if self.options.system is None else self.options.system
         return Conversation(system=system)
 
-    async def show_talk(self, *messages: Message) -> None:
-        """The conversation in the place of the start screen, with new messages at its end."""
-        self.screen.set_class(bool(self.conversation.messages), "-talking")
-        await self.query_one(Transcript).add(self.conversation, messages)
+    async def show_new(self, *messages: Message) -> None:
+        """The conversation in the place of the start screen, with new messages at its end, or of another branch."""
+        if any(len(self.conversation.siblings(message.id)) > 1 for message in messages):
+            await self.show_conversation()
+        else:
+            self.screen.set_class(True, "-talking")
+            await self.query_one(Transcript).add(self.conversation, messages)
 
     async def show_conversation(self, message_id: str = "") -> None:
         """Draw the open conversation anew, and go to a message of it (else: its end)."""
@@ -257,7 +261,8 @@ class ChatApp(App[int]):
         self.update_status()
 
     async def show_sessions(self) -> None:
-        for sidebar in self.query(Sidebar).filter(".-shown"):  # none: it is hidden, or the app is closing
+        sidebar = self.query_one_optional(Sidebar)  # None: the app is closing
+        if sidebar is not None and sidebar.has_class("-shown"):
             await self.keeper.flush()
             sidebar.show(await self.keeper.ask(self.keeper.store.sessions, []), self.conversation.id)
 
