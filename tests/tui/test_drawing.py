@@ -14,6 +14,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 from textual.widgets import TextArea
 
+from glmlocal_tui import answer_runner
 from glmlocal_tui.widgets.prompt import Prompt
 from glmlocal_tui.widgets.transcript import MOST, SHOWN, Transcript
 from tui.driving import Driver, running
@@ -70,7 +71,7 @@ async def test_the_compositor_draws_what_textuals_does(tmp_path: Path, server: S
         await app.wait("KV cache")
         agrees_with_textual(app)
         await app.press("f2", "/")
-        await app.wait("/copy")
+        await app.wait("/search [TEXT]")
         agrees_with_textual(app)
         app.app.say("a toast")
         await app.wait("a toast")
@@ -107,6 +108,24 @@ async def test_a_new_line_is_one_layout_and_a_key_draws_no_message(
         app.app.screen._compositor._render_chops(app.app.query_one(Prompt).region, lambda y: True)
         assert asked == ["Prompt"]
         server.open_gate()
+
+
+async def test_a_key_is_drawn_before_the_answer_but_does_not_hold_it_up(
+    tmp_path: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.script([text("one\n\n"), GATE, text("two\n\n"), finish()])
+    async with running(tmp_path, server.url) as app:
+        await app.wait("ready: ask")
+        await app.say("go")
+        await app.wait("one")
+        monkeypatch.setattr(answer_runner, "KEY_S", 60.0)
+        monkeypatch.setattr(answer_runner, "MOST_HOLD_S", 2.0)
+        await app.type("k")
+        server.open_gate()
+        await app.wait("│ k")
+        await app.wait(lambda: app.app.answering is not None and app.app.answering.tokens == 2)
+        assert "two" not in app.text
+        await app.wait("two", 10.0)
 
 
 async def test_an_append_makes_only_its_lines_dirty(tmp_path: Path, server: ScriptedServer) -> None:

@@ -16,10 +16,13 @@ from glmlocal_tui.connection import LOADS, STARTING
 from glmlocal_tui.conversation import Conversation, Message, new_id
 from glmlocal_tui.widgets.answer_view import AnswerView
 from glmlocal_tui.widgets.dashboard import Measured
+from glmlocal_tui.widgets.prompt import Prompt
 from glmlocal_tui.widgets.transcript import Transcript
 
 if TYPE_CHECKING:
     from glmlocal_tui.app import ChatApp
+
+KEY_S, MOST_HOLD_S = 0.03, 0.1  # the time a key has for itself, and the most that keys hold the answer up
 
 
 class AnswerRunner:
@@ -53,6 +56,7 @@ class AnswerRunner:
 
         async def paint(newer: Message) -> None:
             await asyncio.shield(showing)
+            await self._keys_first()
             conversation.update(newer)
             app.keeper.changed(conversation, newer)
             view = transcript.view_of(newer.id)  # looked up: the reader may have had the transcript drawn anew
@@ -78,6 +82,12 @@ class AnswerRunner:
             await asyncio.shield(showing)
         self._done(finished)
         await app.show_sessions()
+
+    async def _keys_first(self) -> None:
+        """A key is on the screen a frame later; the answer can wait for that, though not for a person who goes on."""
+        prompt, end_s = self._app.query_one_optional(Prompt), time.monotonic() + MOST_HOLD_S
+        while prompt and (left_s := min(prompt.last_key_s + KEY_S, end_s) - time.monotonic()) > 0:
+            await asyncio.sleep(left_s)
 
     async def _drawn(self) -> None:
         """Until the screen shows it: laying out and writing cost more than the text, and the pace counts them too."""
