@@ -91,7 +91,6 @@ async def test_thinking_that_the_template_began_is_told_by_its_end(tmp_path: Pat
             assert app.text.count("let me") == 1
             server.open_gate()
             await app.wait("42")
-            await app.press("escape")  # the click has moved the focus
             await app.wait(lambda: app.app.answering is None)
             await app.say("again")
             await app.wait(lambda: len(server.requests) == 2)
@@ -122,13 +121,18 @@ async def test_escape_stops_keeps_the_partial_answer_and_the_server_stops_too(
         await app.wait("ready: ask")
         await app.say("go")
         await app.wait("first part")
+        runner, waits = app.app.answers, []
+        original = runner._drawn
+        runner._drawn = lambda: (waits.append(True), original())[1]  # type: ignore[method-assign]
         await app.press("escape")
         await app.wait("stopped")
+        assert waits == []  # the app itself waits for the end of the answer, and would draw nothing until it gives up
         assert "first part" in app.text
         await app.wait(server.aborted.is_set)
         await app.say("go on")
         await app.wait("second")
         assert server.requests[1]["messages"][1]["content"] == "first part"
+        await app.app.keeper.flush()
         kept = app.app.keeper.store.search("first part")
         assert len(kept) == 1
 
@@ -170,6 +174,9 @@ async def test_edit_and_resend_keeps_the_old_branch(tmp_path: Path, server: Scri
         assert "editing:" not in app.text
         assert "‹ 2/2 ›" in app.text
         assert server.requests[1]["messages"] == [{"role": "user", "content": "wrong question"}]
+        await app.press("shift+tab", "left")  # on the answer, which is the only one: its question's branches
+        await app.wait("answer one")
+        assert "‹ 1/2 ›" in app.text
 
 
 async def test_errors_are_shown_in_place(tmp_path: Path, server: ScriptedServer) -> None:
@@ -318,8 +325,11 @@ async def test_copy_answer_message_and_code(tmp_path: Path, server: ScriptedServ
         x = app.lines[row(app, "╭ sh")].index("copy")
         await app.pilot.click(offset=(x, row(app, "╭ sh")))
         await app.wait(lambda: app.app.clipboard == "echo 你好\n")
-        await app.press("shift+tab", "c")  # the click has moved the focus to the answer
+        await app.press("shift+tab", "up", "c")  # a click moves no focus: from the prompt to the answer, and one up
         await app.wait(lambda: app.app.clipboard == "how?")
+        await app.press("N")
+        await app.type("o key of a message: begins a prompt")
+        await app.wait("│ No key of a message: begins a prompt")
 
 
 async def test_a_long_answer_costs_no_more_per_token_at_its_end(tmp_path: Path, server: ScriptedServer) -> None:

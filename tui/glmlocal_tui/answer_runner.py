@@ -62,7 +62,8 @@ class AnswerRunner:
             view = transcript.view_of(newer.id)  # looked up: the reader may have had the transcript drawn anew
             if isinstance(view, AnswerView):
                 await view.show(newer)
-                await self._drawn()
+                if not newer.ending:  # an end is not waited for: the key that made it would be, and the app with it
+                    await self._drawn()
 
         def waits(text: str) -> None:
             view = transcript.view_of(message.id)

@@ -35,6 +35,7 @@ from glmlocal_tui.messages import (
     ServerChanged,
     SessionChosen,
     Submitted,
+    TypedOutside,
 )
 from glmlocal_tui.options import Options
 from glmlocal_tui.render import warm_up
@@ -271,7 +272,11 @@ class ChatApp(App[int]):
 
     async def on_branch_step(self, event: BranchStep) -> None:
         await self.answers.stop()
-        if self.conversation.switch(event.message_id, event.step):
+        chosen = event.message_id
+        question = self.conversation.messages[chosen].parent_id
+        if question is not None and len(self.conversation.siblings(chosen)) == 1:  # its question may have branches
+            chosen = question
+        if self.conversation.switch(chosen, event.step):
             self.keeper.changed(self.conversation)
             await self.show_conversation()
 
@@ -290,6 +295,11 @@ class ChatApp(App[int]):
 
     async def on_regenerate_requested(self, event: RegenerateRequested) -> None:
         await self.commands.answer_again(event.message_id)
+
+    def on_typed_outside(self, event: TypedOutside) -> None:
+        prompt = self.query_one(Prompt)
+        prompt.focus()
+        prompt.insert(event.character)
 
     def on_copy_requested(self, event: CopyRequested) -> None:
         self.copy_to_clipboard(event.text)

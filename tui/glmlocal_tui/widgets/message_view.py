@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
@@ -13,7 +14,7 @@ from textual.widgets import Static
 
 from glmlocal_tui.cleaning import one_line
 from glmlocal_tui.conversation import Attachment, Message
-from glmlocal_tui.messages import BranchStep, CopyRequested, EditRequested
+from glmlocal_tui.messages import BranchStep, CopyRequested, EditRequested, TypedOutside
 from glmlocal_tui.stats import size
 from glmlocal_tui.widgets.laid_out import Column
 
@@ -36,6 +37,7 @@ class Branches(Static):
 
 
 class MessageView(Column, can_focus=True):
+    FOCUS_ON_CLICK = False  # else the letters that follow a click would be commands
     DEFAULT_CSS = """
     MessageView { height: auto; padding: 0 1; margin: 0 0 1 0; border-left: outer transparent; }
     MessageView:focus { border-left: outer $accent; }
@@ -56,6 +58,13 @@ class MessageView(Column, can_focus=True):
     def render_lines(self, crop: Region) -> list[Strip]:
         """What is left of the box around its children is the same in every line: one is drawn, however high it is."""
         return super().render_lines(Region(crop.x, 0, crop.width, 1)) * crop.height
+
+    def on_key(self, event: events.Key) -> None:
+        """A letter that is no command here begins a prompt."""
+        if event.character and event.is_printable and event.key not in self._bindings.key_to_bindings:
+            event.stop()
+            event.prevent_default()
+            self.post_message(TypedOutside(event.character))
 
     def branches(self) -> list[Branches]:
         """What stands above a message that has alternatives; each widget less is one less to lay out."""

@@ -20,6 +20,7 @@ class Thinking(Collapsible):
         self._text = MarkdownText(text, dim=True)
         self._since_s = since_s or time.monotonic()
         super().__init__(self._text, title="Thinking…" if live else "Thought", collapsed=not live)
+        self._title.focus_on_click = lambda: False  # type: ignore[method-assign]
 
     def append(self, text: str) -> None:
         self._text.append(text)
