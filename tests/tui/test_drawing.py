@@ -16,7 +16,7 @@ from textual.widgets import TextArea
 
 from glmlocal_tui import answer_runner
 from glmlocal_tui.widgets.prompt import Prompt
-from glmlocal_tui.widgets.transcript import MOST, SHOWN, Transcript
+from glmlocal_tui.widgets.transcript import SHOWN, Earlier, Transcript
 from tui.driving import Driver, running
 from tui.scripted_server import GATE, ScriptedServer, finish, says, text, think, tool, usage
 
@@ -169,12 +169,22 @@ async def test_the_prompt_takes_new_colours(tmp_path: Path, server: ScriptedServ
 
 async def test_messages_far_above_are_not_kept_on_the_screen(tmp_path: Path, server: ScriptedServer) -> None:
     async with running(tmp_path, server.url) as app:
+        transcript = app.app.query_one(Transcript)
         await app.wait("ready: ask")
-        for number in range(MOST // 2 + 1):
+        asks = SHOWN // 2 + 1
+        for number in range(asks):
             server.script(says(f"answer {number:02}"))
             await app.say("q")
             await app.wait(f"answer {number:02}")
             await app.wait(lambda: app.app.answering is None)
-        assert app.app.query_one(Transcript).drawn() == SHOWN
+        await app.wait(lambda: transcript.drawn() == SHOWN)
+        assert app.app.query_one(Earlier).count == 2
         await app.press("ctrl+home")
-        await app.wait(f"show {MOST + 2 - SHOWN} earlier messages")
+        await app.wait(lambda: transcript.drawn() == 2 * asks)
+        await app.press("pageup")
+        await app.wait("answer 00")
+        server.script(says("the last", " answer"))
+        await app.say("q")
+        await app.wait("the last answer")
+        await app.wait(lambda: transcript.drawn() == SHOWN)
+        assert app.app.query_one(Earlier).count == 4

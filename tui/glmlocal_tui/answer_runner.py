@@ -82,6 +82,7 @@ class AnswerRunner:
         finally:
             await asyncio.shield(showing)
         self._done(finished)
+        await transcript.let_go()
         await app.show_sessions()
 
     async def _keys_first(self) -> None:

@@ -325,14 +325,21 @@ class ChatApp(App[int]):
 
     def action_scroll_page(self, step: int) -> None:
         transcript = self.query_one(Transcript)
-        transcript.scroll_page_down(animate=False) if step > 0 else transcript.scroll_page_up(animate=False)
+        if step > 0:
+            transcript.scroll_page_down(animate=False)
+        elif transcript.scroll_y > 0:
+            transcript.scroll_page_up(animate=False)
+        else:
+            transcript.reach_up()
 
     def action_scroll_to(self, end: int) -> None:
         transcript = self.query_one(Transcript)
         if end:
             transcript.follow()
-        else:
+        elif transcript.scroll_y > 0:
             transcript.scroll_home(animate=False)
+        else:
+            transcript.reach_up()
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The command palette has what the slash commands have, and Textual's own."""

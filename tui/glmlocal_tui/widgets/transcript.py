@@ -14,8 +14,7 @@ from glmlocal_tui.widgets.answer_view import AnswerView
 from glmlocal_tui.widgets.laid_out import Column, LaidOutOnce
 from glmlocal_tui.widgets.message_view import MessageView, UserView
 
-SHOWN = 12  # messages of a long conversation that are drawn at first, and more at a time on request
-MOST = 24  # what the end of the conversation may grow to before the messages above are taken away again
+SHOWN = 8  # messages of a long conversation that are drawn: what is drawn is laid out again at each new line
 
 
 class Earlier(Button):
@@ -25,6 +24,7 @@ class Earlier(Button):
 
     def __init__(self, count: int) -> None:
         super().__init__(f"show {count} earlier messages", compact=True)
+        self.count = count
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         event.stop()
@@ -64,12 +64,33 @@ class Transcript(LaidOutOnce, VerticalScroll, can_focus=False):
             await self._box.mount_all([*([Earlier(first)] if first else []), *views])
 
     async def add(self, conversation: Conversation, messages: Sequence[Message]) -> None:
-        """Draw messages at the end, and follow them. Those far above go: what is laid out is laid out at each line."""
-        if self.drawn() + len(messages) > MOST:
-            await self.show(conversation)  # the messages are among the last ones
-        else:
-            await self._box.mount_all([self._view(conversation, message) for message in messages])
+        """Draw messages at the end, and follow them."""
+        await self._box.mount_all([self._view(conversation, message) for message in messages])
         self.follow()
+
+    async def let_go(self) -> None:
+        """Take the messages far above away, unless the reader is there."""
+        views = self._views()
+        if not self.follows or len(views) <= SHOWN:
+            return
+        above = sum(button.count for button in self._box.query_children(Earlier)) + len(views) - SHOWN
+        with self.app.batch_update():
+            await self._box.remove_children([*self._box.query_children(Earlier), *views[:-SHOWN]])
+            await self._box.mount(Earlier(above), before=0)
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        super().watch_scroll_y(old_value, new_value)
+        if new_value <= 0 < old_value and not self.follows:
+            self.reach_up()
+
+    def on_mouse_scroll_up(self) -> None:
+        if self.scroll_y <= 0:  # what is drawn may be less than the screen
+            self.reach_up()
+
+    def reach_up(self) -> None:
+        """The reader is at the top and goes on: more comes."""
+        if self._box.query_children(Earlier):
+            self.post_message(EarlierRequested())
 
     def follow(self) -> None:
         self.anchor()
