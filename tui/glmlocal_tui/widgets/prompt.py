@@ -48,7 +48,7 @@ class Prompt(TextArea):
             placeholder="Ask something · / for commands",
         )
         self.menu_is_open = False
-        self.last_key_s = 0.0  # time.monotonic of the last key
+        self.last_key_s = 0.0  # time.monotonic of the last key but Enter
         self._styles_are_new = True
         self._history: list[str] = []
         self._at: int | None = None  # place in the history; None: the text is new
@@ -94,7 +94,8 @@ class Prompt(TextArea):
         self.replace(insert, (row, max(column - replaces, 0)), (row, column))
 
     async def _on_key(self, event: events.Key) -> None:
-        self.last_key_s = time.monotonic()
+        if event.key != "enter":  # after which the answer is what is waited for
+            self.last_key_s = time.monotonic()
         if self.menu_is_open and event.key in ("up", "down", "tab", "enter", "escape"):
             self._swallow(event)
             self.post_message(self.MenuKey(event.key))
