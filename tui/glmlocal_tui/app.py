@@ -62,8 +62,6 @@ class ChatApp(App[int]):
     #main { width: 1fr; }
     #talk { height: 1fr; }
     Transcript { display: none; }
-    .-talking Transcript { display: block; }
-    .-talking StartView { display: none; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f1", "command('help')", "Help", priority=True),
@@ -242,13 +240,18 @@ class ChatApp(App[int]):
         if any(len(self.conversation.siblings(message.id)) > 1 for message in messages):
             await self.show_conversation()
         else:
-            self.screen.set_class(True, "-talking")
+            self._show_talk()
             await self.query_one(Transcript).add(self.conversation, messages)
+
+    def _show_talk(self) -> None:
+        """The conversation in the place of the start screen. A class of the screen would renew every widget's style."""
+        talking = bool(self.conversation.messages)
+        self.query_one(StartView).display, self.query_one(Transcript).display = not talking, talking
 
     async def show_conversation(self, message_id: str = "") -> None:
         """Draw the open conversation anew, and go to a message of it (else: its end)."""
         transcript = self.query_one(Transcript)
-        self.screen.set_class(bool(self.conversation.messages), "-talking")
+        self._show_talk()
         ids = [message.id for message in self.conversation.path()]
         place = ids.index(message_id) if message_id in ids else None
         first = None if place is None else min(max(place - 2, 0), max(len(ids) - SHOWN, 0))
