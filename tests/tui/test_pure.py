@@ -102,6 +102,7 @@ def test_an_error_in_the_stream_is_told_clean() -> None:
         ("```\n</think>\n```\nin a block", "```\n</think>\n```\nin a block", ""),
         ("```\nx\n```\nwith a block\n</think>\n42", "42", "```\nx\n```\nwith a block\n"),
         ("ends with </think>", "ends with </think>", ""),
+        ("a <think> pair\n</think>\n is text", "a <think> pair\n</think>\n is text", ""),
     ],
 )
 @given(cuts=st.lists(st.integers(0, 40), max_size=6))
