@@ -220,7 +220,7 @@ async def test_a_message_waits_for_the_model(tmp_path: Path, server: ScriptedSer
         await app.say("early")
         await app.wait("waiting for the model")
         assert server.requests == []
-        assert "loading the model: 25%" in app.text
+        await app.wait("loading the model: 25%")  # with the next word from the server
         server.stats = stats()
         await app.wait("Hello.")
         assert "loading the model" not in app.text
