@@ -4,7 +4,7 @@ The app runs in a real pseudo-terminal; the server is the tests' scripted one, i
 one clock. Predicted: a key is drawn in the next frame (1/60 s) after at most one drawing of the answer (a quarter of
 the time, by design). The last line is JSON.
 
-    python benchmarks/chat_latency.py [--rate 200] [--warm 5] [--keys 60]
+    python benchmarks/chat_latency.py [--rate 200] [--warm 5] [--keys 60] [--earlier 25 --head 10000]
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, default=200.0, help="tokens per second of the stream")
     parser.add_argument("--tokens", type=int, default=20000, help="tokens of the long answer")
+    parser.add_argument("--head", type=int, default=0, help="tokens of it that come at once, before the others")
+    parser.add_argument("--earlier", type=int, default=0, help="questions that were asked and answered before")
     parser.add_argument("--warm", type=float, default=5.0, help="seconds of the answer before the first key")
     parser.add_argument("--keys", type=int, default=60, help="keys typed while it streams, and while nothing happens")
     parser.add_argument("--starts", type=int, default=5, help="starts of the app for the first paint")
@@ -108,11 +110,14 @@ def measure(server: ScriptedServer, home: str, args: argparse.Namespace) -> dict
             terminal.end()
     terminal.see("ready")
     terminal.drain(1.0)
+    for number in range(args.earlier):
+        _ask(terminal, server, f"{SENTENCE}\n\n- one\n- two\n\n```py\nx = 1\n```\n\nearlier{number:03}")
     firsts = [_first_token_ms(terminal, server, number) for number in range(args.asks)]
     idle = _key_echo_ms(terminal, args.keys)
     server.step_s = 1 / args.rate
-    tokens = [text(WORDS[n % len(WORDS)] + ("" if n % 60 else "\n\n")) for n in range(args.tokens)]
-    server.script([*tokens, finish(), usage()])
+    tokens = [WORDS[n % len(WORDS)] + ("" if n % 60 else "\n\n") for n in range(args.head + args.tokens)]
+    head = [text("".join(tokens[: args.head]))] if args.head else []
+    server.script([*head, *(text(token) for token in tokens[args.head :]), finish(), usage()])
     terminal.type("long\r")
     terminal.see("router")
     terminal.drain(args.warm)
@@ -132,7 +137,8 @@ def measure(server: ScriptedServer, home: str, args: argparse.Namespace) -> dict
     return {
         "first_paint_s_median": round(median(wall_s for wall_s, _ in paints[1:]), 3),
         "first_paint_cpu_s_median": round(median(cpu_s for _, cpu_s in paints[1:]), 3),  # on an idle core
-        **_spread("first_token_over_server_ms", firsts),
+        **_spread("first_token_over_server_ms", [over_ms for over_ms, _ in firsts]),
+        **_spread("first_token_after_sent_ms", [sent_ms for _, sent_ms in firsts]),
         **_spread("key_echo_idle_ms", idle),
         **_spread("key_echo_streaming_ms", busy),
         "app_cpu_share_streaming": round(cpu_s / streamed_s, 2),
@@ -141,17 +147,25 @@ def measure(server: ScriptedServer, home: str, args: argparse.Namespace) -> dict
     }
 
 
-def _first_token_ms(terminal: RawTerminal, server: ScriptedServer, number: int) -> float:
-    """From the server's sending of the first token to the writing of its cells."""
-    word = f"first{number:03}"
-    server.script([text(word), finish(), usage()])
+def _first_token_ms(terminal: RawTerminal, server: ScriptedServer, number: int) -> tuple[float, float]:
+    """From Enter to the writing of the first token's cells, less what the server took; and from its sending alone."""
+    start_s, seen_s = _ask(terminal, server, f"first{number:03}")
+    sent_s = server.sent_s[0]
+    return 1000 * (seen_s - start_s - (sent_s - server.asked_s[0])), 1000 * (seen_s - sent_s)
+
+
+def _ask(terminal: RawTerminal, server: ScriptedServer, answer: str) -> tuple[float, float]:
+    """A question whose answer comes in one piece: when Enter was pressed, and when its last word was seen."""
+    server.script([text(answer), finish(), usage()])
     terminal.type("q")
     terminal.drain(0.3)
     server.sent_s.clear()
+    server.asked_s.clear()
+    start_s = time.monotonic()
     terminal.type("\r")
-    seen_s = terminal.see(word)
+    seen_s = terminal.see(answer.split()[-1])
     terminal.drain(0.7)
-    return 1000 * (seen_s - server.sent_s[0])
+    return start_s, seen_s
 
 
 def _key_echo_ms(terminal: RawTerminal, keys: int) -> list[float]:

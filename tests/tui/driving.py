@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
+from textual import events
+from textual.keys import _character_to_key
 from textual.pilot import Pilot
 
 from glmlocal_tui.app import ChatApp
@@ -21,6 +23,8 @@ class Driver:
 
     def __init__(self, app: ChatApp, pilot: Pilot[int]) -> None:
         self.app, self.pilot = app, pilot
+        self._drawings = 0  # of the screen, so far
+        app.post_display_hook = self._count  # type: ignore[method-assign]
 
     @property
     def lines(self) -> list[str]:
@@ -56,20 +60,38 @@ class Driver:
 
     async def wait(self, condition: str | Callable[[], bool], timeout_s: float = 60.0) -> None:
         """Until a text is on the screen, or a condition holds."""
+        if isinstance(condition, str):
+            await self._look_for(condition, True, timeout_s)
+            return
         end = time.monotonic() + timeout_s
-        while not (condition in self.text if isinstance(condition, str) else condition()):
-            assert time.monotonic() < end, f"never saw {condition!r} in:\n{self.text}"
-            await asyncio.sleep(0.04)
+        while not condition():
+            assert time.monotonic() < end, f"never came:\n{self.text}"
+            await asyncio.sleep(0.01)
 
     async def gone(self, text: str) -> None:
-        await self.wait(lambda: text not in self.text)
+        await self._look_for(text, False, 60.0)
+
+    async def _look_for(self, text: str, wanted: bool, timeout_s: float) -> None:
+        """Look at the screen when it was drawn again, and not more often: reading it costs as much as drawing it."""
+        end = time.monotonic() + timeout_s
+        while (text in self.text) != wanted:
+            assert time.monotonic() < end, f"{'never saw' if wanted else 'always saw'} {text!r} in:\n{self.text}"
+            looked, look_s = self._drawings, time.monotonic()
+            while self._drawings == looked and time.monotonic() < look_s + 0.5:
+                await asyncio.sleep(0.01)
+
+    def _count(self) -> None:
+        self._drawings += 1
 
     async def type(self, text: str) -> None:
-        """Type like a keyboard; a newline is Ctrl+J."""
-        names = {"\n": "ctrl+j", " ": "space"}
-        from textual.keys import _character_to_key
-
-        await self.pilot.press(*(names.get(char) or _character_to_key(char) for char in text))
+        """Type like a keyboard, quickly; a newline is Ctrl+J."""
+        driver = self.app._driver
+        assert driver is not None
+        for char in text:
+            key = events.Key("ctrl+j", None) if char == "\n" else events.Key(_character_to_key(char), char)
+            key.set_sender(self.app)
+            driver.send_message(key)
+        await self.pilot.pause()
 
     async def say(self, text: str) -> None:
         await self.type(text)

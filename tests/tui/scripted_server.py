@@ -105,6 +105,7 @@ class ScriptedServer:
         self.stats, self.key, self.models = stats, key, list(models)
         self.requests: list[dict[str, Any]] = []
         self.aborted = threading.Event()  # the client went away in the middle of an answer
+        self.asked_s: list[float] = []  # time.monotonic of each request for an answer
         self.sent_s: list[float] = []  # time.monotonic of each step that was sent
         self.step_s = 0.0  # pause before each step
         self._answers: list[Sequence[Any] | Refusal] = [says("Hello.")]
@@ -193,6 +194,7 @@ class ScriptedServer:
             elif (method, path) == ("GET", "/v1/models"):
                 await self._reply(writer, 200, {"data": [{"id": name} for name in self.models]})
             elif (method, path) == ("POST", "/v1/chat/completions"):
+                self.asked_s.append(time.monotonic())
                 self.requests.append(json.loads(body))
                 await self._answer(reader, writer)
                 return

@@ -74,6 +74,29 @@ async def test_inline_thinking_of_a_foreign_server_is_thinking(tmp_path: Path) -
     assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "42 it is"}
 
 
+async def test_thinking_that_the_template_began_is_told_by_its_end(tmp_path: Path) -> None:
+    with scripted(models=["glm"]) as server:
+        server.script([text("let me\n\nsee `a`"), GATE, text(".</think>"), text("\n4"), GATE, text("2"), finish()])
+        async with running(tmp_path, server.url) as app:
+            await app.wait("ready: ask something")
+            await app.say("why?")
+            await app.wait("see a")
+            assert "Thought for" not in app.text
+            server.open_gate()
+            await app.wait("Thought for")
+            assert "see a" not in app.text
+            assert row(app, "Thought for") < row(app, " 4 ")
+            await app.pilot.click("CollapsibleTitle")
+            await app.wait("see a.", 5)
+            assert app.text.count("let me") == 1
+            server.open_gate()
+            await app.wait("42")
+            await app.wait(lambda: app.app.answering is None)
+            await app.say("again")
+            await app.wait(lambda: len(server.requests) == 2)
+    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "42"}
+
+
 async def test_thinking_can_be_kept_open_and_switched_off(tmp_path: Path, server: ScriptedServer) -> None:
     save(tmp_path / "config" / "chat.json", Settings(keep_thinking_open=True))
     server.script([think("deep thought"), text("<think>answer"), finish(), usage()])
@@ -98,13 +121,18 @@ async def test_escape_stops_keeps_the_partial_answer_and_the_server_stops_too(
         await app.wait("ready: ask")
         await app.say("go")
         await app.wait("first part")
+        runner, waits = app.app.answers, []
+        original = runner._drawn
+        runner._drawn = lambda: (waits.append(True), original())[1]  # type: ignore[method-assign]
         await app.press("escape")
         await app.wait("stopped")
+        assert waits == []  # the app itself waits for the end of the answer, and would draw nothing until it gives up
         assert "first part" in app.text
         await app.wait(server.aborted.is_set)
         await app.say("go on")
         await app.wait("second")
         assert server.requests[1]["messages"][1]["content"] == "first part"
+        await app.app.keeper.flush()
         kept = app.app.keeper.store.search("first part")
         assert len(kept) == 1
 
@@ -124,7 +152,7 @@ async def test_regenerate_makes_a_branch_and_arrows_walk_the_branches(tmp_path: 
         await app.wait("answer one")
         assert "‹ 1/2 ›" in app.text
         assert "answer two" not in app.text
-        await app.pilot.click("Branches.-many", offset=(6, 0))  # the right arrow
+        await app.pilot.click("Branches", offset=(6, 0))  # the right arrow
         await app.wait("answer two")
 
 
@@ -146,6 +174,9 @@ async def test_edit_and_resend_keeps_the_old_branch(tmp_path: Path, server: Scri
         assert "editing:" not in app.text
         assert "‹ 2/2 ›" in app.text
         assert server.requests[1]["messages"] == [{"role": "user", "content": "wrong question"}]
+        await app.press("shift+tab", "left")  # on the answer, which is the only one: its question's branches
+        await app.wait("answer one")
+        assert "‹ 1/2 ›" in app.text
 
 
 async def test_errors_are_shown_in_place(tmp_path: Path, server: ScriptedServer) -> None:
@@ -189,7 +220,7 @@ async def test_a_message_waits_for_the_model(tmp_path: Path, server: ScriptedSer
         await app.say("early")
         await app.wait("waiting for the model")
         assert server.requests == []
-        assert "loading the model: 25%" in app.text
+        await app.wait("loading the model: 25%")  # with the next word from the server
         server.stats = stats()
         await app.wait("Hello.")
         assert "loading the model" not in app.text
@@ -294,8 +325,11 @@ async def test_copy_answer_message_and_code(tmp_path: Path, server: ScriptedServ
         x = app.lines[row(app, "╭ sh")].index("copy")
         await app.pilot.click(offset=(x, row(app, "╭ sh")))
         await app.wait(lambda: app.app.clipboard == "echo 你好\n")
-        await app.press("shift+tab", "c")  # the click has moved the focus to the answer
+        await app.press("shift+tab", "up", "c")  # a click moves no focus: from the prompt to the answer, and one up
         await app.wait(lambda: app.app.clipboard == "how?")
+        await app.press("N")
+        await app.type("o key of a message: begins a prompt")
+        await app.wait("│ No key of a message: begins a prompt")
 
 
 async def test_a_long_answer_costs_no_more_per_token_at_its_end(tmp_path: Path, server: ScriptedServer) -> None:

@@ -93,24 +93,47 @@ def test_an_error_in_the_stream_is_told_clean() -> None:
         (" <thinker> <think>no</think>", " <thinker> <think>no</think>", ""),
         ("about <think>tags</think>", "about <think>tags</think>", ""),
         ("\n<thi", "\n<thi", ""),
+        ("hm, </thin\n</think>\n\n42 is </think>\n", "42 is </think>\n", "hm, </thin\n"),
+        ("hm.</think>\n42", "42", "hm."),
+        ("</think>\n\n42", "42", ""),
+        ("cut after it\n</think>", "", "cut after it\n"),
+        ("of a </think> in a line", "of a </think> in a line", ""),
+        ("of `</think>\n` in code", "of `</think>\n` in code", ""),
+        ("```\n</think>\n```\nin a block", "```\n</think>\n```\nin a block", ""),
+        ("```\nx\n```\nwith a block\n</think>\n42", "42", "```\nx\n```\nwith a block\n"),
+        ("ends with </think>", "ends with </think>", ""),
+        ("a <think> pair\n</think>\n is text", "a <think> pair\n</think>\n is text", ""),
     ],
 )
 @given(cuts=st.lists(st.integers(0, 40), max_size=6))
 def test_inline_thinking_is_found_however_it_is_cut(text: str, content: str, reasoning: str, cuts: list[int]) -> None:
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     thoughts = InlineThinking()
-    found = [thoughts.feed(text[start:end]) for start, end in itertools.pairwise(bounds)] + [thoughts.end()]
-    assert tuple("".join(parts) for parts in zip(*found, strict=True)) == (content, reasoning)
+    found = ["", ""]
+    for piece in [*(thoughts.feed(text[start:end]) for start, end in itertools.pairwise(bounds)), thoughts.end()]:
+        if piece.retracts:
+            found = ["", found[1] + found[0]]
+        found = [found[0] + piece.content, found[1] + piece.reasoning]
+    assert found == [content, reasoning]
 
 
 def test_inline_thinking_holds_back_no_more_than_part_of_a_tag() -> None:
     thoughts = InlineThinking()
-    assert [thoughts.feed(piece) for piece in ("<think>", "why </", "b> </think", "> so", " be it")] == [
+    assert [thoughts.feed(piece)[:2] for piece in ("<think>", "why </", "b> </think", "> so", " be it")] == [
         ("", ""),
         ("", "why "),
         ("", "</b> "),
         ("so", ""),
         (" be it", ""),
+    ]
+    thoughts = InlineThinking()
+    assert [thoughts.feed(piece) for piece in ("let", " me </", "b> see</think", ">", "\n\n", "42")] == [
+        ("let", "", False),
+        (" me ", "", False),
+        ("</b> see", "", False),
+        ("", "", False),
+        ("", "", True),
+        ("42", "", False),
     ]
 
 

@@ -61,6 +61,11 @@ SCREENS: dict[str, Callable[[Driver, ScriptedServer], Awaitable[None]]] = {
 }
 
 
+async def test_the_picture_in_the_docs_is_the_screen_as_it_is() -> None:
+    picture = Path(__file__).parents[2] / "docs" / "chat.svg"
+    assert picture.read_text(encoding="utf-8") == (SNAPSHOTS / "dashboard_140x40.svg").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("size", SIZES, ids=[f"{width}x{height}" for width, height in SIZES])
 @pytest.mark.parametrize("name", SCREENS)
 async def test_screen_is_as_it_was(tmp_path: Path, server: ScriptedServer, name: str, size: tuple[int, int]) -> None:

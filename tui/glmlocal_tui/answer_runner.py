@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,13 @@ from glmlocal_tui.connection import LOADS, STARTING
 from glmlocal_tui.conversation import Conversation, Message, new_id
 from glmlocal_tui.widgets.answer_view import AnswerView
 from glmlocal_tui.widgets.dashboard import Measured
+from glmlocal_tui.widgets.prompt import Prompt
 from glmlocal_tui.widgets.transcript import Transcript
 
 if TYPE_CHECKING:
     from glmlocal_tui.app import ChatApp
+
+KEY_S, MOST_HOLD_S = 0.03, 0.1  # the time a key has for itself, and the most that keys hold the answer up
 
 
 class AnswerRunner:
@@ -31,9 +34,9 @@ class AnswerRunner:
         self.answering: Answering | None = None
         self.measured = Measured()
 
-    def start(self, parent_id: str) -> None:
-        """Ask for an answer to a message; it is drawn as it comes."""
-        run = self._run(self._app.conversation, parent_id)
+    def start(self, parent_id: str, *new: Message) -> None:
+        """Ask for an answer to a message; it is drawn as it comes, after messages that are not drawn yet."""
+        run = self._run(self._app.conversation, parent_id, new)
         self._worker = self._app.run_worker(run, group="answer")
 
     async def stop(self) -> None:
@@ -44,23 +47,23 @@ class AnswerRunner:
         while self.answering is not None:
             await asyncio.sleep(0.01)
 
-    async def _run(self, conversation: Conversation, parent_id: str) -> None:
+    async def _run(self, conversation: Conversation, parent_id: str, new: Sequence[Message]) -> None:
         app = self._app
         message = Message(new_id(), parent_id, "assistant", "", model=app.model_name, created_s=time.time())
         conversation.add(message)
         transcript = app.query_one(Transcript)
-        if len(conversation.siblings(message.id)) > 1:
-            await app.show_conversation()
-        else:
-            await transcript.add(conversation, [message])
+        showing = asyncio.create_task(app.show_new(*new, message))  # while the server reads the prompt
 
         async def paint(newer: Message) -> None:
+            await asyncio.shield(showing)
+            await self._keys_first()
             conversation.update(newer)
             app.keeper.changed(conversation, newer)
             view = transcript.view_of(newer.id)  # looked up: the reader may have had the transcript drawn anew
             if isinstance(view, AnswerView):
                 await view.show(newer)
-                await self._drawn()
+                if not newer.ending:  # an end is not waited for: the key that made it would be, and the app with it
+                    await self._drawn()
 
         def waits(text: str) -> None:
             view = transcript.view_of(message.id)
@@ -76,8 +79,17 @@ class AnswerRunner:
         except asyncio.CancelledError:  # stopped before the request was sent
             finished = replace(answering.current(), ending="stopped")
             await paint(finished)
+        finally:
+            await asyncio.shield(showing)
         self._done(finished)
+        await transcript.let_go()
         await app.show_sessions()
+
+    async def _keys_first(self) -> None:
+        """A key is on the screen a frame later; the answer can wait for that, though not for a person who goes on."""
+        prompt, end_s = self._app.query_one_optional(Prompt), time.monotonic() + MOST_HOLD_S
+        while prompt and (left_s := min(prompt.last_key_s + KEY_S, end_s) - time.monotonic()) > 0:
+            await asyncio.sleep(left_s)
 
     async def _drawn(self) -> None:
         """Until the screen shows it: laying out and writing cost more than the text, and the pace counts them too."""

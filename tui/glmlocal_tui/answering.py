@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from glmlocal_tui import client, sse
 from glmlocal_tui.client import Client, Sampling, ServerError
 from glmlocal_tui.conversation import Conversation, Message, with_piece
-from glmlocal_tui.inline_thinking import InlineThinking
+from glmlocal_tui.inline_thinking import InlineThinking, Piece
 
 _FRAME_S = 1 / 20
 _DRAW_SHARE = 4  # drawing takes at most one part in this many of the time, however slow it gets
@@ -49,7 +49,7 @@ class Answering:
         except ServerError as error:
             self.message = replace(self.message, ending="error", error=str(error))
         finally:
-            self._keep(*self._thoughts.end())
+            self._sort(self._thoughts.end())
             self._ended.set()  # not cancelled: half a paint would lose what it had taken
             self._dirty.set()
             await painter
@@ -98,8 +98,7 @@ class Answering:
                 self._count()
                 if reasoning or self.client.ours:
                     self._thoughts.switch_off()
-                content, inline = self._thoughts.feed(content)
-                self._keep(content, reasoning + inline)
+                self._sort(self._thoughts.feed(content), reasoning)
             case sse.ToolDelta(index, id_, name, arguments):
                 self._count()
                 self.message = replace(
@@ -122,11 +121,15 @@ class Answering:
                 raise ServerError(kind, text)
         self._dirty.set()
 
-    def _keep(self, content: str, reasoning: str) -> None:
-        if reasoning:
-            self._reasoning.append(reasoning)
-        if content:
-            self._content.append(content)
+    def _sort(self, piece: Piece, reasoning: str = "") -> None:
+        """Keep a piece of the text, and thinking that came beside it, where they belong."""
+        if piece.retracts:
+            message = self.current()
+            self.message = replace(message, content="", reasoning=message.reasoning + message.content)
+        if reasoning or piece.reasoning:
+            self._reasoning.append(reasoning + piece.reasoning)
+        if piece.content:
+            self._content.append(piece.content)
 
     def _with_rates(self, usage: sse.Usage) -> sse.Usage:
         """What a server does not say, as measured here."""
@@ -146,6 +149,8 @@ class Answering:
         """Paint the first token at once, then at most once a frame, and seldom enough to leave time for keys."""
         while not self._ended.is_set():
             await self._dirty.wait()
+            if self._ended.is_set():  # the last state is painted once, by run
+                return
             self._dirty.clear()
             start_s = time.monotonic()
             await self.paint(self.current())

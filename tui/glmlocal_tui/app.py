@@ -22,6 +22,7 @@ from glmlocal_tui.answering import Answering
 from glmlocal_tui.cleaning import one_line
 from glmlocal_tui.client import Client, Sampling
 from glmlocal_tui.command_runner import CommandRunner
+from glmlocal_tui.compositor import ChatScreen
 from glmlocal_tui.connection import LOADS, LOST, NO_KEY, READY, STARTING, Connection, ServerState
 from glmlocal_tui.conversation import Attachment, Conversation, Message, user_message
 from glmlocal_tui.keeper import Keeper
@@ -34,6 +35,7 @@ from glmlocal_tui.messages import (
     ServerChanged,
     SessionChosen,
     Submitted,
+    TypedOutside,
 )
 from glmlocal_tui.options import Options
 from glmlocal_tui.render import warm_up
@@ -60,8 +62,6 @@ class ChatApp(App[int]):
     #main { width: 1fr; }
     #talk { height: 1fr; }
     Transcript { display: none; }
-    .-talking Transcript { display: block; }
-    .-talking StartView { display: none; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f1", "command('help')", "Help", priority=True),
@@ -93,6 +93,9 @@ class ChatApp(App[int]):
         self.answers = AnswerRunner(self)
         self.editing: Message | None = None  # the message that the prompt's text will take the place of
         self._leaving = False
+
+    def get_default_screen(self) -> Screen[None]:
+        return ChatScreen()
 
     def compose(self) -> ComposeResult:
         with Horizontal():
@@ -131,7 +134,7 @@ class ChatApp(App[int]):
     # -- the server
 
     def on_server_changed(self, event: ServerChanged) -> None:
-        if not self.query(StatusBar):  # the app is closing
+        if self.query_one_optional(StatusBar) is None:  # the app is closing
             return
         state = event.state
         self.query_one(StartView).show(state)
@@ -158,7 +161,7 @@ class ChatApp(App[int]):
         return self.model or (self.state.models[0] if self.state.models else "")
 
     def update_status(self) -> None:
-        if not self.query(StatusBar):  # the app is closing
+        if self.query_one_optional(StatusBar) is None:  # the app is closing
             return
         answering, state = self.answering, self.state
         thinks = state.stats is None or state.stats.model.supports_thinking
@@ -179,7 +182,8 @@ class ChatApp(App[int]):
         return used + (self.answering.tokens if self.answering else 0)
 
     def _tick(self) -> None:
-        for dashboard in self.query(Dashboard):
+        dashboard = self.query_one_optional(Dashboard)  # None: the app is closing
+        if dashboard is not None:
             dashboard.tick(self.answering.tokens_per_s if self.answering else 0.0)
 
     # -- writing and answering
@@ -217,11 +221,7 @@ class ChatApp(App[int]):
         message = user_message(parent, text, attachments)
         self.conversation.add(message)
         self.keeper.changed(self.conversation, message)
-        if editing is not None:
-            await self.show_conversation()
-        else:
-            await self.show_talk(message)
-        self.answers.start(message.id)
+        self.answers.start(message.id, message)
 
     def _attachments(self, text: str, pastes: dict[str, str]) -> list[Attachment]:
         """The files and pastes of a text. Raises ValueError for a file that cannot be sent."""
@@ -235,15 +235,23 @@ class ChatApp(App[int]):
         system = self.settings.system if self.options.system is None else self.options.system
         return Conversation(system=system)
 
-    async def show_talk(self, *messages: Message) -> None:
-        """The conversation in the place of the start screen, with new messages at its end."""
-        self.screen.set_class(bool(self.conversation.messages), "-talking")
-        await self.query_one(Transcript).add(self.conversation, messages)
+    async def show_new(self, *messages: Message) -> None:
+        """The conversation in the place of the start screen, with new messages at its end, or of another branch."""
+        if any(len(self.conversation.siblings(message.id)) > 1 for message in messages):
+            await self.show_conversation()
+        else:
+            self._show_talk()
+            await self.query_one(Transcript).add(self.conversation, messages)
+
+    def _show_talk(self) -> None:
+        """The conversation in the place of the start screen. A class of the screen would renew every widget's style."""
+        talking = bool(self.conversation.messages)
+        self.query_one(StartView).display, self.query_one(Transcript).display = not talking, talking
 
     async def show_conversation(self, message_id: str = "") -> None:
         """Draw the open conversation anew, and go to a message of it (else: its end)."""
         transcript = self.query_one(Transcript)
-        self.screen.set_class(bool(self.conversation.messages), "-talking")
+        self._show_talk()
         ids = [message.id for message in self.conversation.path()]
         place = ids.index(message_id) if message_id in ids else None
         first = None if place is None else min(max(place - 2, 0), max(len(ids) - SHOWN, 0))
@@ -257,7 +265,8 @@ class ChatApp(App[int]):
         self.update_status()
 
     async def show_sessions(self) -> None:
-        for sidebar in self.query(Sidebar).filter(".-shown"):  # none: it is hidden, or the app is closing
+        sidebar = self.query_one_optional(Sidebar)  # None: the app is closing
+        if sidebar is not None and sidebar.has_class("-shown"):
             await self.keeper.flush()
             sidebar.show(await self.keeper.ask(self.keeper.store.sessions, []), self.conversation.id)
 
@@ -266,7 +275,11 @@ class ChatApp(App[int]):
 
     async def on_branch_step(self, event: BranchStep) -> None:
         await self.answers.stop()
-        if self.conversation.switch(event.message_id, event.step):
+        chosen = event.message_id
+        question = self.conversation.messages[chosen].parent_id
+        if question is not None and len(self.conversation.siblings(chosen)) == 1:  # its question may have branches
+            chosen = question
+        if self.conversation.switch(chosen, event.step):
             self.keeper.changed(self.conversation)
             await self.show_conversation()
 
@@ -285,6 +298,11 @@ class ChatApp(App[int]):
 
     async def on_regenerate_requested(self, event: RegenerateRequested) -> None:
         await self.commands.answer_again(event.message_id)
+
+    def on_typed_outside(self, event: TypedOutside) -> None:
+        prompt = self.query_one(Prompt)
+        prompt.focus()
+        prompt.insert(event.character)
 
     def on_copy_requested(self, event: CopyRequested) -> None:
         self.copy_to_clipboard(event.text)
@@ -310,14 +328,21 @@ class ChatApp(App[int]):
 
     def action_scroll_page(self, step: int) -> None:
         transcript = self.query_one(Transcript)
-        transcript.scroll_page_down(animate=False) if step > 0 else transcript.scroll_page_up(animate=False)
+        if step > 0:
+            transcript.scroll_page_down(animate=False)
+        elif transcript.scroll_y > 0:
+            transcript.scroll_page_up(animate=False)
+        else:
+            transcript.reach_up()
 
     def action_scroll_to(self, end: int) -> None:
         transcript = self.query_one(Transcript)
         if end:
             transcript.follow()
-        else:
+        elif transcript.scroll_y > 0:
             transcript.scroll_home(animate=False)
+        else:
+            transcript.reach_up()
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The command palette has what the slash commands have, and Textual's own."""

@@ -70,3 +70,10 @@ class PromptChanged(Message):
 
     before: str
     text: str
+
+
+@dataclass
+class TypedOutside(Message):
+    """A letter that was typed where it is no command: the prompt's."""
+
+    character: str

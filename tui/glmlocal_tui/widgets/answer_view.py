@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -34,12 +36,13 @@ class AnswerView(MessageView):
         self._keep_open = keep_thinking_open
         self._thinking: Thinking | None = None
         self._thinks = False  # the thinking is still going on
+        self._since_s: float | None = None  # when the first of the answer was there
         self._text = MarkdownText(message.content)
         self._cards: list[ToolCard] = []
         self._note = Static(markup=False, classes="note")
 
     def compose(self) -> ComposeResult:
-        yield self.branches()
+        yield from self.branches()
         if self.message.reasoning:
             self._thinking = Thinking(self.message.reasoning)
             yield self._thinking
@@ -52,6 +55,10 @@ class AnswerView(MessageView):
     async def show(self, message: Message) -> None:
         """The same message with more of everything: only what is new is drawn."""
         old, self.message = self.message, message
+        if not message.content.startswith(old.content):  # it was thinking, as its end has shown
+            self._text.clear()
+            old = replace(old, content="")
+        self._since_s = self._since_s or time.monotonic()
         more = message.reasoning[len(old.reasoning) :]
         if more:
             await self._think(more)
@@ -92,7 +99,7 @@ class AnswerView(MessageView):
 
     async def _think(self, text: str) -> None:
         if self._thinking is None:
-            self._thinking, self._thinks = Thinking(live=True), True
+            self._thinking, self._thinks = Thinking(live=True, since_s=self._since_s), True
             await self.mount(self._thinking, before=self._text)
         self._thinking.append(text)
 

@@ -14,9 +14,10 @@ from textual.widget import Widget
 from glmlocal_tui.markdown_blocks import Block, Blocks
 from glmlocal_tui.messages import CopyRequested
 from glmlocal_tui.render import GrowingCode, Look, block_lines
+from glmlocal_tui.widgets.laid_out import LaidOutOnce
 
 
-class MarkdownText(Widget):
+class MarkdownText(LaidOutOnce, Widget):
     """Lines of finished blocks are kept until the width or the colours change; the last block is drawn anew."""
 
     DEFAULT_CSS = """
@@ -32,8 +33,9 @@ class MarkdownText(Widget):
         self._drawn = 0  # closed blocks that are in _closed_lines
         self._tail_lines: list[Strip] = []
         self._growing = GrowingCode()
+        self._colours: tuple[object, ...] = ()  # what the lines in _painted depend on besides the text
         self._style = Style()
-        self._styled: dict[int, Strip] = {}  # lines of finished blocks as they are drawn
+        self._painted: dict[int, Strip] = {}  # lines as they are on the screen
         self._finished = bool(text)  # a text that is there from the start is whole
         if text:
             self._blocks.append(text)
@@ -54,19 +56,32 @@ class MarkdownText(Widget):
         if self._look is None:
             self._relayout()
             return
-        before = len(self._closed_lines) + len(self._tail_lines)
+        first, tail = len(self._closed_lines), self._tail_lines
         self._draw(self._look)
-        height = len(self._closed_lines) + len(self._tail_lines)
-        if height != before:
-            self._relayout()
-        else:
-            self.refresh()
+        # The whole last block was drawn anew, but most of its lines are what they were.
+        top = first + next((n for n, line in enumerate(tail) if line != self._line(first + n)), len(tail))
+        before, after = first + len(tail), len(self._closed_lines) + len(self._tail_lines)
+        for y in range(top, max(before, after)):
+            self._painted.pop(y, None)
+        changed = Region(0, top, self._look.width, after - top)
+        if after != before:
+            self._relayout(changed)
+        elif changed:
+            self.refresh(changed)
+
+    def clear(self) -> None:
+        """No text any more; another one may follow."""
+        self._blocks, self._look, self._finished = Blocks(), None, False
+        self._relayout()
 
     def finish(self) -> None:
         """No more text comes: the last block is drawn as a finished one."""
+        if self._finished:
+            return
         self._finished = True
         if self._look is not None:
             self._draw(self._look)
+            self._painted.clear()
         self._relayout()
 
     def notify_style_update(self) -> None:
@@ -82,24 +97,31 @@ class MarkdownText(Widget):
         return container.width
 
     def render_lines(self, crop: Region) -> list[Strip]:
+        """The lines of a part, in the app's colours. They are kept here: Textual forgets its own at each new height."""
+        width = self.size.width
+        self._lay_out(width)
+        self._dirty_regions.clear()  # else one more with each append
+        background, filters = self.background_colors[1], self.get_line_filters()
         style = self.rich_style  # costs as much as drawing a line: once for all of them
-        if style != self._style:
-            self._style = style
-            self._styled.clear()
-        return super().render_lines(crop)
+        if self._colours != (colours := (style, background, *filters)):
+            self._colours, self._style = colours, style
+            self._painted.clear()
+        strips = []
+        for y in crop.line_range:
+            strip = None if self.text_selection else self._painted.get(y)
+            if strip is None:
+                strip = self.render_line(y)
+                for line_filter in filters:
+                    strip = strip.apply_filter(line_filter, background)
+                if not self.text_selection:
+                    self._painted[y] = strip
+            strips.append(strip)
+        whole = crop.column_span == (0, width)
+        return strips if whole else [strip.crop(*crop.column_span) for strip in strips]
 
     def render_line(self, y: int) -> Strip:
-        self._lay_out(self.size.width)
         strip = self._line(y)
-        if strip is None:
-            return Strip.blank(self.size.width, self._style)
-        selected = self.text_selection is not None
-        if not selected and y in self._styled:
-            return self._styled[y]
-        strip = self._with_style(strip, y)
-        if not selected and y < len(self._closed_lines):
-            self._styled[y] = strip
-        return strip
+        return Strip.blank(self.size.width, self._style) if strip is None else self._with_style(strip, y)
 
     def _with_style(self, strip: Strip, y: int) -> Strip:
         """A line as it is drawn: in the widget's colours, what is selected marked, each cell knowing its place."""
@@ -124,10 +146,10 @@ class MarkdownText(Widget):
         if 0 <= number < len(blocks) and (code := blocks[number].code) is not None:
             self.post_message(CopyRequested(code, "code block"))
 
-    def _relayout(self) -> None:
+    def _relayout(self, *changed: Region) -> None:
         # Textual counts no second request while one is pending, and would keep the height it had measured in between.
         self._layout_updates += 1
-        self.refresh(layout=True)
+        self.refresh(*changed, layout=True)
 
     def _line(self, y: int) -> Strip | None:
         closed = len(self._closed_lines)
@@ -145,7 +167,7 @@ class MarkdownText(Widget):
         dark = self.app.current_theme.dark
         look = Look(max(width, 1), dark, accent.hex6, ink.blend(paper, 0.4).hex6)
         self._closed_lines, self._drawn, self._growing = [], 0, GrowingCode()
-        self._styled.clear()
+        self._painted.clear()
         self._look = look
         self._draw(look)
 

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical
 from textual.content import Content
+from textual.geometry import Region
+from textual.strip import Strip
 from textual.widgets import Static
 
 from glmlocal_tui.cleaning import one_line
 from glmlocal_tui.conversation import Attachment, Message
-from glmlocal_tui.messages import BranchStep, CopyRequested, EditRequested
+from glmlocal_tui.messages import BranchStep, CopyRequested, EditRequested, TypedOutside
 from glmlocal_tui.stats import size
+from glmlocal_tui.widgets.laid_out import Column
 
 
 class Branches(Static):
-    """``‹ 2/3 ›`` where a message has alternatives; nothing where it has none."""
+    """``‹ 2/3 ›``, where a message has alternatives."""
 
-    DEFAULT_CSS = "Branches { height: 1; width: auto; color: $text-muted; } Branches.-one { display: none; }"
+    DEFAULT_CSS = "Branches { height: 1; width: auto; color: $text-muted; }"
 
     def __init__(self, message_id: str, position: int, count: int) -> None:
-        super().__init__(classes="-one" if count < 2 else "-many")
+        super().__init__()
         self._message_id = message_id
         self.update(f"[@click=older]‹[/] {position}/{count} [@click=newer]›[/]")
 
@@ -33,7 +36,8 @@ class Branches(Static):
         self.post_message(BranchStep(self._message_id, 1))
 
 
-class MessageView(Vertical, can_focus=True):
+class MessageView(Column, can_focus=True):
+    FOCUS_ON_CLICK = False  # else the letters that follow a click would be commands
     DEFAULT_CSS = """
     MessageView { height: auto; padding: 0 1; margin: 0 0 1 0; border-left: outer transparent; }
     MessageView:focus { border-left: outer $accent; }
@@ -51,8 +55,20 @@ class MessageView(Vertical, can_focus=True):
         self.message = message
         self._position, self._count = position, count
 
-    def branches(self) -> Branches:
-        return Branches(self.message.id, self._position, self._count)
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """What is left of the box around its children is the same in every line: one is drawn, however high it is."""
+        return super().render_lines(Region(crop.x, 0, crop.width, 1)) * crop.height
+
+    def on_key(self, event: events.Key) -> None:
+        """A letter that is no command here begins a prompt."""
+        if event.character and event.is_printable and event.key not in self._bindings.key_to_bindings:
+            event.stop()
+            event.prevent_default()
+            self.post_message(TypedOutside(event.character))
+
+    def branches(self) -> list[Branches]:
+        """What stands above a message that has alternatives; each widget less is one less to lay out."""
+        return [Branches(self.message.id, self._position, self._count)] if self._count > 1 else []
 
     def action_copy(self) -> None:
         self.post_message(CopyRequested(self.message.for_model(), "message"))
@@ -72,7 +88,7 @@ class UserView(MessageView):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("e", "edit", "Edit and resend")]
 
     def compose(self) -> ComposeResult:
-        yield self.branches()
+        yield from self.branches()
         yield Static(Content(self.message.content), classes="text", markup=False)
         if self.message.attachments:
             yield Static(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import ClassVar
 
 from textual import events
 from textual.binding import Binding, BindingType
+from textual.geometry import Region
 from textual.message import Message
+from textual.strip import Strip
 from textual.widgets import TextArea
 
 from glmlocal_tui.cleaning import clean
@@ -24,7 +27,6 @@ class Prompt(TextArea):
     Prompt:focus { border: round $primary; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("shift+enter,alt+enter,ctrl+j", "newline", "New line", show=False, priority=True),
         Binding("pageup", "app.scroll_page(-1)", "Scroll up", show=False),
         Binding("pagedown", "app.scroll_page(1)", "Scroll down", show=False),
         Binding("ctrl+home", "app.scroll_to(0)", "To the start", show=False),
@@ -46,11 +48,24 @@ class Prompt(TextArea):
             placeholder="Ask something · / for commands",
         )
         self.menu_is_open = False
+        self.last_key_s = 0.0  # time.monotonic of the last key but Enter
+        self._styles_are_new = True
         self._history: list[str] = []
         self._at: int | None = None  # place in the history; None: the text is new
         self._draft = ""
         self._pastes: dict[str, str] = {}
         self._paste_number = 0
+
+    def notify_style_update(self) -> None:
+        self._styles_are_new = True
+        super().notify_style_update()
+
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """TextArea works out its colours at every drawing, for half of what a key costs; here when they change."""
+        if self._styles_are_new:
+            self._styles_are_new = False
+            return super().render_lines(crop)
+        return super(TextArea, self).render_lines(crop)
 
     def use_history(self, lines: list[str]) -> None:
         self._history = lines
@@ -78,13 +93,15 @@ class Prompt(TextArea):
         row, column = self.cursor_location
         self.replace(insert, (row, max(column - replaces, 0)), (row, column))
 
-    def action_newline(self) -> None:
-        self.insert("\n")
-
     async def _on_key(self, event: events.Key) -> None:
+        if event.key != "enter":  # after which the answer is what is waited for
+            self.last_key_s = time.monotonic()
         if self.menu_is_open and event.key in ("up", "down", "tab", "enter", "escape"):
             self._swallow(event)
             self.post_message(self.MenuKey(event.key))
+        elif event.key in ("shift+enter", "alt+enter", "ctrl+j"):  # not a binding: it would overtake letters before it
+            self._swallow(event)
+            self.insert("\n")
         elif event.key == "enter":
             self._swallow(event)
             if self.before_cursor().endswith("\\"):  # for terminals that cannot tell Shift+Enter

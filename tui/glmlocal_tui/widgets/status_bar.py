@@ -47,5 +47,9 @@ class StatusBar(Static):
             right.append(f"context {status.context_used:,}")
         right.append("F1 help")
         end = " · ".join(right)
-        start = fit(" · ".join(part for part in left if part), max(width - cell_len(end) - 1, 0))
+        room = max(width - cell_len(end) - 1, 0)
+        shown = [part for part in left if part]
+        while len(shown) > 1 and cell_len(" · ".join(shown)) > room:  # half a word would say something else
+            shown.pop()
+        start = fit(" · ".join(shown), room)
         return Content(fit(f"{start} {end}", width))

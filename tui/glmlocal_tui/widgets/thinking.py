@@ -16,10 +16,11 @@ class Thinking(Collapsible):
     Thinking > Contents { padding: 0 0 0 2; }
     """
 
-    def __init__(self, text: str = "", *, live: bool = False) -> None:
+    def __init__(self, text: str = "", *, live: bool = False, since_s: float | None = None) -> None:
         self._text = MarkdownText(text, dim=True)
-        self._since = time.monotonic()
+        self._since_s = since_s or time.monotonic()
         super().__init__(self._text, title="Thinking…" if live else "Thought", collapsed=not live)
+        self._title.focus_on_click = lambda: False  # type: ignore[method-assign]
 
     def append(self, text: str) -> None:
         self._text.append(text)
@@ -30,6 +31,6 @@ class Thinking(Collapsible):
     def finish(self, *, fold: bool) -> None:
         """The answer begins, or nothing more comes."""
         self._text.finish()
-        self.title = f"Thought for {time.monotonic() - self._since:.1f} s"
+        self.title = f"Thought for {time.monotonic() - self._since_s:.1f} s"
         if fold:
             self.collapsed = True

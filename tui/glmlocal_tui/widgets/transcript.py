@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from textual.app import ComposeResult
-from textual.containers import Vertical, VerticalScroll
+from textual.containers import VerticalScroll
 from textual.widgets import Button
 
 from glmlocal_tui.conversation import Conversation, Message
 from glmlocal_tui.messages import EarlierRequested
 from glmlocal_tui.widgets.answer_view import AnswerView
+from glmlocal_tui.widgets.laid_out import Column, LaidOutOnce
 from glmlocal_tui.widgets.message_view import MessageView, UserView
 
-SHOWN = 30  # messages of a long conversation that are drawn at first, and more at a time on request
+SHOWN = 8  # messages of a long conversation that are drawn: what is drawn is laid out again at each new line
 
 
 class Earlier(Button):
@@ -23,30 +24,31 @@ class Earlier(Button):
 
     def __init__(self, count: int) -> None:
         super().__init__(f"show {count} earlier messages", compact=True)
+        self.count = count
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
         event.stop()
         self.post_message(EarlierRequested())
 
 
-class Transcript(VerticalScroll, can_focus=False):
+class Transcript(LaidOutOnce, VerticalScroll, can_focus=False):
     # The box inside is never shorter than the screen: Textual's anchor would scroll a short one below its start.
     DEFAULT_CSS = """
     Transcript { height: 1fr; scrollbar-gutter: stable; }
-    Transcript > Vertical { height: auto; min-height: 100%; padding: 1 0 0 0; }
+    Transcript > Column { height: auto; min-height: 100%; padding: 1 0 0 0; }
     """
 
     keep_thinking_open = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._box = Column()
+
     def compose(self) -> ComposeResult:
-        yield Vertical()
+        yield self._box
 
     def on_mount(self) -> None:
         self.anchor()
-
-    @property
-    def box(self) -> Vertical:
-        return self.query_exactly_one("Transcript > Vertical", Vertical)
 
     @property
     def follows(self) -> bool:
@@ -58,26 +60,50 @@ class Transcript(VerticalScroll, can_focus=False):
         first = max(len(path) - SHOWN, 0) if first is None else max(first, 0)
         views = [self._view(conversation, message) for message in path[first:]]
         with self.app.batch_update():
-            await self.box.remove_children()
-            await self.box.mount_all([*([Earlier(first)] if first else []), *views])
+            await self._box.remove_children()
+            await self._box.mount_all([*([Earlier(first)] if first else []), *views])
 
     async def add(self, conversation: Conversation, messages: Sequence[Message]) -> None:
         """Draw messages at the end, and follow them."""
-        await self.box.mount_all([self._view(conversation, message) for message in messages])
+        await self._box.mount_all([self._view(conversation, message) for message in messages])
         self.follow()
+
+    async def let_go(self) -> None:
+        """Take the messages far above away, unless the reader is there."""
+        views = self._views()
+        if not self.follows or len(views) <= SHOWN:
+            return
+        above = sum(button.count for button in self._box.query_children(Earlier)) + len(views) - SHOWN
+        with self.app.batch_update():
+            await self._box.remove_children([*self._box.query_children(Earlier), *views[:-SHOWN]])
+            await self._box.mount(Earlier(above), before=0)
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        super().watch_scroll_y(old_value, new_value)
+        if new_value <= 0 < old_value and not self.follows:
+            self.reach_up()
+
+    def on_mouse_scroll_up(self) -> None:
+        if self.scroll_y <= 0:  # what is drawn may be less than the screen
+            self.reach_up()
+
+    def reach_up(self) -> None:
+        """The reader is at the top and goes on: more comes."""
+        if self._box.query_children(Earlier):
+            self.post_message(EarlierRequested())
 
     def follow(self) -> None:
         self.anchor()
         self._anchor_released = False
 
     def view_of(self, message_id: str) -> MessageView | None:
-        for view in self.box.query_children(MessageView):
-            if view.message.id == message_id:
-                return view
-        return None
+        return next((view for view in reversed(self._views()) if view.message.id == message_id), None)
 
     def drawn(self) -> int:
-        return len(self.box.query_children(MessageView))
+        return len(self._views())
+
+    def _views(self) -> list[MessageView]:
+        return [view for view in self._box.children if isinstance(view, MessageView)]
 
     def _view(self, conversation: Conversation, message: Message) -> MessageView:
         siblings = conversation.siblings(message.id)

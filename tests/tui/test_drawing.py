@@ -1,0 +1,188 @@
+"""What is drawn in a quicker way than Textual's, against Textual's own; and how much is drawn at all."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual._compositor import Compositor
+from textual.geometry import Region
+from textual.screen import Screen
+from textual.strip import Strip
+from textual.widget import Widget
+from textual.widgets import TextArea
+
+from glmlocal_tui import answer_runner
+from glmlocal_tui.widgets.prompt import Prompt
+from glmlocal_tui.widgets.transcript import SHOWN, Earlier, Transcript
+from tui.driving import Driver, running
+from tui.scripted_server import GATE, ScriptedServer, finish, says, text, think, tool, usage
+
+pytestmark = pytest.mark.anyio
+ANSWER = "A *few* words.\n\n```py\nx = 1\n```\n\n| 模型 | b |\n|---|---|\n| 你好 | 2 |\n\n"
+
+
+def drawn(screen: Screen[object], crop: Region, lines: set[int], how: type[Compositor]) -> list[tuple[int, int, Strip]]:
+    """(line, column, cells) of every piece within a part of the screen."""
+    compositor = screen._compositor
+    chops = how._render_chops(compositor, crop, lines.__contains__)
+    found = []
+    for y in sorted(lines & set(crop.line_range)):
+        ends = compositor.cuts[y][1:]
+        found += [(y, x, strip) for end, (x, strip) in zip(ends, chops[y].items(), strict=True)
+                  if x < crop.right and end > crop.x]  # fmt: skip
+    return found
+
+
+def agrees_with_textual(app: Driver) -> None:
+    screen, rng = app.app.screen, random.Random(0)
+    width, height = screen.size
+    crops = [screen.size.region, Region(0, height - 4, width, 3), Region(width - 10, 0, 10, height)]
+    for _ in range(30):
+        x, y = rng.randrange(width), rng.randrange(height)
+        crops.append(Region(x, y, rng.randint(1, width - x), rng.randint(1, height - y)))
+    for crop in crops:
+        lines = {y for y in crop.line_range if rng.random() < 0.7} or {crop.y}
+        expected = drawn(screen, crop, lines, Compositor)
+        assert all(strip is not None for _, _, strip in expected)
+        found = drawn(screen, crop, lines, type(screen._compositor))
+        assert found == expected, crop
+
+
+async def test_the_compositor_draws_what_textuals_does(tmp_path: Path, server: ScriptedServer) -> None:
+    long = [think("hm " * 50), text(ANSWER * 6), tool(0, "f", '{"a": 1}'), GATE, text("more"), finish(), usage()]
+    server.script(long)
+    async with running(tmp_path, server.url) as app:
+        assert type(app.app.screen._compositor) is not Compositor
+        await app.wait("ready: ask")
+        agrees_with_textual(app)
+        await app.say("go")
+        await app.wait("tool call")
+        agrees_with_textual(app)
+        server.open_gate()
+        await app.wait("12 + 34 tokens")
+        await app.press("pageup")
+        await app.wait("↓ newest")
+        agrees_with_textual(app)
+        await app.press("f4", "f2")  # panels that lie over the conversation
+        await app.wait("u undo")
+        await app.wait("KV cache")
+        agrees_with_textual(app)
+        await app.press("f2", "/")
+        await app.wait("/search [TEXT]")
+        agrees_with_textual(app)
+        app.app.say("a toast")
+        await app.wait("a toast")
+        agrees_with_textual(app)
+
+
+async def test_a_new_line_is_one_layout_and_a_key_draws_no_message(
+    tmp_path: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.script([text("one\n\n"), GATE, text("two\n\n"), GATE, finish()])
+    layouts: list[bool] = []
+    original = Screen._refresh_layout
+    monkeypatch.setattr(
+        Screen, "_refresh_layout", lambda self, *a, **k: (layouts.append(True), original(self, *a, **k))
+    )
+    async with running(tmp_path, server.url, size=(140, 40)) as app:
+        await app.wait("ready: ask")
+        await app.say("go")
+        await app.wait("one")
+        await app.pilot.pause(0.5)
+        layouts.clear()
+        server.open_gate()
+        await app.wait("two")
+        await app.pilot.pause(0.5)
+        assert len(layouts) == 1
+        asked: list[str] = []
+        for widget in app.app.screen._compositor.visible_widgets:
+
+            def render_lines(crop: Region, widget: Widget = widget, original: Any = widget.render_lines) -> list[Strip]:
+                asked.append(type(widget).__name__)
+                return original(crop)  # type: ignore[no-any-return]
+
+            monkeypatch.setattr(widget, "render_lines", render_lines)
+        app.app.screen._compositor._render_chops(app.app.query_one(Prompt).region, lambda y: True)
+        assert asked == ["Prompt"]
+        server.open_gate()
+
+
+async def test_a_key_is_drawn_before_the_answer_but_does_not_hold_it_up(
+    tmp_path: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.script([text("one\n\n"), GATE, text("two\n\n"), finish()])
+    async with running(tmp_path, server.url) as app:
+        await app.wait("ready: ask")
+        await app.say("go")
+        await app.wait("one")
+        monkeypatch.setattr(answer_runner, "KEY_S", 60.0)
+        monkeypatch.setattr(answer_runner, "MOST_HOLD_S", 2.0)
+        await app.type("k")
+        server.open_gate()
+        await app.wait("│ k")
+        await app.wait(lambda: app.app.answering is not None and app.app.answering.tokens == 2)
+        assert "two" not in app.text
+        await app.wait("two", 10.0)
+
+
+async def test_an_append_makes_only_its_lines_dirty(tmp_path: Path, server: ScriptedServer) -> None:
+    server.script([text("first\n\n1. one\n2. second"), GATE, text(" and"), GATE, text("\n\nthird"), finish(), usage()])
+    async with running(tmp_path, server.url) as app:
+        from glmlocal_tui.widgets.markdown_text import MarkdownText
+
+        await app.wait("ready: ask")
+        await app.say("go")
+        await app.wait("second")
+        view = app.app.query_one(MarkdownText)
+        y = next(y for y, line in enumerate(app.lines) if "second" in line)
+        dirty: list[Region] = []
+        original = view.refresh
+        view.refresh = lambda *regions, **named: (dirty.extend(regions), original(*regions, **named))[1]  # type: ignore[method-assign,assignment]
+        server.open_gate()
+        await app.wait("second and")
+        assert [region.y + view.region.y for region in dirty] == [y]  # not the line of the list above it
+        server.open_gate()
+        await app.wait("third")
+
+
+async def test_the_prompt_takes_new_colours(tmp_path: Path, server: ScriptedServer) -> None:
+    """Its colours are worked out when they change, not at each drawing: they must be those of each drawing."""
+    async with running(tmp_path, server.url) as app:
+        await app.wait("ready: ask")
+        await app.type("word")
+        for theme in ("textual-light", "dracula"):
+            app.app.theme = theme
+            await app.pilot.pause(0.3)
+            prompt = app.app.query_one(Prompt)
+            crop = prompt.outer_size.region
+            assert "word" in "".join(strip.text for strip in prompt.render_lines(crop))
+            quick = prompt.render_lines(crop)
+            prompt._line_cache.clear()
+            prompt._styles_cache.clear()
+            assert TextArea.render_lines(prompt, crop) == quick
+
+
+async def test_messages_far_above_are_not_kept_on_the_screen(tmp_path: Path, server: ScriptedServer) -> None:
+    async with running(tmp_path, server.url) as app:
+        transcript = app.app.query_one(Transcript)
+        await app.wait("ready: ask")
+        asks = SHOWN // 2 + 1
+        for number in range(asks):
+            server.script(says(f"answer {number:02}"))
+            await app.say("q")
+            await app.wait(f"answer {number:02}")
+            await app.wait(lambda: app.app.answering is None)
+        await app.wait(lambda: transcript.drawn() == SHOWN)
+        assert app.app.query_one(Earlier).count == 2
+        await app.press("ctrl+home")
+        await app.wait(lambda: transcript.drawn() == 2 * asks)
+        await app.press("pageup")
+        await app.wait("answer 00")
+        server.script(says("the last", " answer"))
+        await app.say("q")
+        await app.wait("the last answer")
+        await app.wait(lambda: transcript.drawn() == SHOWN)
+        assert app.app.query_one(Earlier).count == 4
