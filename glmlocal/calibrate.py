@@ -18,7 +18,8 @@ from torch import Tensor
 
 from glmlocal import kernels
 from glmlocal.formats.forms import FORMS
-from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.schemes import Activations, QuantScheme
 from glmlocal.kernels.cpu import ops
 from glmlocal.kernels.cpu.linear import bind_experts
 from glmlocal.kernels.cpu.packing import duplicate, pack

@@ -1,4 +1,4 @@
-"""Examining this machine: what it has, what it measures, what to fix; and reading again what was measured."""
+"""Examining this machine: what it has, what it measures, what to fix. ``machine.measurements`` reads it again."""
 
 from __future__ import annotations
 
@@ -34,15 +34,6 @@ _WATCH_S = 0.3  # how long others' use of the CPUs is watched
 _DISK_S, _QUICK_DISK_S = 1.2, 0.3
 _QUICK_FILE_BYTES = 256 * MIB
 _COMPILER = re.compile(rb"(GCC: \([^)\0]{0,80}\) [\w.+-]{1,40}|clang version [\w.+-]{1,40})")
-
-
-def load_measurements(path: Path | None = None) -> tuple[Measurements | None, str]:
-    """What doctor measured on this machine; or None and the reason, where nothing usable is stored."""
-    try:
-        path = path or measurements_file()
-    except ConfigError as error:
-        return None, str(error)
-    return measurements.load(path, measurements.fingerprint(probe(), int(psutil.virtual_memory().total)))
 
 
 def examine(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from glmlocal.errors import KernelUnavailable, PlanError
 from glmlocal.formats.index import Checkpoint
-from glmlocal.formats.quant import Activations
+from glmlocal.formats.schemes import Activations
 from glmlocal.kernels import cpu
 from glmlocal.layers.experts import Experts
 from glmlocal.models.config import ModelConfig

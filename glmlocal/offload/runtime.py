@@ -10,7 +10,7 @@ from glmlocal import kernels
 from glmlocal.errors import PlanError
 from glmlocal.formats.expert_pack import ExpertPack
 from glmlocal.formats.expert_pack_layout import ExpertLayout
-from glmlocal.formats.quant import Activations
+from glmlocal.formats.schemes import Activations
 from glmlocal.kernels.cpu.slots import SlotExperts, bind_slots
 from glmlocal.offload import host, trace
 from glmlocal.offload.eviction import Policy, lfru

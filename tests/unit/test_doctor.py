@@ -12,7 +12,7 @@ import pytest
 
 from glmlocal import calibrate, doctor, peaks
 from glmlocal.cli import main as cli
-from glmlocal.machine import disk, gpus
+from glmlocal.machine import disk, gpus, measurements
 from glmlocal.machine.disk import DiskProblem, DiskRates
 from glmlocal.machine.gpus import Gpu
 from glmlocal.machine.kernel_rates import KernelRates, ProductRate
@@ -82,11 +82,11 @@ def test_json_has_the_documented_keys(measured: list[Any], tmp_path: Path, capsy
 
 
 def test_what_was_measured_is_kept_for_this_machine(measured: list[Any], tmp_path: Path) -> None:
-    found, reason = doctor.load_measurements()
+    found, reason = measurements.load_own()
     assert found is None
     assert "nothing was measured" in reason
     facts = doctor.examine()
-    found, reason = doctor.load_measurements()
+    found, reason = measurements.load_own()
     assert reason == ""
     assert found is not None
     assert (found.read_gb_per_s, found.read_gb_per_s_one_thread, found.threads) == (80.0, 40.0, 2)
@@ -102,7 +102,7 @@ def test_quick_measures_once_with_a_small_file(measured: list[Any], tmp_path: Pa
     assert facts["peaks"]["read_gb_per_s"] == 70.0
     assert facts["peaks"]["difference"] is None
     assert measured == [(tmp_path, {"file_bytes": 256 << 20, "seconds": 0.3})]
-    found, _ = doctor.load_measurements()
+    found, _ = measurements.load_own()
     assert found is not None
     assert found.quick
 
@@ -114,7 +114,7 @@ def test_a_disk_that_cannot_be_measured_is_a_finding(measured: list[Any], monkey
     monkeypatch.setattr(disk, "measure", problem)
     facts = doctor.examine()
     assert ("warn", "disk") in [(finding["level"], finding["subject"]) for finding in facts["findings"]]
-    found, _ = doctor.load_measurements()
+    found, _ = measurements.load_own()
     assert found is not None
     assert found.disk is None
 
@@ -160,6 +160,6 @@ def test_a_bad_home_is_bad_input(
     monkeypatch.setenv("GLMLOCAL_HOME", "here")
     assert cli.main(["doctor"]) == 2
     assert "relative path" in capsys.readouterr().err
-    found, reason = doctor.load_measurements()
+    found, reason = measurements.load_own()
     assert found is None
     assert "relative path" in reason
