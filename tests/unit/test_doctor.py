@@ -15,15 +15,15 @@ from glmlocal.cli import main as cli
 from glmlocal.machine import disk, gpus, measurements
 from glmlocal.machine.disk import DiskProblem, DiskRates
 from glmlocal.machine.gpus import Gpu
-from glmlocal.machine.kernel_rates import KernelRates, ProductRate
+from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate
 from glmlocal.peaks import Peaks
 
 RATES = KernelRates(
     "b" * 16,
     {"Q4_0 int8": ProductRate((1, 512), (16e9, 0.1e9)), "bf16 fp32": ProductRate((1, 64), (5e9, 0.5e9))},
-    {"bf16": 47e9},
-    {"bf16": 62e9},
-    50e-6,
+    {"bf16": AttentionCost(0.0, 1 / 47e9)},
+    {"bf16": AttentionCost(4 / 62e9, 0.0)},
+    {"int8": 50e-6, "fp32": 60e-6},
     1e-3,
 )
 DOCS = Path(__file__).parents[2] / "docs"
@@ -64,13 +64,19 @@ def test_json_has_the_documented_keys(measured: list[Any], tmp_path: Path, capsy
     facts = json.loads(captured.out)
     documented = set(re.findall(r"`(\w+)`", (DOCS / "doctor.md").read_text("utf-8")))
     assert keys(facts) - {"NVIDIA", "AMD"} <= documented
-    assert facts["schema"] == 2
+    assert facts["schema"] == 3
     assert facts["kernel_rates"]["products"][0] == {
         "scheme": "Q4_0", "activations": "int8", "weights_per_s": {"1": 16e9, "512": 0.1e9}
     }  # fmt: skip
     assert facts["kernel_rates"]["attention"] == [
-        {"kv_dtype": "bf16", "decode_gflop_per_s": 47.0, "prefill_gflop_per_s": 62.0}
+        {
+            "kv_dtype": "bf16",
+            "decode_gflop_per_s": 47.0,
+            "prefill_gflop_per_s": 24 * 62 / 4,
+            "decode_gflop_per_s_of_few_heads": 47.0,
+        }
     ]
+    assert facts["kernel_rates"]["layer_s"] == {"int8": 50e-6, "fp32": 60e-6}
     assert facts["peaks"] == {
         "threads": 2, "read_gb_per_s": 80.0, "read_gb_per_s_one_thread": 40.0, "fp32_gflop_per_s": 400.0,
         "int8_gop_per_s": 1700.0, "read_bytes": 7, "difference": 0.125,

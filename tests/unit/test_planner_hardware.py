@@ -382,7 +382,7 @@ def test_probing_needs_no_torch() -> None:
 
 
 def test_rates_of_kernels_are_taken_unless_others_run_and_a_new_build_is_said(own: pytest.MonkeyPatch) -> None:
-    rates = KernelRates("b" * 16, {"bf16 fp32": ProductRate((1,), (1e9,))}, {}, {}, 1e-5, 1e-3)
+    rates = KernelRates("b" * 16, {"bf16 fp32": ProductRate((1,), (1e9,))}, {}, {}, {"int8": 1e-5, "fp32": 1e-5}, 1e-3)
     own.setattr(probe.measurements, "load_own", lambda: (_measured(kernels=rates), ""))
     own.setattr(probe, "build_id", lambda: "b" * 16)
     own.delenv("GLMLOCAL_CPU_ISA", raising=False)
