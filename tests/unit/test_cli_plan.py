@@ -549,7 +549,7 @@ def test_planning_needs_neither_torch_nor_numpy(words: list[str]) -> None:
 
 
 def test_planning_takes_half_a_second_of_the_processor() -> None:
-    """The least of three: other work on the machine makes even CPU time longer. 0.3 s on two Zen 3 cores that are busy."""
+    """The least of three: other work on the machine makes even CPU time longer."""
     times = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
