@@ -295,7 +295,9 @@ def test_a_table_of_plans_fits_eighty_columns() -> None:
 
 def test_every_figure_is_explained() -> None:
     rows = list(content.explanations(PLAN))
-    assert len(rows) == sum(len(device.lines) for device in PLAN.devices) + len(list(content.speeds(PLAN)))
+    hits = [row for row in rows if row[1] == "experts at hand"]
+    assert [(row[2], "no route trace" in row[3]) for row in hits] == [(f"{PLAN.forecast.hit_rate:.0%}", True)]
+    assert len(rows) == sum(len(device.lines) for device in PLAN.devices) + len(list(content.speeds(PLAN))) + 1
     assert ("gpu:0 RTX 4090", "attention, bf16", "2,147,483,648 B", "2 × 1 GiB (exact)") in rows
 
 
