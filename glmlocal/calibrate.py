@@ -1,16 +1,20 @@
 """Measuring our own kernels: the rates that ``glmlocal doctor`` keeps for the forecast.
 
-Only the native ones: importing this raises ImportError where they were not built. Shapes are none that a released model
-has. Everything is done a few times and the fastest counts: what disturbs a
-measurement only ever makes it slower.
+Only the native ones: importing this raises ImportError where they were not built. Shapes are none that a released
+model has. Everything is done until it settles, a few times at most, and the lower quartile counts: what disturbs a
+measurement only makes it slower, so a quarter of undisturbed turns is enough, while the fastest of all is a piece of
+luck that whole models, which the forecast is compared with, do not have.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
+from statistics import median
+from typing import get_args
 
 import numpy as np
 import torch
@@ -18,28 +22,61 @@ from torch import Tensor
 
 from glmlocal import kernels
 from glmlocal.formats.forms import FORMS
-from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.schemes import Activations, QuantScheme
 from glmlocal.kernels.cpu import ops
 from glmlocal.kernels.cpu.linear import bind_experts
 from glmlocal.kernels.cpu.packing import duplicate, pack
 from glmlocal.layers.kv_cache import TORCH_DTYPE
 from glmlocal.machine.cpu import last_level_cache_bytes
-from glmlocal.machine.kernel_rates import KernelRates, ProductRate, build_id
+from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate, build_id
 from glmlocal.skeleton import Skeleton
 from glmlocal.units import MIB
 
 Clock = Callable[[], float]
 
 # One scheme of every kind of kernel; ``planner.efficiency.kernel_class`` says which stands for which others.
-SCHEMES = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "fp8_block128", "bf16", "f32")
-QUICK_SCHEMES = ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "fp8_block128", "bf16", "f32")
+SCHEMES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "fp8_block128", "bf16", "f32")
+QUICK_SCHEMES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "fp8_block128", "bf16", "f32")
 HIDDEN, INTERMEDIATE = 3072, 1024
 TOP_K = 8
-ROWS = (1, 2, 4, 8, 16, 32, 64)  # per expert, of eight that all tokens go to
+ROWS = (1, 2, 4, 8, 16, 32, 64)  # per expert, of those that all tokens go to
+ARITHMETIC_ROWS = 16  # from so many on half of the experts are enough: arithmetic binds, and takes long
+FEW_ROWS = (1, 4, 16, 64)  # the same with fp32 activations, which integers meet where somebody asks for it
 MANY_ROWS = 512  # of one matrix
 BEYOND_CACHE = 4  # weights of one row's products are this much larger than the last-level cache
-HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 48, 4, 128, 32  # as many query heads per kv head as every GLM-4 has
-DECODE_CONTEXT, PREFILL_CONTEXT, CHUNK = 6000, 1500, 512
+BLOCK_SIZE, CHUNK = 32, 512
+SMALL_HIDDEN, SMALL_VOCAB, SMALL_SCHEME = 384, 4096, "Q4_0"  # of the model whose layers' overhead is measured
+_LEAST_TURNS, _SETTLED = 3, 1.02  # median over lower quartile
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What attention is measured at; ``context`` for one query, ``prefill_context`` for the last of a chunk."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    prefill_context: int
+
+    @property
+    def numbers(self) -> int:
+        """Of one position's keys and values."""
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def operations(self) -> int:
+        """Of one query with one position."""
+        return 4 * self.heads * self.head_dim
+
+
+# As many query heads per kv head as every GLM-4 has; and few, short ones, as small models have.
+ATTENTION = (AttentionShape(48, 4, 128, 6000, 1500), AttentionShape(8, 4, 64, 1500, 1500))
+
+
+def lower_quartile(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 4]
 
 
 def measure(
@@ -47,42 +84,41 @@ def measure(
     quick: bool = False,
     schemes: Sequence[str] | None = None,
     clock: Clock = time.perf_counter,
-    pick: Callable[[Sequence[float]], float] = min,
+    pick: Callable[[Sequence[float]], float] = lower_quartile,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> KernelRates:
     """All rates of the native kernels, with the threads and the instruction set in use.
 
-    ``schemes`` limits them to those that somebody needs; ``pick`` chooses among the times of a call: the least, or on
-    a machine that stays busy their median.
+    ``schemes`` limits them to those that somebody needs, and SMALL_SCHEME; ``pick`` chooses among the times of a call.
     """
-    best = _Best(clock, rounds=2 if quick else 4, pick=pick)
+    best = _Turns(clock, most=1 if quick else 2, pick=pick)
     products = {}
-    for scheme in schemes or (QUICK_SCHEMES if quick else SCHEMES):
+    for scheme in dict.fromkeys((*(schemes or (QUICK_SCHEMES if quick else SCHEMES)), SMALL_SCHEME)):
         on_step(f"measuring the kernels: {scheme}")
         both: tuple[Activations, ...] = ("int8", "fp32") if FORMS[scheme].is_integer else ("fp32",)
         for activations in both:
             products[f"{scheme} {activations}"] = _product(scheme, activations, best)
     on_step("measuring the kernels: attention")
     dtypes = tuple(TORCH_DTYPE)
-    decode = {dtype: _attention(dtype, 1, DECODE_CONTEXT, best) for dtype in dtypes}
-    prefill = {dtype: _attention(dtype, CHUNK, PREFILL_CONTEXT, best) for dtype in dtypes}
+    decode = {dtype: _attention(dtype, 1, best) for dtype in dtypes}
+    prefill = {dtype: _attention(dtype, CHUNK, best) for dtype in dtypes}
     on_step("measuring what a layer and a token cost beside their products")
-    layer_s, token_s = _overheads(best)
+    layer_s, token_s = _overheads(best, products)
     return KernelRates(build_id(), products, decode, prefill, layer_s, token_s)
 
 
-class _Best:
-    """Seconds of a call: the fastest of some, or what ``pick`` says."""
+class _Turns:
+    """Seconds of a call: what ``pick`` says of some turns, fewer where they agree soon."""
 
-    def __init__(self, clock: Clock, rounds: int, pick: Callable[[Sequence[float]], float] = min) -> None:
-        self._clock, self._rounds, self._pick = clock, rounds, pick
+    def __init__(self, clock: Clock, most: int, pick: Callable[[Sequence[float]], float] = lower_quartile) -> None:
+        self._clock, self._most, self._pick = clock, most, pick
 
     def of(self, calls: Iterable[Callable[[], object]], times: int) -> float:
         """The calls take turns, so that none finds its weights in a cache; the first turn does not count."""
-        taken = []
+        taken: list[float] = []
         turns = cycle(calls)
         next(turns)()
-        for _ in range(times * self._rounds):
+        while len(taken) < max(_LEAST_TURNS, times * self._most) and not _is_settled(taken):
             call = next(turns)
             start = self._clock()
             call()
@@ -90,7 +126,11 @@ class _Best:
         return max(self._pick(taken), 1e-9)
 
 
-def _product(scheme: str, activations: Activations, best: _Best) -> ProductRate:
+def _is_settled(taken: Sequence[float]) -> bool:
+    return len(taken) > _LEAST_TURNS and median(taken) <= _SETTLED * lower_quartile(taken)
+
+
+def _product(scheme: str, activations: Activations, best: _Turns) -> ProductRate:
     wide, tall = (_matrix(scheme, *shape) for shape in ((INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)))
     nbytes = 3 * FORMS[scheme].held_bytes(INTERMEDIATE, HIDDEN)
     wanted = max(BEYOND_CACHE * last_level_cache_bytes(), 64 * MIB)
@@ -98,16 +138,19 @@ def _product(scheme: str, activations: Activations, best: _Best) -> ProductRate:
     gate, down = pack(wide, activations), pack(tall, activations)
     copies = (tuple(duplicate(weight) for _ in range(num_experts)) for weight in (gate, gate, down))
     experts = bind_experts(*copies)
-    weights = TOP_K * 3 * HIDDEN * INTERMEDIATE
     rates = []
-    for rows in ROWS:
-        x, topk_weights = torch.randn(rows, HIDDEN), torch.rand(rows, TOP_K)
-        ids = [(torch.arange(TOP_K, dtype=torch.int32) + first).repeat(rows, 1) for first in _firsts(num_experts)]
+    is_asked_for = activations == "fp32" and FORMS[scheme].is_integer
+    chosen_rows = FEW_ROWS if is_asked_for else ROWS
+    for rows in chosen_rows:
+        top_k = TOP_K if rows < ARITHMETIC_ROWS else TOP_K // 2
+        weights = top_k * 3 * HIDDEN * INTERMEDIATE
+        x, topk_weights = torch.randn(rows, HIDDEN), torch.rand(rows, top_k)
+        ids = [(torch.arange(top_k, dtype=torch.int32) + first).repeat(rows, 1) for first in _firsts(num_experts)]
         calls = [partial(ops.experts_ffn, x, i, topk_weights, experts) for i in ids]
-        rates.append(weights / best.of(calls, 4 if rows <= 4 else 1))
+        rates.append(weights / best.of(calls, 8 if rows <= 4 else 2))
     x = torch.randn(MANY_ROWS, HIDDEN)
-    many = best.of([lambda: ops.linear(x, experts.gate[0])], 1)
-    return ProductRate((*ROWS, MANY_ROWS), (*rates, HIDDEN * INTERMEDIATE / many))
+    many = best.of([lambda: ops.linear(x, experts.gate[0])], 2)
+    return ProductRate((*chosen_rows, MANY_ROWS), (*rates, HIDDEN * INTERMEDIATE / many))
 
 
 def _firsts(num_experts: int) -> range:
@@ -127,7 +170,7 @@ def _matrix(name: str, rows: int, columns: int) -> Tensor | QuantizedMatrix:
 def _quantized(scheme: QuantScheme, rows: int, columns: int, rng: np.random.Generator) -> QuantizedMatrix:
     groups, supers = -(-columns // scheme.group_size), -(-columns // scheme.super_size)
     scale = np.full((rows, supers), 2.0**-10, np.float32)
-    has_min = scheme.offset_codec == "two_level_min"
+    has_min = scheme.offset_codec in ("min", "two_level_min")
     codes = rng.integers(0, 120 if scheme.code_type == "e4m3" else 1 << scheme.bits, (rows, columns), dtype=np.uint8)
     return QuantizedMatrix(
         scheme,
@@ -135,35 +178,65 @@ def _quantized(scheme: QuantScheme, rows: int, columns: int, rng: np.random.Gene
         scale,
         rng.integers(1, 32, (rows, groups), dtype=np.int8) if scheme.scale_codec == "two_level" else None,
         scale if has_min else None,
-        rng.integers(0, 16, (rows, groups), dtype=np.uint8) if has_min else None,
+        rng.integers(0, 16, (rows, groups), dtype=np.uint8) if scheme.offset_codec == "two_level_min" else None,
     )
 
 
-def _attention(kv_dtype: str, new: int, context: int, best: _Best) -> float:
-    """Operations per second of ``new`` queries, the last of which has so many positions."""
+def _attention(kv_dtype: str, new: int, best: _Turns) -> AttentionCost:
+    """Of each of ``new`` queries."""
+    first, second = (
+        (float(shape.numbers), float(shape.operations), _attention_s(kv_dtype, shape, new, best)) for shape in ATTENTION
+    )
+    return AttentionCost.of_two(first, second)
+
+
+def _attention_s(kv_dtype: str, shape: AttentionShape, new: int, best: _Turns) -> float:
+    """Seconds of a query for each of its positions. One query finds no key in a cache, and a chunk finds all."""
+    context = shape.context if new == 1 else shape.prefill_context
     num_blocks, dtype = -(-context // BLOCK_SIZE), TORCH_DTYPE[kv_dtype]
-    keys = torch.zeros(num_blocks, KV_HEADS, HEAD_DIM, BLOCK_SIZE, dtype=dtype).permute(0, 3, 1, 2)
-    values = torch.zeros(num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=dtype).transpose(1, 2)
-    scales = [torch.ones(num_blocks, KV_HEADS, BLOCK_SIZE) if kv_dtype == "int8" else None for _ in range(2)]
-    arguments = (
-        torch.randn(new, HEADS, HEAD_DIM),
-        keys,
-        values,
-        torch.randperm(num_blocks, dtype=torch.int32)[None],
-        torch.tensor([0, new], dtype=torch.int32),
-        torch.tensor([context], dtype=torch.int32),
-        HEAD_DIM**-0.5,
-        *scales,
-    )
+    nbytes = num_blocks * BLOCK_SIZE * shape.numbers * dtype.itemsize
+    copies = min(64, 1 + 2 * last_level_cache_bytes() // nbytes) if new == 1 else 1
+    one = torch.ones(1, shape.kv_heads, shape.head_dim, BLOCK_SIZE).to(dtype)
+    # Written, not only allocated: pages that nobody wrote to are all the same page of zeros.
+    keys, values = (one.expand(copies * num_blocks, *one.shape[1:]).contiguous() for _ in range(2))
+    scale = torch.ones(copies * num_blocks, shape.kv_heads, BLOCK_SIZE) if kv_dtype == "int8" else None
+    query = torch.randn(new, shape.heads, shape.head_dim)
+    keys, values = keys.permute(0, 3, 1, 2), values.view(-1, shape.kv_heads, BLOCK_SIZE, shape.head_dim).transpose(1, 2)
+    starts, lens = torch.tensor([0, new], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
+    calls = [
+        partial(
+            kernels.paged_attention, query, keys, values, table[None], starts, lens, shape.head_dim**-0.5, scale, scale
+        )
+        for table in torch.randperm(copies * num_blocks, dtype=torch.int32).split(num_blocks)
+    ]
     pairs = new * context - new * (new - 1) // 2
-    seconds = best.of([lambda: kernels.paged_attention(*arguments)], 4 if new == 1 else 1)
-    return 4 * HEADS * HEAD_DIM * pairs / seconds
+    return best.of(calls, 8 if new == 1 else 2) / pairs
 
 
-def _overheads(best: _Best) -> tuple[float, float]:
-    """Seconds of a layer and of a step, beside products: two models of tiny layers and a whole vocabulary."""
+def _overheads(best: _Turns, products: Mapping[str, ProductRate]) -> tuple[dict[str, float], float]:
+    """Seconds of a layer by activations, and of a step around the layers, beside products.
+
+    Around: from models of tiny layers and a whole vocabulary. A layer: from layers like a small model's, whose products
+    are large enough to be shared by all threads and too narrow to be done as fast as large ones; what they take beyond
+    the rate of large ones counts as the layer's, which for a large model is next to nothing.
+    """
     few, many = 2, 18
-    shallow, deep = (best.of([Skeleton(layers).step], 10) for layers in (few, many))
-    layer_s = max((deep - shallow) / (many - few), 1e-7)
-    head_s = best.of([Skeleton(few).head], 10)
-    return layer_s, max(shallow - few * layer_s - head_s, 1e-6)
+    shallow, deep = (best.of([Skeleton(layers).step], 6) for layers in (few, many))
+    tiny_s = max((deep - shallow) / (many - few), 1e-7)
+    token_s = shallow - few * tiny_s - best.of([Skeleton(few).head], 6)
+    layer_s = {}
+    for activations in get_args(Activations):
+        beyond_s = _small_layer_s(activations, best)
+        weights = Skeleton.layer_weights(SMALL_HIDDEN)
+        layer_s[activations] = max(beyond_s - weights / products[f"{SMALL_SCHEME} {activations}"].at(1), tiny_s)
+    return layer_s, max(token_s, 1e-6)
+
+
+def _small_layer_s(activations: Activations, best: _Turns) -> float:
+    """Seconds of a layer that is like a small model's, of a model that no cache holds."""
+    square = _matrix(SMALL_SCHEME, SMALL_HIDDEN, SMALL_HIDDEN)
+    nbytes = FORMS[SMALL_SCHEME].held_bytes(SMALL_HIDDEN, SMALL_HIDDEN) * Skeleton.layer_weights(1)
+    few = min(32, 4 + 2 * last_level_cache_bytes() // nbytes)
+    steps = (Skeleton(few + more, square, activations, SMALL_VOCAB).step for more in (0, 16))
+    shallow, deep = (best.of([step], 6) for step in steps)
+    return (deep - shallow) / 16

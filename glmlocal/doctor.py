@@ -1,4 +1,4 @@
-"""Examining this machine: what it has, what it measures, what to fix; and reading again what was measured."""
+"""Examining this machine: what it has, what it measures, what to fix. ``machine.measurements`` reads it again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from glmlocal.machine import cgroups, disk, gpus, measurements
 from glmlocal.machine.cpu import Cpu, busy_cpus, probe, times
 from glmlocal.machine.files import key_values, read_int, read_text
 from glmlocal.machine.findings import findings, is_busy
-from glmlocal.machine.kernel_rates import KernelRates
+from glmlocal.machine.kernel_rates import AttentionCost, KernelRates
 from glmlocal.machine.measurements import Measurements
 from glmlocal.paths import cache_home, measurements_file
 from glmlocal.units import KIB, MIB
@@ -33,16 +33,8 @@ _ISA_VARIABLE = "GLMLOCAL_CPU_ISA"
 _WATCH_S = 0.3  # how long others' use of the CPUs is watched
 _DISK_S, _QUICK_DISK_S = 1.2, 0.3
 _QUICK_FILE_BYTES = 256 * MIB
+_GLM_GROUP, _FEW_HEADS = 12, 2  # query heads per kv head that attention's rates are shown for
 _COMPILER = re.compile(rb"(GCC: \([^)\0]{0,80}\) [\w.+-]{1,40}|clang version [\w.+-]{1,40})")
-
-
-def load_measurements(path: Path | None = None) -> tuple[Measurements | None, str]:
-    """What doctor measured on this machine; or None and the reason, where nothing usable is stored."""
-    try:
-        path = path or measurements_file()
-    except ConfigError as error:
-        return None, str(error)
-    return measurements.load(path, measurements.fingerprint(probe(), int(psutil.virtual_memory().total)))
 
 
 def examine(
@@ -219,17 +211,23 @@ def _rate_facts(rates: KernelRates) -> dict[str, Any]:
     attention = [
         {
             "kv_dtype": dtype,
-            "decode_gflop_per_s": _round(rate / 1e9),
-            "prefill_gflop_per_s": _round(rates.attention_prefill[dtype] / 1e9),
+            "decode_gflop_per_s": _round(_gflop_per_s(cost, _GLM_GROUP)),
+            "prefill_gflop_per_s": _round(_gflop_per_s(rates.attention_prefill[dtype], _GLM_GROUP)),
+            "decode_gflop_per_s_of_few_heads": _round(_gflop_per_s(cost, _FEW_HEADS)),
         }
-        for dtype, rate in rates.attention_decode.items()
+        for dtype, cost in rates.attention_decode.items()
     ]
     return {
         "products": products,
         "attention": attention,
-        "layer_s": _round(rates.layer_s),
+        "layer_s": {activations: _round(seconds) for activations, seconds in rates.layer_s.items()},
         "token_s": _round(rates.token_s),
     }
+
+
+def _gflop_per_s(cost: AttentionCost, group: int) -> float:
+    """Where so many query heads share a kv head: 4 · group operations for each 2 numbers."""
+    return 2 * group / cost.seconds(1.0, 2.0 * group) / 1e9
 
 
 def _peak_facts(one: Any, before: Any, *, again: bool) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from glmlocal.formats.quant import FP8_BLOCK128, FP8_CHANNEL, QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.schemes import FP8_BLOCK128, FP8_CHANNEL, QuantScheme
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from glmlocal import kernels
-from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.schemes import QuantScheme
 from glmlocal.kernels import reference
 from glmlocal.kernels.cpu import _cpu
 

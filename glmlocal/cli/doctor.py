@@ -137,7 +137,8 @@ def _kernels_line(rates: Mapping[str, Any]) -> str:
                 f"{product['scheme']} {nbytes * rows[1] / 1e9:.1f} GB/s at one row, "
                 f"{2 * many * rows[many] / 1e9:.0f} GFLOP/s at {many}"
             )
-    return f"{'; '.join(shown)}; {1e6 * rates['layer_s']:.0f} µs per layer, {1e3 * rates['token_s']:.2g} ms per token"
+    layer_s = rates["layer_s"]["int8"]
+    return f"{'; '.join(shown)}; {1e6 * layer_s:.0f} µs per layer, {1e3 * rates['token_s']:.2g} ms per token"
 
 
 def _disk_line(disk: Mapping[str, Any]) -> str:

@@ -254,5 +254,9 @@ def explanations(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
                 f"{line.nbytes:,} B",
                 f"{one_line(line.note)} ({line.basis})",
             )
+    if plan.forecast is not None and plan.forecast.hit_rate is not None:
+        formula = "mean of 1 - (1 - f^0.52)^1.675 for the part f of each layer's experts that is there"
+        note = f"{formula}: a fit over published hosts and policies, no route trace of this model (modelled)"
+        yield "speed", "experts at hand", f"{plan.forecast.hit_rate:.0%}", note
     for speed in speeds(plan):
         yield "speed", speed.label, speed.value, f"{speed.note} ({speed.basis})"

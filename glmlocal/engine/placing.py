@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from glmlocal.errors import KernelUnavailable, PlanError
 from glmlocal.formats.expert_pack_layout import ExpertLayout
 from glmlocal.formats.index import Checkpoint
-from glmlocal.formats.quant import Activations
+from glmlocal.formats.schemes import Activations
 from glmlocal.kernels import cpu
 from glmlocal.kernels.reference import takes_int8
 from glmlocal.layers.experts import Experts

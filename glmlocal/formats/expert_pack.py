@@ -34,11 +34,17 @@ import xxhash
 from numpy.typing import NDArray
 
 from glmlocal.errors import CheckpointError
-from glmlocal.formats.expert_pack_layout import MATRICES, PAGE, ExpertLayout, layout_from_json, layout_to_json
+from glmlocal.formats.expert_pack_layout import (
+    MATRICES,
+    PACK_DTYPE,
+    PAGE,
+    ExpertLayout,
+    layout_from_json,
+    layout_to_json,
+)
 from glmlocal.formats.index import TensorRef, quoted
 
 PACK_FILE, DENSE_SAFETENSORS, DENSE_GGUF = "experts.pack", "dense.safetensors", "dense.gguf"
-PACK_DTYPE = "pack."  # before the kind, in the dtype of a TensorRef
 VERSION = 1
 KERNEL_LAYOUT = "panels of 4 tiles of 16 rows, blocks of 32 columns, 1"  # changes with packed_matrix.h
 

@@ -12,12 +12,13 @@ from typing import Any
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.index import quoted
 from glmlocal.formats.packed_size import PackedSections, packed_sections, scale_type
-from glmlocal.formats.quant import WHOLE_ROW, QuantScheme
+from glmlocal.formats.schemes import WHOLE_ROW, QuantScheme
 
 PAGE = 4096  # O_DIRECT reads start and end at multiples of it on every disk and filesystem we know of
 MAX_FEATURES = 1 << 24  # of a matrix, as in the kernels
 DENSE_KINDS = ("f32", "bf16", "f16")
 MATRICES = ("gate", "up", "down")
+PACK_DTYPE = "pack."  # before the kind, in the dtype of a TensorRef
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _CODECS = {

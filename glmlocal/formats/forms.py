@@ -10,10 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, block_layout, scheme_of
 from glmlocal.formats.packed_size import ScaleType, packed_bytes
-from glmlocal.formats.quant import FP8_BLOCK128, FP8_CHANNEL, WHOLE_ROW, QuantScheme
-from glmlocal.formats.quantize import INT4, INT8
+from glmlocal.formats.schemes import (
+    FP8_BLOCK128,
+    FP8_CHANNEL,
+    INT4,
+    INT8,
+    QUANTIZED_DTYPES,
+    WHOLE_ROW,
+    QuantScheme,
+    block_layout,
+    scheme_of,
+)
 
 
 @dataclass(frozen=True, slots=True)

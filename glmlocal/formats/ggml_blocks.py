@@ -15,13 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glmlocal.errors import CheckpointError
-from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.schemes import GGML_BLOCKS
 
 Bytes = NDArray[np.uint8]  # [blocks, bytes of a field], or [blocks, weights of a block]
-
-# fmt: off
-_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +38,18 @@ def unpack(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> Quanti
     ``dtype`` is one of QUANTIZED_DTYPES. Needs about four bytes per weight while it works and returns little more than
     one: give a large matrix in ranges of rows. Raises CheckpointError if bytes and shape disagree.
     """
-    kind = _KINDS.get(dtype)
-    if kind is None:
-        raise CheckpointError(f"no way to unpack {dtype!r}; supported are {', '.join(_KINDS)}")
+    block = GGML_BLOCKS.get(dtype)
+    if block is None:
+        raise CheckpointError(f"no way to unpack {dtype!r}; supported are {', '.join(GGML_BLOCKS)}")
     rows, columns = _matrix_shape(dtype, shape)
-    if columns % kind.block or raw.size * kind.block != rows * columns * kind.block_bytes:
+    if columns % block.weights or raw.size * block.weights != rows * columns * block.nbytes:
         raise CheckpointError(
-            f"{dtype} matrix {rows} x {columns} cannot be {raw.size:,} bytes: {kind.block} weights take "
-            f"{kind.block_bytes}"
+            f"{dtype} matrix {rows} x {columns} cannot be {raw.size:,} bytes: {block.weights} weights take "
+            f"{block.nbytes}"
         )
-    parts = kind.take_apart(np.ascontiguousarray(raw).reshape(-1, kind.block_bytes))
+    parts = _TAKE_APART[dtype](np.ascontiguousarray(raw).reshape(-1, block.nbytes))
     return QuantizedMatrix(
-        scheme=kind.scheme,
+        scheme=block.scheme,
         codes=parts.codes.reshape(rows, columns),
         super_scale=parts.scale.reshape(rows, -1),
         sub_scale=None if parts.sub_scale is None else parts.sub_scale.reshape(rows, -1),
@@ -70,16 +67,6 @@ def view_dense(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> ND
     if raw.size != int(np.prod(shape, dtype=np.int64)) * numpy_dtype.itemsize:
         raise CheckpointError(f"{dtype} array {shape} cannot be {raw.size:,} bytes")
     return raw.view(numpy_dtype).reshape(shape)
-
-
-def block_layout(dtype: str) -> tuple[int, int]:
-    """Weights and bytes of one block of a quantized type."""
-    return _KINDS[dtype].block, _KINDS[dtype].block_bytes
-
-
-def scheme_of(dtype: str) -> QuantScheme:
-    """What ``unpack`` makes of a quantized type."""
-    return _KINDS[dtype].scheme
 
 
 def _matrix_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -184,39 +171,18 @@ def _iq4_xs(b: Bytes) -> _Parts:
     return _Parts(_spread(b[:, 8:], 16, 4), _half(b[:, :2]), sub_scale=scales.view(np.int8) - np.int8(32))
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    block_bytes: int
-    scheme: QuantScheme
-    take_apart: Callable[[Bytes], _Parts]
-
-    @property
-    def block(self) -> int:
-        """Weights per block: what one super scale covers."""
-        return self.scheme.super_size
-
-
-def _k_scheme(name: str, bits: int, group: int, zero_point: int | None = None) -> QuantScheme:
-    if zero_point is None:
-        return QuantScheme(name, bits, group, 256, "two_level", "two_level_min")
-    return QuantScheme(name, bits, group, 256, "two_level", zero_point=zero_point)
-
-
-_KINDS = {
-    "Q8_0": _Kind(34, QuantScheme("Q8_0", 8, 32, 32, zero_point=128), _q8_0),
-    "Q4_0": _Kind(18, QuantScheme("Q4_0", 4, 32, 32, zero_point=8), _q4_0),
-    "Q4_1": _Kind(20, QuantScheme("Q4_1", 4, 32, 32, offset_codec="min"), _q4_1),
-    "Q5_0": _Kind(22, QuantScheme("Q5_0", 5, 32, 32, zero_point=16), _q5_0),
-    "Q5_1": _Kind(24, QuantScheme("Q5_1", 5, 32, 32, offset_codec="min"), _q5_1),
-    "Q2_K": _Kind(84, _k_scheme("Q2_K", 2, 16), _q2_k),
-    "Q3_K": _Kind(110, _k_scheme("Q3_K", 3, 16, zero_point=4), _q3_k),
-    "Q4_K": _Kind(144, _k_scheme("Q4_K", 4, 32), _q4_k),
-    "Q5_K": _Kind(176, _k_scheme("Q5_K", 5, 32), _q5_k),
-    "Q6_K": _Kind(210, _k_scheme("Q6_K", 6, 16, zero_point=32), _q6_k),
-    "IQ4_NL": _Kind(18, QuantScheme("IQ4_NL", 4, 32, 32, codebook=_IQ4_VALUES), _q4_0),  # Q4_0's layout
-    "IQ4_XS": _Kind(136, QuantScheme("IQ4_XS", 4, 32, 256, "two_level", codebook=_IQ4_VALUES), _iq4_xs),
+_TAKE_APART: dict[str, Callable[[Bytes], _Parts]] = {
+    "Q8_0": _q8_0,
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "IQ4_NL": _q4_0,  # whose layout it has
+    "IQ4_XS": _iq4_xs,
 }
 _DENSE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-
-QUANTIZED_DTYPES = frozenset(_KINDS)
-DENSE_DTYPES = frozenset(_DENSE)

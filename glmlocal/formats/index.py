@@ -20,12 +20,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from glmlocal.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from glmlocal.formats.expert_pack import ExpertPack
 
 MAX_JSON_BYTES = 100_000_000  # config and index files; the limit safetensors itself puts on a header
@@ -101,6 +101,8 @@ class TensorIndex(Mapping[str, TensorRef]):
 
         The view may start at any byte: copy before viewing it as a wider dtype where alignment matters (torch).
         """
+        import numpy as np  # here and below: planning opens checkpoints and reads no bytes, so it need not wait for it
+
         ref = self._refs.get(name)
         if ref is None:
             raise CheckpointError(f"{self.source} has no tensor {quoted(name)}")
@@ -118,6 +120,8 @@ class TensorIndex(Mapping[str, TensorRef]):
 
         For what is used once: mapped pages would count as memory of this process. Safe to use from several threads.
         """
+        import numpy as np
+
         ref = self._refs[name]
         out = np.empty((ref.nbytes if end is None else end) - begin, np.uint8)
         position, rest = ref.offset + begin, out.data

@@ -7,7 +7,7 @@ Publishers may deviate (Unsloth's dynamic "UD" mixes do), so what follows from i
 
 from __future__ import annotations
 
-from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, block_layout
+from glmlocal.formats.schemes import QUANTIZED_DTYPES, block_layout
 
 FILE_TYPES = (
     *("BF16", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from glmlocal.formats.quant import QuantScheme
+from glmlocal.formats.schemes import QuantScheme
 
 TILE_ROWS = 16
 BLOCK_COLUMNS = 32

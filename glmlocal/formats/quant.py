@@ -1,7 +1,4 @@
-"""How a weight matrix can be stored: the schemes, and one matrix taken apart into codes, scales and offsets.
-
-Torch-free. A scheme factors into bits × group size × scale codec × offset codec, so that GGUF's legacy and K types, FP8
-(and later GPTQ, AWQ, compressed-tensors' integers, MLX) all become the same few arrays for one family of kernels:
+"""One weight matrix taken apart into codes, scales and offsets. Torch-free; the schemes are in ``schemes``.
 
     weight[o, i] = scale[o, i // group_size] * value(code[o, i]) + offset[o, i // group_size]
 
@@ -19,12 +16,12 @@ The last group, and the last super group, of a row may be ragged: in_features ne
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-WHOLE_ROW = 1 << 24  # as a group size: one scale per row, since no row is longer
+from glmlocal.formats.schemes import QuantScheme
 
 
 def _e4m3_values() -> NDArray[np.float32]:
@@ -42,28 +39,6 @@ E4M3_VALUES = _e4m3_values()
 def has_nan(codes: NDArray[np.uint8]) -> bool:
     """Is one of these e4m3 bytes NaN?"""
     return bool(codes.size) and int((codes & np.uint8(0x7F)).max()) == 0x7F
-
-
-Activations = Literal["int8", "fp32"]  # what weights of integer codes are multiplied with
-
-
-@dataclass(frozen=True, slots=True)
-class QuantScheme:
-    """How codes become weights; everything but the arrays."""
-
-    name: str  # as the source calls it, e.g. "Q4_K"; shown to people, never switched on
-    bits: int  # 2, 3, 4, 5, 6 or 8: codes are 0 … 2**bits - 1
-    group_size: int  # input columns per scale
-    super_size: int  # input columns per super scale; equal to group_size when scale_codec is "plain"
-    scale_codec: Literal["plain", "two_level"] = "plain"
-    offset_codec: Literal["symmetric", "min", "two_level_min", "zero_point"] = "symmetric"
-    zero_point: int = 0  # of all groups; one per group is an offset codec
-    codebook: tuple[int, ...] | None = None
-    code_type: Literal["integer", "e4m3"] = "integer"
-
-
-FP8_CHANNEL = QuantScheme("fp8_channel", 8, WHOLE_ROW, WHOLE_ROW, code_type="e4m3")
-FP8_BLOCK128 = QuantScheme("fp8_block128", 8, 128, 128, code_type="e4m3")  # rows of a block repeat its scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
-
-INT4 = QuantScheme("int4", 4, 32, 32, zero_point=8)
-INT8 = QuantScheme("int8", 8, 32, 32, zero_point=128)
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.schemes import INT4, INT8, QuantScheme
 
 # What the largest weight of a group may become, in steps: -8 is the end of 4 bits, 9 is clipped by one step.
 CANDIDATES = {INT4.name: (8.0, 7.0, 7.5, 8.5, 9.0), INT8.name: (128.0, 127.0)}

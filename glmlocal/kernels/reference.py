@@ -19,8 +19,9 @@ from torch import Tensor
 
 from glmlocal.errors import KernelUnavailable
 from glmlocal.formats.expert_pack_layout import ExpertLayout
-from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import QuantizedMatrix
 from glmlocal.formats.quantize import quantize as quantize  # the plain twin of cpu/quantize.py
+from glmlocal.formats.schemes import Activations, QuantScheme
 from glmlocal.kernels import blocks
 from glmlocal.kernels.blocks import AttentionBlock, BlockOutput, LayerCache, StepIndex
 

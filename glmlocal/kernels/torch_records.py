@@ -16,7 +16,8 @@ from torch import Tensor
 
 from glmlocal.formats.expert_pack_layout import ExpertLayout, MatrixLayout
 from glmlocal.formats.packed_size import BLOCK_COLUMNS, TILE_ROWS, Section
-from glmlocal.formats.quant import E4M3_VALUES, Activations, QuantScheme
+from glmlocal.formats.quant import E4M3_VALUES
+from glmlocal.formats.schemes import Activations, QuantScheme
 from glmlocal.kernels.reference import int8_rounded, takes_int8
 
 _PANEL_TILES = 4

@@ -12,7 +12,7 @@ import hashlib
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,48 @@ class ProductRate:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionCost:
+    """What a query takes for each position: ``number_s`` for every number of its keys and values (2 · kv heads ·
+    head_dim of them, read once for all query heads that share them) and ``operation_s`` for every operation with them
+    (4 · heads · head_dim). How many query heads share a key decides which of the two counts.
+
+    Raises ValueError unless both are finite and not negative, and one is positive.
+    """
+
+    number_s: float
+    operation_s: float
+
+    def __post_init__(self) -> None:
+        both = (self.number_s, self.operation_s)
+        if not all(math.isfinite(each) and each >= 0 for each in both) or not any(both):
+            raise ValueError(f"{both} are no seconds of attention")
+
+    @classmethod
+    def of_two(cls, one: tuple[float, float, float], two: tuple[float, float, float]) -> AttentionCost:
+        """From two shapes' (numbers, operations, seconds) per position: through both where that makes neither cost
+        negative, else the larger of the two that one cost alone would have to be."""
+        (n1, o1, s1), (n2, o2, s2) = one, two
+        determinant = n1 * o2 - n2 * o1
+        number_s, operation_s = (s1 * o2 - s2 * o1) / determinant, (n1 * s2 - n2 * s1) / determinant
+        if number_s < 0:
+            return cls(0.0, max(s1 / o1, s2 / o2))
+        if operation_s < 0:
+            return cls(max(s1 / n1, s2 / n2), 0.0)
+        return cls(number_s, operation_s)
+
+    def seconds(self, numbers: float, operations: float) -> float:
+        return numbers * self.number_s + operations * self.operation_s
+
+
+@dataclass(frozen=True, slots=True)
 class KernelRates:
     """Of one instruction set and number of threads; ``kernels_id`` tells which build of the kernels it was."""
 
     kernels_id: str
     products: Mapping[str, ProductRate]  # by "SCHEME ACTIVATIONS": "Q4_0 int8", "Q4_0 fp32", "bf16 fp32"
-    attention_decode: Mapping[str, float]  # by KV dtype: operations per second of one query over a long context
-    attention_prefill: Mapping[str, float]  # the same of a chunk of a prompt
-    layer_s: float  # of a decoder layer, beside its products and attention
+    attention_decode: Mapping[str, AttentionCost]  # by KV dtype: of one query over a long context
+    attention_prefill: Mapping[str, AttentionCost]  # of a query in a chunk of a prompt
+    layer_s: Mapping[str, float]  # by activations: a decoder layer, beside what products take as above, and attention
     token_s: float  # of a step, outside the layers and the head
 
     def product(self, scheme: str, activations: str) -> ProductRate | None:
@@ -90,9 +124,9 @@ def as_json(rates: KernelRates) -> dict[str, Any]:
             name: {str(rows): rate for rows, rate in zip(product.rows, product.weights_per_s, strict=True)}
             for name, product in rates.products.items()
         },
-        "attention_decode": dict(rates.attention_decode),
-        "attention_prefill": dict(rates.attention_prefill),
-        "layer_s": rates.layer_s,
+        "attention_decode": {dtype: asdict(cost) for dtype, cost in rates.attention_decode.items()},
+        "attention_prefill": {dtype: asdict(cost) for dtype, cost in rates.attention_prefill.items()},
+        "layer_s": dict(rates.layer_s),
         "token_s": rates.token_s,
     }
 
@@ -104,9 +138,9 @@ def from_json(values: Mapping[str, Any]) -> KernelRates:
     return KernelRates(
         values["kernels_id"],
         {_name(name): _product(rates) for name, rates in _few(values["products"]).items()},
-        {_name(name): _positive(rate) for name, rate in _few(values["attention_decode"]).items()},
-        {_name(name): _positive(rate) for name, rate in _few(values["attention_prefill"]).items()},
-        _positive(values["layer_s"]),
+        {_name(name): _attention(cost) for name, cost in _few(values["attention_decode"]).items()},
+        {_name(name): _attention(cost) for name, cost in _few(values["attention_prefill"]).items()},
+        {name: _positive(values["layer_s"][name]) for name in ("int8", "fp32")},
         _positive(values["token_s"]),
     )
 
@@ -116,6 +150,10 @@ def _product(values: Mapping[str, Any]) -> ProductRate:
     if any(rows > _MOST_ROWS for rows, _ in found):
         raise ValueError("too many rows")
     return ProductRate(tuple(rows for rows, _ in found), tuple(rate for _, rate in found))
+
+
+def _attention(values: Mapping[str, Any]) -> AttentionCost:
+    return AttentionCost(_number(values["number_s"]), _number(values["operation_s"]))
 
 
 def _few(values: Any) -> Mapping[str, Any]:
@@ -131,6 +169,12 @@ def _name(value: str) -> str:
 
 
 def _positive(value: object) -> float:
-    if type(value) not in (int, float) or not math.isfinite(float(value)) or not float(value) > 0:  # type: ignore[arg-type]
+    if not _number(value) > 0:
         raise ValueError(f"{value!r} is no positive number")
+    return _number(value)
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float) or not math.isfinite(float(value)):  # type: ignore[arg-type]
+        raise ValueError(f"{value!r} is no number")
     return float(value)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 The file is JSON:
 
-    schema       2; another number is another format
+    schema       3; another number is another format
     fingerprint  of the machine, see ``fingerprint``; a file of another machine is not believed
     date         ISO 8601, UTC
     glmlocal, isa, threads, quick
@@ -25,14 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glmlocal.machine.cpu import Cpu
+import psutil
+
+from glmlocal.errors import ConfigError
+from glmlocal.machine.cpu import Cpu, probe
 from glmlocal.machine.disk import DiskRates
 from glmlocal.machine.kernel_rates import KernelRates
 from glmlocal.machine.kernel_rates import as_json as kernels_json
 from glmlocal.machine.kernel_rates import from_json as kernels_from_json
+from glmlocal.paths import measurements_file
 from glmlocal.units import GIB, MIB
 
-SCHEMA = 2
+SCHEMA = 3
 _MOST_BYTES = MIB
 _MOST_THREADS = 1 << 16
 _FACTS = ("fingerprint", "date", "glmlocal", "isa", "threads", "quick", "busy")
@@ -80,6 +84,15 @@ def save(measurements: Measurements, path: Path) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def load_own(path: Path | None = None) -> tuple[Measurements | None, str]:
+    """What doctor measured on this machine; or None and the reason, where nothing usable is stored."""
+    try:
+        path = path or measurements_file()
+    except ConfigError as error:
+        return None, str(error)
+    return load(path, fingerprint(probe(), int(psutil.virtual_memory().total)))
 
 
 def load(path: Path, machine: str) -> tuple[Measurements | None, str]:

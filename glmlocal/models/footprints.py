@@ -9,12 +9,12 @@ from typing import Any
 
 from glmlocal.catalogue import Release
 from glmlocal.errors import CheckpointError, ConfigError
-from glmlocal.formats.expert_pack import PACK_DTYPE
+from glmlocal.formats.expert_pack_layout import PACK_DTYPE
 from glmlocal.formats.forms import FORMS, Form
 from glmlocal.formats.fp8 import FP8_DTYPE, scales_of
-from glmlocal.formats.ggml_blocks import DENSE_DTYPES
 from glmlocal.formats.index import Checkpoint, TensorIndex, TensorRef, quoted
 from glmlocal.formats.llama_cpp_types import tensor_type
+from glmlocal.formats.schemes import DENSE_DTYPES
 from glmlocal.models import dsa_config, tensors
 from glmlocal.models.config import KV_DTYPES, ModelConfig, check_tensors
 from glmlocal.models.dsa_config import DsaConfig

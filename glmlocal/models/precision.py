@@ -11,7 +11,7 @@ from typing import get_args
 
 from glmlocal.errors import ConfigError
 from glmlocal.formats.index import quoted
-from glmlocal.formats.quant import Activations
+from glmlocal.formats.schemes import Activations
 
 EXACT_BELOW_BYTES = 1 << 30
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from glmlocal.errors import CheckpointError
-from glmlocal.formats.expert_pack import PACK_DTYPE
+from glmlocal.formats.expert_pack_layout import PACK_DTYPE
 from glmlocal.formats.fp8 import FP8_DTYPE, scales_of
-from glmlocal.formats.ggml_blocks import DENSE_DTYPES, QUANTIZED_DTYPES
 from glmlocal.formats.index import TensorIndex, quoted
+from glmlocal.formats.schemes import DENSE_DTYPES, QUANTIZED_DTYPES
 
 if TYPE_CHECKING:
     from glmlocal.models.config import ModelConfig

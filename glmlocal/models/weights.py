@@ -14,12 +14,13 @@ from torch import Tensor
 
 from glmlocal import kernels
 from glmlocal.errors import CheckpointError, ConfigError
-from glmlocal.formats.expert_pack import PACK_DTYPE
-from glmlocal.formats.fp8 import FP8_DTYPE, Fp8Matrix
-from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, unpack
+from glmlocal.formats.expert_pack_layout import PACK_DTYPE
+from glmlocal.formats.fp8 import FP8_DTYPE
+from glmlocal.formats.fp8_matrix import Fp8Matrix
+from glmlocal.formats.ggml_blocks import unpack
 from glmlocal.formats.index import TensorIndex, TensorRef
-from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme
-from glmlocal.formats.quantize import INT4, INT8
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.schemes import INT4, INT8, QUANTIZED_DTYPES, Activations, QuantScheme
 from glmlocal.layers.embedding import TORCH_DTYPE, Embedding
 from glmlocal.layers.linear import Linear
 from glmlocal.layers.norm import RMSNorm

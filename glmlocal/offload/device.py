@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glmlocal.formats.expert_pack_layout import ExpertLayout
-from glmlocal.formats.quant import Activations
+from glmlocal.formats.schemes import Activations
 
 
 class Event(Protocol):

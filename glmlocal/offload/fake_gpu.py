@@ -19,7 +19,7 @@ from torch import Tensor
 
 from glmlocal.errors import PlanError
 from glmlocal.formats.expert_pack_layout import ExpertLayout
-from glmlocal.formats.quant import Activations
+from glmlocal.formats.schemes import Activations
 from glmlocal.kernels.cpu.slots import SlotExperts, bind_layout
 from glmlocal.offload.device import Event, SlotMemory
 from glmlocal.offload.host import HostPool

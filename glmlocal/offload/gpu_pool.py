@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glmlocal.errors import EngineError
 from glmlocal.formats.expert_pack_layout import ExpertLayout
-from glmlocal.formats.quant import Activations
+from glmlocal.formats.schemes import Activations
 from glmlocal.offload.device import Device, DeviceExperts, Event, SlotMemory
 from glmlocal.offload.dispatch import Costs
 from glmlocal.offload.eviction import lfru

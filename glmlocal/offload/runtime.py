@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from glmlocal.errors import PlanError
 from glmlocal.formats.expert_pack import ExpertPack
 from glmlocal.formats.expert_pack_layout import ExpertLayout
-from glmlocal.formats.quant import Activations
+from glmlocal.formats.schemes import Activations
 from glmlocal.kernels.cpu.slots import SlotExperts, bind_layout
 from glmlocal.offload import host, trace
 from glmlocal.offload.eviction import Policy, lfru

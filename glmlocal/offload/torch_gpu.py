@@ -19,7 +19,7 @@ from torch import Tensor
 
 from glmlocal.errors import PlanError
 from glmlocal.formats.expert_pack_layout import ExpertLayout
-from glmlocal.formats.quant import Activations
+from glmlocal.formats.schemes import Activations
 from glmlocal.kernels.torch_records import RecordExperts
 from glmlocal.offload.device import Event, SlotMemory
 from glmlocal.units import format_bytes

@@ -10,9 +10,8 @@ from glmlocal.errors import CheckpointError, ConfigError
 from glmlocal.formats.expert_pack import PackHeader, expert_name, file_bytes
 from glmlocal.formats.expert_pack_layout import MATRICES, ExpertLayout, expert_layout
 from glmlocal.formats.fp8 import FP8_DTYPE, scales_of
-from glmlocal.formats.ggml_blocks import DENSE_DTYPES, QUANTIZED_DTYPES, scheme_of
 from glmlocal.formats.index import Checkpoint, TensorIndex, TensorRef
-from glmlocal.formats.quant import QuantScheme
+from glmlocal.formats.schemes import DENSE_DTYPES, QUANTIZED_DTYPES, QuantScheme, scheme_of
 from glmlocal.models.config import ModelConfig, check_tensors, mtp_problem
 from glmlocal.models.weights import SCHEMES, Quant, finer_quant
 

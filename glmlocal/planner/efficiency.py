@@ -63,12 +63,10 @@ class Speeds:
         self.cpu_int8 = (cpu.int8_gop_per_s or 0.0) * e.cpu_int8[guess] * arithmetic or self.cpu_fp32
         self.attention_decode = cpu.fp32_gflop_per_s * e.cpu_attention_decode[guess] * arithmetic
         self.attention_prefill = cpu.fp32_gflop_per_s * e.cpu_attention_prefill[guess] * arithmetic
-        self.layer_s, self.token_s = e.cpu_layer_s[guess], e.cpu_token_s[guess]
+        self.token_s = e.cpu_token_s[guess]
         self.kernels = cpu.kernels
         if cpu.kernels is not None:
-            self.layer_s, self.token_s = (
-                seconds / e.measured[guess] for seconds in (cpu.kernels.layer_s, cpu.kernels.token_s)
-            )
+            self.token_s = cpu.kernels.token_s / e.measured[guess]
         nvme = machine.nvme
         self.nvme = nvme.read_gb_per_s * e.nvme_read[guess] * unsure[nvme.basis] * 1e9 if nvme else 1e-9
 
@@ -87,13 +85,19 @@ class Speeds:
         seconds = weights * seconds_each / self.e.measured[self.guess]
         return (seconds, 0.0) if is_memory_bound else (0.0, seconds)
 
-    def attention(self, kv_dtype: str, *, in_prefill: bool) -> float:
-        """Operations per second of attention on the CPU over a cache of that dtype."""
+    def layer_s(self, activations: str) -> float:
+        """Seconds of a layer on the CPU, beside products and attention."""
+        if self.kernels is not None:
+            return self.kernels.layer_s[activations] / self.e.measured[self.guess]
+        return self.e.cpu_layer_s[self.guess]
+
+    def attention(self, kv_dtype: str, numbers: float, operations: float, *, in_prefill: bool) -> float:
+        """Seconds of attention on the CPU over so many numbers of a cache of that dtype, with so many operations."""
         if self.kernels is not None:
             found = (self.kernels.attention_prefill if in_prefill else self.kernels.attention_decode).get(kv_dtype)
             if found is not None:
-                return found * self.e.measured[self.guess]
-        return self.attention_prefill if in_prefill else self.attention_decode
+                return found.seconds(numbers, operations) / self.e.measured[self.guess]
+        return operations / (self.attention_prefill if in_prefill else self.attention_decode)
 
     def gpu_read(self, gpu: Gpu) -> float:
         return gpu.read_gb_per_s * self.e.gpu_read[self.guess] * 1e9
@@ -127,7 +131,7 @@ def _weight_s(kernels: KernelRates, scheme: str, rows: float, is_integer: bool) 
 
 
 def kernel_class(scheme: str) -> str:
-    """Which of the schemes that doctor measures runs like this one: codes of as many bits, scales of as many levels."""
+    """Which of the schemes that doctor measures runs like this one: as many bits, levels of scales, and offsets."""
     form = FORMS.get(scheme)
     if form is None:
         return scheme  # of which nothing was measured
@@ -136,5 +140,7 @@ def kernel_class(scheme: str) -> str:
     if form.scheme.code_type == "e4m3":
         return "fp8_block128"
     if form.scheme.bits == 4:
-        return "Q4_K" if form.scheme.scale_codec == "two_level" else "Q4_0"
+        if form.scheme.scale_codec == "two_level":
+            return "Q4_K"
+        return "Q4_0" if form.scheme.offset_codec == "symmetric" else "Q4_1"
     return {2: "Q2_K", 3: "Q3_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}[form.scheme.bits]

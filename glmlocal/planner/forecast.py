@@ -37,6 +37,8 @@ class _Step:
     attention_flops: int
     index_kv_bytes: int  # of kv_bytes, those that are read for every position whatever the window
     index_flops: int
+    kv_numbers: int  # of one position's keys and values, the window's; scales are not counted
+    index_kv_numbers: int
 
     @property
     def near(self) -> float:
@@ -145,11 +147,11 @@ class PlacedModel:
     def _decode_on_cpu(self, clock: _Clock, s: Speeds, step: _Step, count: int, context: int, rows: int) -> None:
         for part in step.layer.parts:
             self._add_cpu(clock, s, part, count, part.nbytes, part.params * rows)
-        operations = rows * self._attention_flops(step, context)
-        attention = operations / s.attention(self.resolved.kv_dtype, in_prefill=False)
+        numbers, operations = self._kv_numbers(step, context), self._attention_flops(step, context)
+        attention = rows * s.attention(self.resolved.kv_dtype, numbers, operations, in_prefill=False)
         keys = self._kv_read(step, context) / s.cpu_read
         clock.add("cpu arithmetic" if attention > keys else "cpu memory", count * max(attention, keys))
-        clock.add("overhead", count * s.layer_s)
+        clock.add("overhead", count * s.layer_s(self.resolved.activations))
         expert = step.layer.expert
         if expert is None:
             return
@@ -219,7 +221,9 @@ class PlacedModel:
         for step, count in self.steps.items():
             flops = count * (step.attention_flops * windowed + step.index_flops * everything)
             if step.device == CPU:
-                clock.add("cpu arithmetic", flops / speeds.attention(self.resolved.kv_dtype, in_prefill=True))
+                numbers = count * (step.kv_numbers * windowed + step.index_kv_numbers * everything)
+                seconds = speeds.attention(self.resolved.kv_dtype, numbers, flops, in_prefill=True)
+                clock.add("cpu arithmetic", seconds)
             else:
                 clock.add("gpu arithmetic", flops / speeds.gpu_arithmetic(self.machine.gpus[step.device], "bf16"))
         self._around(clock, speeds, 1)
@@ -228,7 +232,7 @@ class PlacedModel:
     def _prefill_on_cpu(self, clock: _Clock, s: Speeds, step: _Step, count: int, tokens: int) -> None:
         for part in step.layer.parts:
             self._add_cpu(clock, s, part, count, part.nbytes, part.params * tokens)
-        clock.add("overhead", count * s.layer_s)
+        clock.add("overhead", count * s.layer_s(self.resolved.activations))
         if step.layer.expert is None:
             return
         touched = distinct_experts(step.layer.num_experts, self._per_token(step.layer), tokens)
@@ -326,6 +330,10 @@ class PlacedModel:
         """Bytes of the cache that a query reads."""
         return (step.kv_bytes - step.index_kv_bytes) * self._positions(context) + step.index_kv_bytes * (context + 1)
 
+    def _kv_numbers(self, step: _Step, context: int) -> int:
+        """Numbers of the cache that a query meets."""
+        return step.kv_numbers * self._positions(context) + step.index_kv_numbers * (context + 1)
+
     def _attention_flops(self, step: _Step, context: int) -> int:
         return step.attention_flops * self._positions(context) + step.index_flops * (context + 1)
 
@@ -348,6 +356,8 @@ class PlacedModel:
 def _steps(footprint: Footprint, placement: Placement, kv_dtype: str) -> Iterable[_Step]:
     kv, nothing = footprint.kv_bytes[kv_dtype], (0,) * len(footprint.layers)
     index_kv, index_flops = footprint.index_kv_bytes.get(kv_dtype, nothing), footprint.index_flops or nothing
+    numbers = [nbytes // 2 for nbytes in footprint.kv_bytes["bf16"]]
+    index_numbers = [nbytes // 2 for nbytes in footprint.index_kv_bytes.get("bf16", nothing)]
     for i, layer in enumerate(footprint.layers):
         yield _Step(
             layer,
@@ -359,6 +369,8 @@ def _steps(footprint: Footprint, placement: Placement, kv_dtype: str) -> Iterabl
             footprint.attention_flops[i],
             index_kv[i],
             index_flops[i],
+            numbers[i] - index_numbers[i],
+            index_numbers[i],
         )
 
 

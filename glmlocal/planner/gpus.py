@@ -80,7 +80,24 @@ class Spec:
         )
 
 
-# Where two cards share a key the first is meant, unless a size says otherwise.
+# Where two cards share a key the first is meant, unless a size says otherwise. Above each group is the datasheet; in
+# November 2026 these pages were compared with the rows that they name, and agreed but for the RX 9070 XT's bandwidth:
+#   H100 (rates; bandwidth)      glennklockwood.com/garden/processors/h100
+#   H20 (rates, 4.0 TB/s)        willitrunai.com/es/gpus/h20-96gb
+#   B200 (rates; 8 TB/s)         glennklockwood.com/garden/processors/B200
+#   L40, L40S                    mullet.se/product.html?product_id=355414
+#   L4, A100 40GB (rates)        hmc-tech.com/gpu/nvidia-l4-vs-nvidia-a100-40gb
+#   A40 (rates)                  hmc-tech.com/gpu/nvidia-l40-vs-nvidia-a40
+#   RTX 4090                     waredb.com/processor/nvidia-geforce-rtx-4090
+#   RTX 5090 (rates; bandwidth)  main-horse.github.io/posts/5090-mm-perf; spheron.network/blog/nvidia-rtx-5090-specs
+#   RTX 5060 Ti (PCIe 5.0 x8)    techpowerup.com/review/msi-geforce-rtx-5060-ti-gaming-trio-16-gb/2.html
+#   RTX 5070 Ti (bandwidth)      topcpu.net/fr/news/nvidia-rtx-50-series-specifications-revealed-…
+#   RTX PRO 6000 (1792 GB/s)     gpu.name/posts/nvidia-unveils-rtx-pro-6000-blackwell-gpu-…
+#   MI300X (bandwidth, memory)   codesota.com/hardware/mi300x
+#   MI325X (6 TB/s, PCIe 5 x16)  wiaix.com/amd-instincttm-mi325x-accelerators
+#   RX 7900 XTX, XT              guru3d.com/review/xfx-radeon-rx-7900-xtx-magair-review/page-4
+#   RX 9070 XT (640 GB/s)        multiplayer.it/notizie/amd-radeon-rx-9070-xt-rx-9070-specifiche.html
+# The others rest on the datasheets alone: no page that lists them without sparsity was found again.
 SPECS: tuple[Spec, ...] = (
     # NVIDIA H100 datasheet (SXM5, PCIe, NVL); memory from nvidia-smi, as are all lines' of NVIDIA.
     Spec("H100", ("h100", "h100sxm"), 80, 81559, 3350, (5, 16), 989, 1979, 1979),
@@ -144,7 +161,7 @@ SPECS: tuple[Spec, ...] = (
     Spec("RX 7900 XTX", ("7900xtx", "0x744c"), 24, 24560, 960, (4, 16), 122.8, 122.8, None),
     Spec("RX 7900 XT", ("7900xt", "0x744c"), 20, 20464, 800, (4, 16), 103, 103, None),
     Spec("PRO W7900", ("w7900", "prow7900"), 48, 49136, 864, (4, 16), 122.6, 122.6, None),
-    Spec("RX 9070 XT", ("9070xt", "0x7550"), 16, 16304, 645, (5, 16), 194.6, 389, 389),
+    Spec("RX 9070 XT", ("9070xt", "0x7550"), 16, 16304, 640, (5, 16), 194.6, 389, 389),
     Spec("AI PRO R9700", ("r9700", "pror9700", "0x7551"), 32, 32624, 640, (5, 16), 191, 383, 383),
 )
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from glmlocal import doctor, memory
+from glmlocal import memory
 from glmlocal.errors import ConfigError
-from glmlocal.machine import cgroups
+from glmlocal.machine import cgroups, measurements
 from glmlocal.machine import cpu as cpu_probe
 from glmlocal.machine import gpus as gpu_probe
 from glmlocal.machine.disk import nearest_directory
@@ -66,7 +66,7 @@ def machine(
     does not have are refused. Raises ConfigError.
     """
     link_rate = None if link is None else known.parse_link(link)
-    measured, reason = doctor.load_measurements()
+    measured, reason = measurements.load_own()
     notes = list(_measurement_notes(measured, reason))
     cpu_facts = cpu_probe.probe()
     own_ram = _ram(cpu_facts, measured)

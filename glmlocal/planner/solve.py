@@ -45,8 +45,14 @@ def plan(
     ``alternatives``: the same model quantized further, finest first, for advice. Raises ConfigError for wishes that no
     machine could meet. ``with_advice`` False: for tables of many plans, since what would fit takes the longest to find.
     """
-    found = _solve(footprint, machine, wants, efficiency)
+    found = _with_max_context(_solve(footprint, machine, wants, efficiency), footprint)
     return _advised(found, footprint, alternatives) if with_advice else found
+
+
+def _with_max_context(found: Plan, footprint: Footprint) -> Plan:
+    """With the largest context, which only the plan that is chosen needs."""
+    demand, _, _, layout = _resolve(footprint, found.machine, found.wants)
+    return replace(found, max_context=_max_context(demand, layout))
 
 
 def _advised(found: Plan, footprint: Footprint, alternatives: Sequence[Footprint]) -> Plan:
@@ -69,7 +75,8 @@ def choose(footprints: Sequence[Footprint], machine: Machine, wants: Wants) -> P
         if _needs_no_nvme(plans[-1]):
             break  # those after it are only smaller
     chosen = plans.index(_best(plans))
-    return _advised(plans[chosen], footprints[chosen], footprints[chosen + 1 :])
+    found = _with_max_context(plans[chosen], footprints[chosen])
+    return _advised(found, footprints[chosen], footprints[chosen + 1 :])
 
 
 def _needs_no_nvme(found: Plan) -> bool:
@@ -87,7 +94,7 @@ def _best(plans: Sequence[Plan]) -> Plan:
 
 
 def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Efficiency) -> Plan:
-    """A plan without advice."""
+    """A plan without its largest context and advice."""
     _check(footprint, wants)
     demand, context, kv_tokens, layout = _resolve(footprint, machine, wants)
     resolved = Resolved(
@@ -115,7 +122,7 @@ def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Eff
         download_bytes=footprint.file_bytes,
         disk_bytes=footprint.file_bytes + pack_bytes,
         kv_bytes_per_token=footprint.kv_bytes_per_token(demand.kv_dtype),
-        max_context=_max_context(demand, layout),
+        max_context=0,
         machine=machine,
         wants=wants,
         resolved=resolved,

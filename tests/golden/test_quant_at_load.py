@@ -15,7 +15,8 @@ from glmlocal import memory
 from glmlocal.engine.planning import plan_here
 from glmlocal.errors import CheckpointError, ConfigError, PlanError
 from glmlocal.formats.index import open_checkpoint
-from glmlocal.formats.quantize import INT4, INT8, quantize
+from glmlocal.formats.quantize import quantize
+from glmlocal.formats.schemes import INT4, INT8
 from glmlocal.llm import LLM
 from glmlocal.models.weights import Quant
 from glmlocal.planner.plan import Wants

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from glmlocal import kernels
-from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.schemes import QuantScheme
 from glmlocal.kernels import cpu, reference
 from quantized import random_matrix
 

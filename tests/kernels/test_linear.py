@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from glmlocal import kernels
-from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.schemes import QuantScheme
 from glmlocal.kernels import cpu, reference
 from quantized import DENSE, SCHEMES, random_matrix, random_quantized, widened
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmlocal.formats.quant import FP8_BLOCK128, FP8_CHANNEL, QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.schemes import FP8_BLOCK128, FP8_CHANNEL, QuantScheme
 from glmlocal.kernels import MatrixRows, cpu, reference
 from quantized import DENSE, SCHEMES, random_matrix, random_quantized, widened
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from glmlocal.formats import quantize as plain
-from glmlocal.formats.quant import QuantScheme
-from glmlocal.formats.quantize import INT4, INT8
+from glmlocal.formats.schemes import INT4, INT8, QuantScheme
 from glmlocal.kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.available, reason="no native kernels")

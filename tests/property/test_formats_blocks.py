@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crafted import random_blocks
-from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, block_layout, unpack
+from glmlocal.formats.ggml_blocks import unpack
+from glmlocal.formats.schemes import QUANTIZED_DTYPES, block_layout
 
 
 @pytest.mark.parametrize("dtype", sorted(QUANTIZED_DTYPES))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glmlocal.errors import ConfigError
-from glmlocal.machine.kernel_rates import KernelRates, ProductRate
+from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate
 from glmlocal.models.footprint import Footprint, Layer
 from glmlocal.planner.machine import Cpu, Gpu, Machine, Nvme, Ram
 from glmlocal.planner.plan import CPU, Plan, Wants
@@ -67,8 +67,8 @@ def kernels(draw: st.DrawFn) -> KernelRates:
         for factor in draw(slower):
             rates.append(rates[-1] * factor)
         products[name] = ProductRate(rows, tuple(rates))
-    attention = {"bf16": 50e9, "fp8": 40e9}
-    return KernelRates("made", products, attention, attention, 30e-6, 1e-3)
+    attention = {"bf16": AttentionCost(1e-11, 2e-11), "fp8": AttentionCost(0.0, 2.5e-11)}
+    return KernelRates("made", products, attention, attention, {"int8": 30e-6, "fp32": 90e-6}, 1e-3)
 
 
 @st.composite

@@ -76,7 +76,7 @@ def test_an_unknown_quant_is_one_line(run: Run) -> None:
 def test_the_choices_of_options_are_those_of_the_loader() -> None:
     from typing import get_args
 
-    from glmlocal.formats.quant import Activations
+    from glmlocal.formats.schemes import Activations
     from glmlocal.models.config import KV_DTYPES
     from glmlocal.models.weights import QUANTS
 

@@ -12,18 +12,18 @@ import pytest
 
 from glmlocal import calibrate, doctor, peaks
 from glmlocal.cli import main as cli
-from glmlocal.machine import disk, gpus
+from glmlocal.machine import disk, gpus, measurements
 from glmlocal.machine.disk import DiskProblem, DiskRates
 from glmlocal.machine.gpus import Gpu
-from glmlocal.machine.kernel_rates import KernelRates, ProductRate
+from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate
 from glmlocal.peaks import Peaks
 
 RATES = KernelRates(
     "b" * 16,
     {"Q4_0 int8": ProductRate((1, 512), (16e9, 0.1e9)), "bf16 fp32": ProductRate((1, 64), (5e9, 0.5e9))},
-    {"bf16": 47e9},
-    {"bf16": 62e9},
-    50e-6,
+    {"bf16": AttentionCost(0.0, 1 / 47e9)},
+    {"bf16": AttentionCost(4 / 62e9, 0.0)},
+    {"int8": 50e-6, "fp32": 60e-6},
     1e-3,
 )
 DOCS = Path(__file__).parents[2] / "docs"
@@ -64,13 +64,19 @@ def test_json_has_the_documented_keys(measured: list[Any], tmp_path: Path, capsy
     facts = json.loads(captured.out)
     documented = set(re.findall(r"`(\w+)`", (DOCS / "doctor.md").read_text("utf-8")))
     assert keys(facts) - {"NVIDIA", "AMD"} <= documented
-    assert facts["schema"] == 2
+    assert facts["schema"] == 3
     assert facts["kernel_rates"]["products"][0] == {
         "scheme": "Q4_0", "activations": "int8", "weights_per_s": {"1": 16e9, "512": 0.1e9}
     }  # fmt: skip
     assert facts["kernel_rates"]["attention"] == [
-        {"kv_dtype": "bf16", "decode_gflop_per_s": 47.0, "prefill_gflop_per_s": 62.0}
+        {
+            "kv_dtype": "bf16",
+            "decode_gflop_per_s": 47.0,
+            "prefill_gflop_per_s": 24 * 62 / 4,
+            "decode_gflop_per_s_of_few_heads": 47.0,
+        }
     ]
+    assert facts["kernel_rates"]["layer_s"] == {"int8": 50e-6, "fp32": 60e-6}
     assert facts["peaks"] == {
         "threads": 2, "read_gb_per_s": 80.0, "read_gb_per_s_one_thread": 40.0, "fp32_gflop_per_s": 400.0,
         "int8_gop_per_s": 1700.0, "read_bytes": 7, "difference": 0.125,
@@ -82,11 +88,11 @@ def test_json_has_the_documented_keys(measured: list[Any], tmp_path: Path, capsy
 
 
 def test_what_was_measured_is_kept_for_this_machine(measured: list[Any], tmp_path: Path) -> None:
-    found, reason = doctor.load_measurements()
+    found, reason = measurements.load_own()
     assert found is None
     assert "nothing was measured" in reason
     facts = doctor.examine()
-    found, reason = doctor.load_measurements()
+    found, reason = measurements.load_own()
     assert reason == ""
     assert found is not None
     assert (found.read_gb_per_s, found.read_gb_per_s_one_thread, found.threads) == (80.0, 40.0, 2)
@@ -102,7 +108,7 @@ def test_quick_measures_once_with_a_small_file(measured: list[Any], tmp_path: Pa
     assert facts["peaks"]["read_gb_per_s"] == 70.0
     assert facts["peaks"]["difference"] is None
     assert measured == [(tmp_path, {"file_bytes": 256 << 20, "seconds": 0.3})]
-    found, _ = doctor.load_measurements()
+    found, _ = measurements.load_own()
     assert found is not None
     assert found.quick
 
@@ -114,7 +120,7 @@ def test_a_disk_that_cannot_be_measured_is_a_finding(measured: list[Any], monkey
     monkeypatch.setattr(disk, "measure", problem)
     facts = doctor.examine()
     assert ("warn", "disk") in [(finding["level"], finding["subject"]) for finding in facts["findings"]]
-    found, _ = doctor.load_measurements()
+    found, _ = measurements.load_own()
     assert found is not None
     assert found.disk is None
 
@@ -160,6 +166,6 @@ def test_a_bad_home_is_bad_input(
     monkeypatch.setenv("GLMLOCAL_HOME", "here")
     assert cli.main(["doctor"]) == 2
     assert "relative path" in capsys.readouterr().err
-    found, reason = doctor.load_measurements()
+    found, reason = measurements.load_own()
     assert found is None
     assert "relative path" in reason

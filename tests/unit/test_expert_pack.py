@@ -20,7 +20,7 @@ from glmlocal.formats.expert_pack import PACK_FILE, PackHeader, checksum, header
 from glmlocal.formats.expert_pack_layout import PAGE, expert_layout, layout_from_json, layout_to_json
 from glmlocal.formats.forms import FORMS
 from glmlocal.formats.packed_size import packed_bytes
-from glmlocal.formats.quantize import INT4, INT8
+from glmlocal.formats.schemes import INT4, INT8
 
 SMALL, LARGE = expert_layout(64, 48, (INT4, INT4, INT8)), expert_layout(64, 48, ("bf16", "bf16", "f32"))
 HEADER = PackHeader("tiny", "int4", "org/tiny", 3, 2, {1: SMALL, 2: LARGE, 7: SMALL})

@@ -6,7 +6,8 @@ import pytest
 
 from crafted import HALF_FIELDS, random_blocks
 from glmlocal.errors import CheckpointError
-from glmlocal.formats.ggml_blocks import DENSE_DTYPES, QUANTIZED_DTYPES, block_layout, unpack, view_dense
+from glmlocal.formats.ggml_blocks import unpack, view_dense
+from glmlocal.formats.schemes import DENSE_DTYPES, QUANTIZED_DTYPES, block_layout
 
 
 @pytest.mark.parametrize("dtype", sorted(QUANTIZED_DTYPES))

@@ -33,9 +33,10 @@ from crafted import (
     tiny_tensors,
 )
 from glmlocal.errors import CheckpointError
-from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, block_layout, unpack
+from glmlocal.formats.ggml_blocks import unpack
 from glmlocal.formats.gguf_file import read_gguf
 from glmlocal.formats.index import open_checkpoint
+from glmlocal.formats.schemes import QUANTIZED_DTYPES, block_layout
 from glmlocal.models.config import ModelConfig, check_tensors, mtp_problem
 
 WIDE = {**TINY, "hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -12,9 +13,13 @@ from glmlocal import calibrate
 from glmlocal.formats.forms import FORMS
 from glmlocal.kernels import cpu
 from glmlocal.machine import kernel_rates
-from glmlocal.machine.kernel_rates import KernelRates, ProductRate
+from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate
 from glmlocal.planner.efficiency import kernel_class
 
+SMALL_ATTENTION = (
+    calibrate.AttentionShape(8, 2, 64, context=64, prefill_context=80),
+    calibrate.AttentionShape(4, 4, 32, context=64, prefill_context=80),
+)
 RATE = ProductRate((1, 4, 64), (16.0, 8.0, 1.0))
 
 
@@ -52,7 +57,8 @@ def test_every_form_runs_like_one_that_is_measured() -> None:
     assert {kernel_class(name) for name in FORMS} == set(calibrate.SCHEMES)
     assert set(calibrate.QUICK_SCHEMES) < set(calibrate.SCHEMES)
     wanted = {"int4": "Q4_0", "int8": "Q8_0", "fp8_channel": "fp8_block128", "f16": "bf16", "IQ4_XS": "Q4_K"}
-    wanted |= {"Q5_0": "Q5_K", "gptq int8 group 128": "Q8_0", "mlx 4-bit group 64": "Q4_0", "Q4_K": "Q4_K"}
+    wanted |= {"Q5_0": "Q5_K", "gptq int8 group 128": "Q8_0", "mlx 4-bit group 64": "Q4_1", "Q4_K": "Q4_K"}
+    wanted |= {"Q4_1": "Q4_1", "awq int4 group 128": "Q4_1"}  # offsets cost time
     assert {name: kernel_class(name) for name in wanted} == wanted
 
 
@@ -61,16 +67,18 @@ def test_measuring_finds_every_rate_and_survives_json(monkeypatch: pytest.Monkey
     monkeypatch.setattr(calibrate, "QUICK_SCHEMES", ("Q4_0", "bf16"))
     monkeypatch.setattr(calibrate, "HIDDEN", 256)
     monkeypatch.setattr(calibrate, "INTERMEDIATE", 128)
-    monkeypatch.setattr(calibrate, "DECODE_CONTEXT", 64)
-    monkeypatch.setattr(calibrate, "PREFILL_CONTEXT", 80)
+    monkeypatch.setattr(calibrate, "ATTENTION", SMALL_ATTENTION)
     monkeypatch.setattr(calibrate, "CHUNK", 16)
+    monkeypatch.setattr(calibrate, "SMALL_HIDDEN", 64)
     monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 0)
     steps: list[str] = []
     rates = calibrate.measure(quick=True, clock=time.process_time, on_step=steps.append)
     assert set(rates.products) == {"Q4_0 int8", "Q4_0 fp32", "bf16 fp32"}
-    assert rates.products["Q4_0 int8"].rows == (1, 2, 4, 8, 16, 32, 64, 512)
+    assert rates.products["Q4_0 int8"].rows == rates.products["bf16 fp32"].rows == (1, 2, 4, 8, 16, 32, 64, 512)
+    assert rates.products["Q4_0 fp32"].rows == (1, 4, 16, 64, 512)
     assert set(rates.attention_decode) == set(rates.attention_prefill) == {"fp32", "bf16", "fp8", "int8"}
-    assert 1e-7 <= rates.layer_s < 0.1
+    assert set(rates.layer_s) == {"int8", "fp32"}
+    assert all(1e-7 <= seconds < 0.1 for seconds in rates.layer_s.values())
     assert rates.token_s < 1
     assert len(steps) == 4
     again = kernel_rates.from_json(json.loads(json.dumps(kernel_rates.as_json(rates))))
@@ -80,18 +88,74 @@ def test_measuring_finds_every_rate_and_survives_json(monkeypatch: pytest.Monkey
 def test_a_clock_that_doubles_halves_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations are counted right: a call that takes a second by the clock does its own number of them."""
     ticks = iter(range(10_000))
-    best = calibrate._Best(lambda: float(next(ticks)), rounds=1)
-    assert calibrate._attention("bf16", 1, 64, best) == 4 * calibrate.HEADS * calibrate.HEAD_DIM * 64
-    pairs = sum(range(64 - 16 + 1, 65))
-    assert calibrate._attention("bf16", 16, 64, best) == 4 * calibrate.HEADS * calibrate.HEAD_DIM * pairs
+    best = calibrate._Turns(lambda: float(next(ticks)), most=1)
+    assert calibrate._attention_s("bf16", SMALL_ATTENTION[0], 1, best) == 1 / 64
+    assert calibrate._attention_s("bf16", SMALL_ATTENTION[0], 16, best) == 1 / sum(range(80 - 16 + 1, 81))
     monkeypatch.setattr(calibrate, "HIDDEN", 256)
     monkeypatch.setattr(calibrate, "INTERMEDIATE", 128)
     monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 0)
     product = calibrate._product("Q8_0", "int8", best)
     assert product.weights_per_s[0] == 8 * 3 * 256 * 128
+    assert product.weights_per_s[4] == 4 * 3 * 256 * 128  # half of the experts
+
+
+def test_attention_goes_through_both_shapes_and_depends_on_how_many_heads_share_a_key() -> None:
+    cost = AttentionCost(3e-10, 2e-11)
+    shapes = ((1024.0, 24576.0), (512.0, 2048.0))
+    found = AttentionCost.of_two(*((n, o, cost.seconds(n, o)) for n, o in shapes))
+    assert (found.number_s, found.operation_s) == pytest.approx((3e-10, 2e-11))
+    assert cost.seconds(384.0, 2304.0) == pytest.approx(384 * 3e-10 + 2304 * 2e-11)
+
+
+@pytest.mark.parametrize(("first_s", "second_s"), [(1.0, 1e-9), (1e-9, 1.0)])
+def test_attention_that_was_disturbed_is_never_negative(first_s: float, second_s: float) -> None:
+    found = AttentionCost.of_two((1024.0, 24576.0, first_s), (512.0, 2048.0, second_s))
+    assert min(found.number_s, found.operation_s) == 0.0
+    assert found.seconds(1024.0, 24576.0) >= 0.999 * first_s
+    assert found.seconds(512.0, 2048.0) >= 0.999 * second_s
+
+
+def test_the_lower_quartile_counts_whatever_disturbs_the_others() -> None:
+    assert calibrate.lower_quartile([5.0, 1.0, 1.1, 9.0, 8.0, 1.05, 7.0, 6.0]) == 1.1
+    assert calibrate.lower_quartile([3.0]) == 3.0
+
+
+def _turns(seconds: list[float], most: int) -> tuple[float, list[str]]:
+    """What is found of two calls that take turns and so many seconds, and who was called."""
+    now, called = [0.0], []
+
+    def call(name: str) -> None:
+        called.append(name)
+        now[0] += seconds[min(len(called), len(seconds)) - 1]
+
+    best = calibrate._Turns(lambda: now[0], most=most)
+    return best.of([partial(call, "a"), partial(call, "b")], 4), called
+
+
+def test_turns_end_when_they_agree_and_the_first_does_not_count() -> None:
+    found, called = _turns([50.0, 1.0, 1.0, 1.0, 1.0], most=10)
+    assert (found, called) == (1.0, ["a", "b", "a", "b", "a"])
+    found, called = _turns([50.0, 3.0, 1.0, 3.0, 1.0, 3.0, 3.0, 3.0, 3.0], most=2)
+    assert (found, len(called)) == (3.0, 9)  # they disagree: 4 · 2 turns
+
+
+@pytest.mark.skipif(not cpu.available, reason="measures native kernels")
+@pytest.mark.parametrize("new", [1, 16])
+def test_attention_is_measured_over_pages_that_were_written(monkeypatch: pytest.MonkeyPatch, new: int) -> None:
+    """All pages that nobody wrote to are one page of zeros, which no measurement of memory may read."""
+    seen = []
+    monkeypatch.setattr(calibrate.kernels, "paged_attention", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(calibrate, "CHUNK", 16)
+    calibrate._attention_s("fp8", SMALL_ATTENTION[0], new, calibrate._Turns(time.perf_counter, most=20))
+    assert all(float(each.float().min()) == 1.0 for arguments in seen for each in arguments[1:3])
+    blocks = [frozenset(arguments[3].flatten().tolist()) for arguments in seen]
+    copies = min(64, 1 + 2 * (1 << 20) // (64 * 2 * 2 * 64)) if new == 1 else 1
+    assert len(set(blocks)) == min(copies, len(blocks))
+    assert all(one == other or not one & other for one in blocks for other in blocks)
 
 
 def test_floats_meet_fp32_whatever_is_asked() -> None:
-    rates = KernelRates("x", {"bf16 fp32": RATE}, {}, {}, 1.0, 1.0)
+    rates = KernelRates("x", {"bf16 fp32": RATE}, {}, {}, {}, 1.0)
     assert rates.product("bf16", "int8") is RATE
     assert rates.product("Q4_0", "int8") is None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from glmlocal.formats.ggml_blocks import DENSE_DTYPES, QUANTIZED_DTYPES, block_layout
 from glmlocal.formats.llama_cpp_types import FILE_TYPES, tensor_type
+from glmlocal.formats.schemes import DENSE_DTYPES, QUANTIZED_DTYPES, block_layout
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from glmlocal.errors import ConfigError
 from glmlocal.machine import cpu, measurements
 from glmlocal.machine.disk import DiskRates
-from glmlocal.machine.kernel_rates import KernelRates, ProductRate
+from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate
 from glmlocal.machine.measurements import Measurements
 from glmlocal.paths import measurements_file
 from machines import machine
@@ -35,9 +35,9 @@ MEASURED = Measurements(
     kernels=KernelRates(
         "b" * 16,
         {"Q4_0 int8": ProductRate((1, 8, 512), (16e9, 6e9, 0.1e9)), "bf16 fp32": ProductRate((1,), (5e9,))},
-        {"bf16": 47e9},
-        {"bf16": 62e9},
-        50e-6,
+        {"bf16": AttentionCost(1e-11, 1 / 47e9)},
+        {"bf16": AttentionCost(0.0, 1 / 62e9)},
+        {"int8": 50e-6, "fp32": 60e-6},
         1e-3,
     ),
 )
@@ -118,6 +118,9 @@ WRONG: list[tuple[tuple[str, ...], Any]] = [
     (("kernels", "products", "Q4_0 int8"), {"1": 1.0, "one": 1.0}),
     (("kernels", "products", "Q4_0 int8"), {"1": 1.0, str(1 << 40): 1.0}),
     (("kernels", "attention_decode", "bf16"), -1.0),
+    (("kernels", "attention_decode", "bf16", "number_s"), -1.0),
+    (("kernels", "attention_prefill", "bf16", "operation_s"), 0),
+    (("kernels", "layer_s", "fp32"), 0.0),
     (("kernels", "attention_prefill"), None),
     (("kernels", "layer_s"), 0),
     (("kernels", "token_s"), "slow"),

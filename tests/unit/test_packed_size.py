@@ -8,9 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from glmlocal.formats.ggml_blocks import QUANTIZED_DTYPES, scheme_of
 from glmlocal.formats.packed_size import packed_bytes, scale_type
-from glmlocal.formats.quantize import INT4, INT8
+from glmlocal.formats.schemes import INT4, INT8, QUANTIZED_DTYPES, scheme_of
 from glmlocal.kernels import cpu
 from quantized import DENSE, SCHEMES, random_matrix
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from glmlocal.machine.kernel_rates import KernelRates, ProductRate
+from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate
 from glmlocal.planner.efficiency import DEFAULT, Efficiency, Speeds
 from glmlocal.planner.forecast import ACCEPTANCE, forecast
 from glmlocal.planner.hits import hit_rate
@@ -254,7 +254,8 @@ def rates_of(scheme: str = "Q4_0") -> KernelRates:
     """One row: 10⁹ weights/s of the scheme, 0.5 of bf16 and f32; many: 0.1 and 0.05 of 10⁹ at 100 rows."""
     fast, slow = ProductRate((1, 100), (1e9, 0.1e9)), ProductRate((1, 100), (0.5e9, 0.05e9))
     products = {f"{scheme} int8": fast, "bf16 fp32": slow, "f32 fp32": slow}
-    return KernelRates("x", products, {"bf16": 2e9}, {"bf16": 8e9}, 1e-3, 20e-3)
+    decode, prefill = AttentionCost(0.25e-9, 0.5e-9), AttentionCost(0.5e-9, 0.125e-9)
+    return KernelRates("x", products, {"bf16": decode}, {"bf16": prefill}, {"int8": 1e-3, "fp32": 2e-3}, 20e-3)
 
 
 def measured_machine(**changes: object):
@@ -271,13 +272,22 @@ def test_decode_is_what_was_measured_of_our_kernels():
     integer += 45 * 8 * model.layers[1].expert.params
     floats = sum(sum(p.params for p in layer.parts if not p.is_integer) for layer in model.layers)
     floats += sum(part.params for part in model.top[1:])
-    attention = 46 * 4 * 96 * 128 * 8193 / 2e9
+    attention = 46 * 8193 * (4 * 96 * 128 * 0.5e-9 + 2 * 8 * 128 * 0.25e-9)
     wanted = integer / 1e9 + floats / 0.5e9 + attention + 46 * 1e-3 + 20e-3
     rates = found.forecast.decode_tokens_per_s
     assert 1 / rates[8192].value == pytest.approx(wanted, rel=1e-3)
     assert rates[8192].basis == "measured"
     faster = replace(hardware, cpu=replace(hardware.cpu, fp32_gflop_per_s=9e9, int8_gop_per_s=9e9))
     assert plan(model, faster, Wants(kv_dtype="bf16")).forecast.decode_tokens_per_s == rates
+
+
+def test_a_layer_costs_what_it_does_with_the_activations_that_are_used():
+    model, hardware = air(**Q4), measured_machine()
+    costly = measured_machine(layer_s={"int8": 1e-3, "fp32": 3e-3})
+    for activations, more in (("int8", 0.0), ("fp32", 46 * 1e-3)):
+        wants = Wants(activations=activations)
+        times = [1 / plan(model, each, wants).forecast.decode_tokens_per_s[0].value for each in (hardware, costly)]
+        assert times[1] - times[0] == pytest.approx(more, abs=1e-9)
 
 
 def test_prefill_interpolates_by_the_rows_that_each_expert_gets():
@@ -290,7 +300,7 @@ def test_prefill_interpolates_by_the_rows_that_each_expert_gets():
     fixed = sum(sum(p.params for p in layer.parts if p.is_integer) for layer in model.layers) / (0.1e9 * 100 / tokens)
     floats = sum(sum(p.params for p in layer.parts if not p.is_integer) for layer in model.layers)
     floats = floats / (0.05e9 * 100 / tokens)
-    attention = 46 * 4 * 96 * 128 * tokens * (tokens + 1) / 2 / 8e9
+    attention = 46 * (4 * 96 * 128 * 0.125e-9 + 2 * 8 * 128 * 0.5e-9) * tokens * (tokens + 1) / 2
     around = sum(part.params for part in model.top[1:]) / 0.5e9 + 46 * 1e-3 + 20e-3
     wanted = experts + fixed + floats + attention + around
     assert tokens / found.forecast.prefill_tokens_per_s.value == pytest.approx(wanted, rel=1e-3)
@@ -307,7 +317,7 @@ def test_schemes_and_dtypes_that_were_not_measured_are_modelled():
 
 def test_an_expert_of_two_schemes_takes_the_time_of_its_three_matrices():
     rates = KernelRates(
-        "x", {"Q4_K int8": ProductRate((1,), (3e9,)), "Q6_K int8": ProductRate((1,), (1e9,))}, {}, {}, 1e-6, 1e-6
+        "x", {"Q4_K int8": ProductRate((1,), (3e9,)), "Q6_K int8": ProductRate((1,), (1e9,))}, {}, {}, {}, 1e-6
     )
     hardware = replace(machine(), cpu=replace(machine().cpu, kernels=rates))
     seconds = Speeds(hardware, DEFAULT, 1).product("Q4_K + Q6_K", 1.0, 3e9, 1, is_integer=True)

@@ -258,7 +258,7 @@ def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     monkeypatch.setattr(probe.cgroups, "cpu_limit", lambda root: float("inf"))
     monkeypatch.setattr(probe.cpu_probe, "probe", _facts)
     monkeypatch.setattr(probe.gpu_probe, "probe", tuple)
-    monkeypatch.setattr(probe.doctor, "load_measurements", lambda: (None, "nothing was measured"))
+    monkeypatch.setattr(probe.measurements, "load_own", lambda: (None, "nothing was measured"))
     return monkeypatch
 
 
@@ -291,7 +291,7 @@ def test_a_limit_of_cpu_time_limits_the_threads(own: pytest.MonkeyPatch) -> None
 
 
 def test_measurements_replace_the_model(own: pytest.MonkeyPatch) -> None:
-    own.setattr(probe.doctor, "load_measurements", lambda: (_measured(), ""))
+    own.setattr(probe.measurements, "load_own", lambda: (_measured(), ""))
     machine = probe.machine()
     assert (machine.cpu.threads, machine.cpu.fp32_gflop_per_s, machine.cpu.int8_gop_per_s) == (6, 300.0, 900.0)
     assert machine.ram.read_gb_per_s == 70.5
@@ -303,7 +303,7 @@ def test_measurements_replace_the_model(own: pytest.MonkeyPatch) -> None:
 
 def test_a_disk_that_is_memory_is_no_disk_and_a_busy_machine_is_noted(own: pytest.MonkeyPatch) -> None:
     disk = DiskRates("/dev/shm", "tmpfs", False, GIB, {1: 9.0})
-    own.setattr(probe.doctor, "load_measurements", lambda: (_measured(disk=disk, busy=True), ""))
+    own.setattr(probe.measurements, "load_own", lambda: (_measured(disk=disk, busy=True), ""))
     machine = probe.machine()
     assert machine.nvme is None
     assert any("too low" in note for note in machine.notes)
@@ -382,8 +382,8 @@ def test_probing_needs_no_torch() -> None:
 
 
 def test_rates_of_kernels_are_taken_unless_others_run_and_a_new_build_is_said(own: pytest.MonkeyPatch) -> None:
-    rates = KernelRates("b" * 16, {"bf16 fp32": ProductRate((1,), (1e9,))}, {}, {}, 1e-5, 1e-3)
-    own.setattr(probe.doctor, "load_measurements", lambda: (_measured(kernels=rates), ""))
+    rates = KernelRates("b" * 16, {"bf16 fp32": ProductRate((1,), (1e9,))}, {}, {}, {"int8": 1e-5, "fp32": 1e-5}, 1e-3)
+    own.setattr(probe.measurements, "load_own", lambda: (_measured(kernels=rates), ""))
     own.setattr(probe, "build_id", lambda: "b" * 16)
     own.delenv("GLMLOCAL_CPU_ISA", raising=False)
     machine = probe.machine()

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
-from glmlocal.formats.quantize import INT4, INT8, quantize
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.quantize import quantize
+from glmlocal.formats.schemes import INT4, INT8, QuantScheme
 
 SCHEMES = [INT4, INT8]
 Floats = NDArray[np.float32]

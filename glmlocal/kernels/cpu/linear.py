@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glmlocal.formats.quant import Activations, QuantizedMatrix
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.schemes import Activations
 from glmlocal.kernels.cpu import _cpu
 from glmlocal.kernels.cpu.packing import PackedWeight, pack
 from glmlocal.kernels.reference import MatrixRows

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glmlocal.formats.expert_pack_layout import ExpertLayout, MatrixLayout
-from glmlocal.formats.quant import Activations, QuantizedMatrix, QuantScheme, has_nan
+from glmlocal.formats.quant import QuantizedMatrix, has_nan
+from glmlocal.formats.schemes import Activations, QuantScheme
 from glmlocal.kernels.cpu import _cpu
 from glmlocal.kernels.reference import MatrixRows, takes_int8
 

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glmlocal.formats import quantize as plain
-from glmlocal.formats.quant import QuantizedMatrix, QuantScheme
+from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.schemes import QuantScheme
 from glmlocal.kernels.cpu import _cpu
 
 

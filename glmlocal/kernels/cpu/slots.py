@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glmlocal.formats.expert_pack_layout import ExpertLayout
-from glmlocal.formats.quant import Activations
+from glmlocal.formats.schemes import Activations
 from glmlocal.kernels.cpu import _cpu
 from glmlocal.kernels.cpu.linear import check_rows, check_tensor
 from glmlocal.kernels.cpu.packing import PackedWeight, bind_record, record_buffer, table_of

@@ -1,0 +1,87 @@
+"""Schemes: how weights can be stored, without the weights. Pure values, no numpy, so that planning loads none.
+
+A scheme factors into bits × group size × scale codec × offset codec, so that GGUF's legacy and K types, FP8, GPTQ, AWQ,
+compressed-tensors' integers and MLX all become the same few arrays for one family of kernels; ``quant`` has the arrays
+and the formula. Block sizes of GGUF's types: ggml-common.h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+WHOLE_ROW = 1 << 24  # as a group size: one scale per row, since no row is longer
+
+Activations = Literal["int8", "fp32"]  # what weights of integer codes are multiplied with
+
+
+@dataclass(frozen=True, slots=True)
+class QuantScheme:
+    """How codes become weights; everything but the arrays."""
+
+    name: str  # as the source calls it, e.g. "Q4_K"; shown to people, never switched on
+    bits: int  # 2, 3, 4, 5, 6 or 8: codes are 0 … 2**bits - 1
+    group_size: int  # input columns per scale
+    super_size: int  # input columns per super scale; equal to group_size when scale_codec is "plain"
+    scale_codec: Literal["plain", "two_level"] = "plain"
+    offset_codec: Literal["symmetric", "min", "two_level_min", "zero_point"] = "symmetric"
+    zero_point: int = 0  # of all groups; one per group is an offset codec
+    codebook: tuple[int, ...] | None = None
+    code_type: Literal["integer", "e4m3"] = "integer"
+
+
+FP8_CHANNEL = QuantScheme("fp8_channel", 8, WHOLE_ROW, WHOLE_ROW, code_type="e4m3")
+FP8_BLOCK128 = QuantScheme("fp8_block128", 8, 128, 128, code_type="e4m3")  # rows of a block repeat its scale
+
+# What ``quantize`` makes.
+INT4 = QuantScheme("int4", 4, 32, 32, zero_point=8)
+INT8 = QuantScheme("int8", 8, 32, 32, zero_point=128)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A quantized type of GGUF: a fixed number of weights, what one super scale covers, in a fixed number of bytes."""
+
+    nbytes: int
+    scheme: QuantScheme
+
+    @property
+    def weights(self) -> int:
+        return self.scheme.super_size
+
+
+def _k_scheme(name: str, bits: int, group: int, zero_point: int | None = None) -> QuantScheme:
+    if zero_point is None:
+        return QuantScheme(name, bits, group, 256, "two_level", "two_level_min")
+    return QuantScheme(name, bits, group, 256, "two_level", zero_point=zero_point)
+
+
+# fmt: off
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# fmt: on
+GGML_BLOCKS = {
+    "Q8_0": Block(34, QuantScheme("Q8_0", 8, 32, 32, zero_point=128)),
+    "Q4_0": Block(18, QuantScheme("Q4_0", 4, 32, 32, zero_point=8)),
+    "Q4_1": Block(20, QuantScheme("Q4_1", 4, 32, 32, offset_codec="min")),
+    "Q5_0": Block(22, QuantScheme("Q5_0", 5, 32, 32, zero_point=16)),
+    "Q5_1": Block(24, QuantScheme("Q5_1", 5, 32, 32, offset_codec="min")),
+    "Q2_K": Block(84, _k_scheme("Q2_K", 2, 16)),
+    "Q3_K": Block(110, _k_scheme("Q3_K", 3, 16, zero_point=4)),
+    "Q4_K": Block(144, _k_scheme("Q4_K", 4, 32)),
+    "Q5_K": Block(176, _k_scheme("Q5_K", 5, 32)),
+    "Q6_K": Block(210, _k_scheme("Q6_K", 6, 16, zero_point=32)),
+    "IQ4_NL": Block(18, QuantScheme("IQ4_NL", 4, 32, 32, codebook=_IQ4_VALUES)),
+    "IQ4_XS": Block(136, QuantScheme("IQ4_XS", 4, 32, 256, "two_level", codebook=_IQ4_VALUES)),
+}
+QUANTIZED_DTYPES = frozenset(GGML_BLOCKS)
+DENSE_DTYPES = frozenset(("F32", "F16", "BF16"))
+
+
+def scheme_of(dtype: str) -> QuantScheme:
+    """What ``ggml_blocks.unpack`` makes of a quantized type."""
+    return GGML_BLOCKS[dtype].scheme
+
+
+def block_layout(dtype: str) -> tuple[int, int]:
+    """Weights and bytes of one block of a quantized type."""
+    return GGML_BLOCKS[dtype].weights, GGML_BLOCKS[dtype].nbytes
