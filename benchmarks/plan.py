@@ -41,7 +41,7 @@ class Engine:
         self.clock = time.process_time if cpu_time else time.perf_counter
         self.llm = LLM(model, context=context, threads=threads, max_batch=1, **options)
         self.prompt = prompts(plain_ids(self.llm))
-        self.process = psutil.Process()
+
         self.run(min(64, context - DECODE_TOKENS - 2))  # pages, scratch memory and threads are there
 
     def run(self, prompt_tokens: int, tokens: int = DECODE_TOKENS) -> dict[str, float]:
@@ -57,8 +57,11 @@ class Engine:
         return {"prefill": prompt_tokens / (first - start), "decode": (found - 1) / max(self.clock() - first, 1e-9)}
 
     def memory(self) -> dict[str, int]:
-        """What this process alone holds: pages of the mapped checkpoint are not its own."""
-        return {"process_bytes": int(self.process.memory_full_info().uss)}
+        """What this process has written: pages of the mapped checkpoint that were read are the page cache's."""
+        rollup = Path("/proc/self/smaps_rollup").read_text()
+        return {
+            "process_bytes": next(int(line.split()[1]) << 10 for line in rollup.splitlines() if "Private_Dirty" in line)
+        }
 
     def plan(self) -> dict[str, Any]:
         from glmlocal.engine.loader import allocations
