@@ -90,8 +90,8 @@ GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_t
     if (b + blocks_ahead == blocks) ahead = next;
     acc.rewind(memory);
     for (int tile = first_tile; tile < first_tile + groups * tiles; tile += tiles) {
-      // Where fp32 sums are in memory, that is Zen 3 and older: the next panel from four places at once, into L2. It is read
-      // 1.05 times as fast as what comes next here.
+      // Where fp32 sums are in memory (AVX2 without VNNI) the next panel is fetched from four places at once, into L2: on Zen 3
+      // 1.05 times as fast as fetching what comes next here.
       const std::byte* later = next + (ptrdiff_t(tile) * blocks + b) * block_bytes;
       unroll<tiles * Codec::lines>([&](auto line) {
         if constexpr (kDotSumsInMemory) __builtin_prefetch(later + line.v * 64, 0, 2);
