@@ -78,9 +78,12 @@ class _StepEngine:
 
 
 class LlamaCpp(_StepEngine):
-    """llama.cpp through the C functions of llama-cpp-python: its defaults, and logits of the last token only."""
+    """llama.cpp through the C functions of llama-cpp-python: its defaults, and logits of the last token only.
 
-    def __init__(self, model: str, threads: int, context: int) -> None:
+    ``only_mapped``: weights stay in the mapped file; by default it copies them into another order, into memory.
+    """
+
+    def __init__(self, model: str, threads: int, context: int, only_mapped: bool = False) -> None:
         import numpy as np
 
         llama_cpp = import_module("llama_cpp")
@@ -88,6 +91,7 @@ class LlamaCpp(_StepEngine):
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
+        params.use_extra_bufts = not only_mapped
         self._model = llama_cpp.llama_model_load_from_file(model.encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {model}")
