@@ -272,6 +272,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = open_checkpoint(args.pack)
     result = measure(checkpoint, args)
     print(f"pack {result['pack_bytes'] / GIB:.2f} GiB in {format_bytes(result['ram_bytes'])} of RAM")
+    for name in () if args.simulate else TRACES:
+        found = result[name]
+        print(
+            f"{name:12} {found['decode_tokens_per_s']:.2f} tok/s, {found['read_bytes_per_token'] / 1e6:.0f} MB read "
+            f"per token at {statistics.mean(found['disk_gb_per_s']):.1f} GB/s: "
+            f"{found['of_bound']:.2f} of max(compute, read), {found['of_serial']:.2f} of one after the other"
+        )
     print(json.dumps(result))
 
 

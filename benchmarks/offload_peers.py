@@ -23,6 +23,7 @@ from statistics import median
 
 from _common import Summary, Worker, WorkerError, interleave, paired_ratios
 
+from glmlocal.errors import ConfigError
 from glmlocal.units import parse_size
 
 ENGINES = Path(__file__).with_name("engines.py")
@@ -32,13 +33,22 @@ CONTEXT = 64
 
 @contextmanager
 def memory_group(name: str, limit_bytes: int) -> Iterator[Path]:
-    """The file that processes are named in. Raises OSError where groups cannot be made."""
+    """The file that processes are named in. Raises ConfigError where groups cannot be made."""
     root = Path("/sys/fs/cgroup")
     is_v1 = (root / "memory").is_dir()
     group = (root / "memory" if is_v1 else root) / f"glmlocal-{name}-{os.getpid()}"
-    group.mkdir()
+    limit = group / ("memory.limit_in_bytes" if is_v1 else "memory.max")
     try:
-        limit = group / ("memory.limit_in_bytes" if is_v1 else "memory.max")
+        group.mkdir()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make a memory control group ({error}); run this as root, outside containers"
+        ) from None
+    try:
+        if not limit.exists():
+            raise ConfigError(
+                f"{root} does not control memory: there is no {limit}; enable it in cgroup.subtree_control"
+            )
         limit.write_text(str(limit_bytes))
         yield group / "cgroup.procs"
     finally:
@@ -67,13 +77,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pack")
     parser.add_argument("gguf")
-    parser.add_argument("--memory", type=parse_size, required=True)
+    parser.add_argument("--memory", required=True, help="of each engine, for example 3GiB")
     parser.add_argument("--llama-python", required=True)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    rng = random.Random(0)
+    memory_bytes, rng = parse_size(args.memory, "--memory"), random.Random(0)
     with ExitStack() as stack:
         workers = {}
         for name, python, model in (
@@ -81,7 +91,7 @@ def main() -> None:
             ("llama.cpp", args.llama_python, args.gguf),
         ):
             drop_pages(Path(model))
-            procs = stack.enter_context(memory_group(name, args.memory))
+            procs = stack.enter_context(memory_group(name, memory_bytes))
             command = ["sh", "-c", ENTER, str(procs), python, str(ENGINES), name]
             workers[name] = stack.enter_context(Worker(name, command))
             mapped = {"only_mapped": True} if name == "llama.cpp" else {}
@@ -100,7 +110,7 @@ def main() -> None:
     print(f"glmlocal/llama.cpp {ratio.median:.2f}× ({ratio.low:.2f}–{ratio.high:.2f})")
     print(
         json.dumps(
-            {"benchmark": "offload_peers", "memory_bytes": args.memory, "tokens_per_s": runs, "ratio": ratio.rounded()}
+            {"benchmark": "offload_peers", "memory_bytes": memory_bytes, "tokens_per_s": runs, "ratio": ratio.rounded()}
         )
     )
 
@@ -108,5 +118,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, WorkerError) as error:
+    except (ConfigError, OSError, WorkerError) as error:
         sys.exit(str(error))

@@ -33,7 +33,6 @@ class Engine:
     """In the worker: one loaded model."""
 
     def __init__(self, model: str, context: int, threads: int | None, cpu_time: bool, options: dict[str, Any]) -> None:
-
         from glmlocal.bench import plain_ids, prompts
         from glmlocal.llm import LLM
 

@@ -84,13 +84,11 @@ class LLM:
         self.model_name = str(model)
         self._checkpoint = checkpoint = open_checkpoint(resolve(model, progress=progress), nvme_dir)
         self.config = ModelConfig.from_hf(checkpoint.config)
-        text = load_model_text(
+        #: Tokenizer, template, sampling defaults and stop tokens of the checkpoint.
+        self.text = load_model_text(
             checkpoint.directory, checkpoint.config, checkpoint.gguf_metadata, self.config.vocab_size
         )
-        #: Tokenizer, template, sampling defaults and stop tokens of the checkpoint.
-        self.text = text
-        self._tokenizer, self.chat_template = text.tokenizer, text.chat_template
-        self._defaults, self._eos_token_ids = text.defaults, text.eos_token_ids
+        self.chat_template = self.text.chat_template
         if plan is None:
             wants = Wants(
                 context=context,
@@ -109,8 +107,8 @@ class LLM:
         with byte_bar("loading", num_bytes, show=progress) as bar:
             report = bar if on_bytes is None else partial(_report, on_bytes, num_bytes)
             self._engine = load_engine(checkpoint, plan, report)
-        if self._tokenizer is not None:
-            self._engine.grammars = GrammarCompiler(self._tokenizer, self.config.vocab_size, self._eos_token_ids)
+        if self.has_tokenizer:
+            self._engine.grammars = GrammarCompiler(self.tokenizer, self.config.vocab_size, self.text.eos_token_ids)
         #: What of the caller's wishes did not apply, in a line for people; None when all did.
         self.note = None if plan.resolved.quant == "keep" else quantized_already(checkpoint.tensors)
         self._lock = threading.Lock()  # guards the engine and the queues
@@ -121,16 +119,16 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError where the checkpoint has none: then only token ids go in and out."""
-        if self._tokenizer is None:
+        if self.text.tokenizer is None:
             raise CheckpointError(
                 f"{self.model_name} has no tokenizer (tokenizer.json, or GGUF metadata); "
                 "copy the one it was released with beside it, or pass token ids"
             )
-        return self._tokenizer
+        return self.text.tokenizer
 
     @property
     def has_tokenizer(self) -> bool:
-        return self._tokenizer is not None
+        return self.text.tokenizer is not None
 
     @property
     def context(self) -> int:
@@ -161,7 +159,7 @@ class LLM:
     def default_sampling(self, **overrides: Any) -> SamplingParams:
         """The model's generation_config under the caller's values; None means "not given"."""
         given = {name: value for name, value in overrides.items() if value is not None}
-        return SamplingParams.from_dict({**self._defaults.sampling(), **given})
+        return SamplingParams.from_dict({**self.text.defaults.sampling(), **given})
 
     @overload
     def chat(
@@ -244,7 +242,7 @@ class LLM:
         with self._lock:
             request_id = f"request-{self._num_requests}"
             self._num_requests += 1
-            request = Request(request_id, tuple(token_ids), params, self._eos_token_ids)
+            request = Request(request_id, tuple(token_ids), params, self.text.eos_token_ids)
             self._engine.check(request)  # a bad request is refused by the call, not by the first next()
         constraint = self._engine.constraint_for(request)
         deltas = self._stream(request, constraint, parser)
@@ -259,7 +257,7 @@ class LLM:
     ) -> Iterator[CompletionDelta]:
         """Runs the request from the first ``next()`` until it ends or the iterator is closed."""
         request_id = request.request_id
-        builder = CompletionBuilder(self._tokenizer, request.params, parser, self.load_s)
+        builder = CompletionBuilder(self.text.tokenizer, request.params, parser, self.load_s)
         with self._lock:
             self._engine.add(request, constraint)
             self._queues[request_id] = deque()
