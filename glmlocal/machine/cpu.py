@@ -17,7 +17,7 @@ ISA_FLAGS: dict[str, frozenset[str]] = {
     "avx2": frozenset({"avx2", "fma", "f16c"}),
     "avx_vnni": frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
     "avx512": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}),
-    "amx": frozenset({"amx_tile", "amx_int8"}),
+    "amx": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "amx_tile", "amx_int8"}),
     "neon": frozenset({"asimd"}),
 }
 

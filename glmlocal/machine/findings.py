@@ -13,7 +13,7 @@ Level = Literal["ok", "warn", "fix"]
 BUSY_CPUS = 0.3  # of one CPU, while nothing of ours runs
 BUSY_DIFFERENCE = 0.15  # between two measurements of the same peak
 SLOW_DISK_GB_PER_S = 0.5
-_X86 = ("avx2", "avx_vnni", "avx512")  # instruction sets that a build for x86-64 can have
+_X86 = ("avx2", "avx_vnni", "avx512", "amx")  # instruction sets that a build for x86-64 can have
 _SPEED = {"generic": 0, **{name: rank for rank, name in enumerate(ISA_FLAGS, 1)}}
 
 

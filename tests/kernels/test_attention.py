@@ -179,7 +179,7 @@ def test_matches_float64(isa: str, shape: Shape, order: str, dtype: torch.dtype)
 
 def test_narrow_caches_are_multiplied_in_pairs_where_the_cpu_can(isa: str) -> None:
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    assert _cpu.attention_in_pairs() == (isa.startswith("avx512") and "avx512_bf16" in flags)
+    assert _cpu.attention_in_pairs() == (isa in ("avx512", "amx") and "avx512_bf16" in flags)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

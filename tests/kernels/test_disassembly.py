@@ -33,6 +33,9 @@ HOT = [
     ("avx512", "multiply_few_rows<glmlocal::avx512::Quads4, glmlocal::avx512::PlainScales, 4>", 64),
     ("avx512", "multiply_few_rows<glmlocal::avx512::Quads6, glmlocal::avx512::GroupScales, 1>", 32),
     ("avx512", "multiply_few_rows<glmlocal::avx512::Quads4, glmlocal::avx512::GroupScales, 1>", 32),
+    ("amx", "multiply_amx<16, false, false, false>", 16),
+    ("amx", "multiply_amx<12, true, true, false>", 24),
+    ("amx", "multiply_amx<16, false, false, true>", 16),
     ("avx512", "multiply_tile<6, 4>", 24),
     ("avx512", "multiply_few_rows<glmlocal::avx512::Bf16Codec, 1>", 64),
 ]

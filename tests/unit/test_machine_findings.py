@@ -82,6 +82,10 @@ def test_a_machine_that_is_well_has_one_ok_per_subject() -> None:
             {"kernels__isa": "avx2", "kernels__available": ["generic", "avx2"], "kernels__missing": ["avx512"]},
             ("warn", "kernels"), "this CPU has avx512, this build of glmlocal does not",
         ),
+        (
+            {"kernels__missing": ["amx"]},
+            ("warn", "kernels"), "this CPU has amx, this build of glmlocal does not",
+        ),
         ({"cpu__limit": 2.5, "cpu__threads": 2}, ("fix", "cores"), "2.5 CPUs' worth of time on 8 cores: 2 threads"),
         ({"cpu__allowed_cores": 4}, ("warn", "cores"), "only 4 of 8 cores"),
         ({"cpu__busy_cpus": 1.5}, ("warn", "load"), "1.5 CPUs"),
@@ -120,7 +124,7 @@ def test_what_is_wrong_is_found_with_advice(changes: dict[str, Any], expected: t
     [
         {"kernels__forced": "avx512"},  # what would have been chosen
         {"kernels__missing": ["avx_vnni"]},  # slower than what runs
-        {"kernels__missing": ["amx"]},  # no build has it
+        {"kernels__missing": ["neon"]},  # no build has it
         {"cpu__limit": 8.0},
         {"cpu__limit": 16.0},
         {"cpu__busy_cpus": 0.2},

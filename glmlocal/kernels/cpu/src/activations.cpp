@@ -48,4 +48,23 @@ Activations prepare_activations(const float* x, int64_t num_rows, int64_t in, bo
   return result;
 }
 
+const Int8Group* gather_groups(Scratch slot, std::span<const Int8Block* const> rows, int64_t blocks) {
+  const int64_t num_groups = int64_t(rows.size()) / kGroupRows;
+  auto* groups = reinterpret_cast<Int8Group*>(scratch(slot, size_t(num_groups * blocks) * sizeof(Int8Group) / sizeof(float)));
+  parallel_for(int(num_groups), kNsPerFloat * double(rows.size()) * double(blocks) * kBlockColumns, [&](int index) {
+    Int8Group* group = groups + index * blocks;
+    for (int m = 0; m < kGroupRows; ++m) {
+      const Int8Block* row = rows[size_t(index) * kGroupRows + size_t(m)];
+      for (int64_t b = 0; b < blocks; ++b) {
+        const Int8Block& block = row[b];
+        std::memcpy(group[b].codes[m], block.codes, kBlockColumns);
+        group[b].scales[m] = block.scale;
+        group[b].sums[m] = block.scale * float(block.sum);
+        for (int half = 0; half < 2; ++half) group[b].half_sums[half][m] = block.scale * float(block.half_sums[half]);
+      }
+    }
+  });
+  return groups;
+}
+
 }  // namespace glmlocal

@@ -24,11 +24,36 @@ struct Routing {
   std::vector<int64_t> first;  // [num_experts + 1] index into pairs
 };
 
-// One panel of gate and up for some of one expert's pairs.
+// One panel of gate and up for some of one expert's pairs, which begin with a group of rows.
 struct HiddenTask {
   int expert, panel;
   int64_t first_pair;
   int num_pairs;
+  int64_t first_group;
+};
+
+int64_t num_groups(int64_t rows) { return rows <= kFewRows ? 0 : (rows + kGroupRows - 1) / kGroupRows; }
+
+// The pairs of experts that have more than a few, in groups of rows; each expert's begin with a new one. Nothing where the
+// kernels take none.
+class PairGroups {
+ public:
+  template <class RowOf>
+  PairGroups(Scratch slot, const Routing& routing, int64_t blocks, bool int8, RowOf&& row_of) : blocks_(blocks) {
+    if (!int8 || !kernels().takes_groups) return;
+    std::vector<const Int8Block*> rows;
+    for (size_t e = 0; e + 1 < routing.first.size(); ++e) {
+      const int64_t count = routing.first[e + 1] - routing.first[e];
+      if (count > kFewRows) append_run(rows, count, [&](int64_t i) { return row_of(routing.first[e] + i); });
+    }
+    if (!rows.empty()) groups_ = gather_groups(slot, rows, blocks);
+  }
+  // From this group on, for so many rows; null where they are not in groups.
+  const Int8Group* at(int64_t group, int64_t rows) const { return groups_ == nullptr || rows <= kFewRows ? nullptr : groups_ + group * blocks_; }
+
+ private:
+  const Int8Group* groups_ = nullptr;
+  int64_t blocks_;
 };
 
 int64_t find_bad_id(const int32_t* ids, int64_t count, int num_experts) {
@@ -67,6 +92,7 @@ void list_hidden_tasks(std::vector<HiddenTask>& tasks, const ExpertMatrices& exp
   tasks.clear();
   int active = 0;
   for (int e = 0; e < experts.num_experts; ++e) active += routing.first[e + 1] > routing.first[e];
+  int64_t first_group = 0;
   for (int e = 0; e < experts.num_experts; ++e) {
     const int64_t begin = routing.first[e], end = routing.first[e + 1];
     if (begin == end) continue;
@@ -74,9 +100,10 @@ void list_hidden_tasks(std::vector<HiddenTask>& tasks, const ExpertMatrices& exp
     const int chunk = chunk_rows(end - begin, int64_t(panels) * active);
     for (int64_t at = begin; at < end; at += chunk) {
       for (int panel = 0; panel < panels; ++panel) {
-        tasks.push_back({e, panel, at, int(std::min<int64_t>(chunk, end - at))});
+        tasks.push_back({e, panel, at, int(std::min<int64_t>(chunk, end - at)), first_group + (at - begin) / kGroupRows});
       }
     }
+    first_group += num_groups(end - begin);
   }
 }
 
@@ -108,6 +135,9 @@ class Hidden {
   }
 
   const Activations& rows() const { return rows_; }
+  PairGroups groups(const Routing& routing) const {
+    return {Scratch::hidden_groups, routing, rows_.block_stride, blocks_ != nullptr, [&](int64_t pair) { return blocks_ + pair * rows_.block_stride; }};
+  }
 
   // `row` has room for kPanelRows floats, the first `width` of which are the panel's; the last panel also clears what pads
   // the row to whole blocks.
@@ -143,6 +173,8 @@ const std::byte* next_down(const ExpertMatrices& experts, const Routing& routing
 void compute_hidden(const ExpertMatrices& experts, const Routing& routing, const std::vector<HiddenTask>& tasks,
                     const Activations& input, const Hidden& hidden, double cost) {
   const KernelTable& kernel = kernels();
+  const PairGroups groups(Scratch::groups, routing, input.block_stride, input.blocks != nullptr,
+                          [&](int64_t pair) { return input.blocks + routing.pairs[size_t(pair)].token * input.block_stride; });
   parallel_for(int(tasks.size()), cost, [&](int index) {
     const HiddenTask task = tasks[size_t(index)];
     const PackedMatrix &gate = *experts.gate[task.expert], &up = *experts.up[task.expert];
@@ -151,8 +183,8 @@ void compute_hidden(const ExpertMatrices& experts, const Routing& routing, const
     float* gate_tile = scratch(Scratch::tile, size_t(task.num_pairs) * kPanelRows);
     float* up_tile = scratch(Scratch::tile2, size_t(task.num_pairs) * kPanelRows);
     const HiddenTask* following = size_t(index) + 1 < tasks.size() ? &tasks[size_t(index) + 1] : nullptr;
-    panel_product(gate, task.panel, input, task.num_pairs, token_of, gate_tile, kPanelRows, up.panel_codes(task.panel));
-    panel_product(up, task.panel, input, task.num_pairs, token_of, up_tile, kPanelRows,
+    panel_product(gate, task.panel, input, groups.at(task.first_group, task.num_pairs), task.num_pairs, token_of, gate_tile, kPanelRows, up.panel_codes(task.panel));
+    panel_product(up, task.panel, input, groups.at(task.first_group, task.num_pairs), task.num_pairs, token_of, up_tile, kPanelRows,
                   following == nullptr ? nullptr : experts.gate[following->expert]->panel_codes(following->panel));
     for (int i = 0; i < task.num_pairs; ++i) {
       float* row = gate_tile + i * kPanelRows;
@@ -193,17 +225,20 @@ int64_t experts_ffn(const ExpertMatrices& experts, const float* x, int64_t num_t
   }
 
   compute_hidden(experts, routing, tasks, input, hidden, gate_cost);
+  const PairGroups groups = hidden.groups(routing);
 
   parallel_for(any_down.panels(), down_cost, [&](int panel) {
     const int64_t column = int64_t(panel) * kPanelRows;
     const int width = any_down.tiles_in(panel) * kTileRows;
     for (int64_t t = 0; t < num_tokens; ++t) std::fill_n(sums + t * out_stride + column, width, 0.0f);
     float* tile = scratch(Scratch::tile, size_t(kMaxChunkRows) * width);
+    int64_t group = 0;
     for (int e = 0; e < experts.num_experts; ++e) {
       for (int64_t at = routing.first[e]; at < routing.first[e + 1]; at += kMaxChunkRows) {
         const int count = int(std::min<int64_t>(kMaxChunkRows, routing.first[e + 1] - at));
         const std::byte* next = next_down(experts, routing, e, panel);
-        panel_product(*experts.down[e], panel, hidden.rows(), count, [&](int i) { return at + i; }, tile, width, next);
+        panel_product(*experts.down[e], panel, hidden.rows(), groups.at(group, count), count, [&](int i) { return at + i; }, tile, width, next);
+        group += num_groups(count);  // no chunk but an expert's last has few
         for (int i = 0; i < count; ++i) {
           const Pair pair = routing.pairs[size_t(at + i)];
           kernel.add_scaled(sums + pair.token * out_stride + column, tile + i * width, pair.weight, width);
@@ -239,6 +274,7 @@ int64_t experts_rows(const ExpertMatrices& experts, const float* x, int64_t num_
   const Hidden hidden(any_down, num_present, forms_of(experts.down, experts.num_experts));
   double gate_cost = 0, down_cost = 0;
   std::vector<HiddenTask> down_tasks;
+  int64_t first_group = 0;
   for (int e = 0; e < experts.num_experts; ++e) {
     const int64_t count = routing.first[e + 1] - routing.first[e];
     if (count == 0) continue;
@@ -246,17 +282,19 @@ int64_t experts_rows(const ExpertMatrices& experts, const float* x, int64_t num_
     down_cost += product_cost_ns(*experts.down[e], count);
     for (int64_t at = routing.first[e]; at < routing.first[e + 1]; at += kMaxChunkRows) {
       const int chunk = int(std::min<int64_t>(kMaxChunkRows, routing.first[e + 1] - at));
-      for (int panel = 0; panel < any_down.panels(); ++panel) down_tasks.push_back({e, panel, at, chunk});
+      for (int panel = 0; panel < any_down.panels(); ++panel) down_tasks.push_back({e, panel, at, chunk, first_group});
+      first_group += num_groups(chunk);
     }
   }
   compute_hidden(experts, routing, tasks, input, hidden, gate_cost);
+  const PairGroups groups = hidden.groups(routing);
   parallel_for(int(down_tasks.size()), down_cost, [&](int index) {
     const HiddenTask task = down_tasks[size_t(index)];
     const PackedMatrix& down = *experts.down[task.expert];
     const int width = down.tiles_in(task.panel) * kTileRows;
     float* tile = scratch(Scratch::tile, size_t(task.num_pairs) * width);
     const HiddenTask* following = size_t(index) + 1 < down_tasks.size() ? &down_tasks[size_t(index) + 1] : nullptr;
-    panel_product(down, task.panel, hidden.rows(), task.num_pairs, [&](int i) { return task.first_pair + i; }, tile, width,
+    panel_product(down, task.panel, hidden.rows(), groups.at(task.first_group, task.num_pairs), task.num_pairs, [&](int i) { return task.first_pair + i; }, tile, width,
                   following == nullptr ? nullptr : experts.down[following->expert]->panel_codes(following->panel));
     for (int i = 0; i < task.num_pairs; ++i) {
       const int64_t pair = routing.pairs[size_t(task.first_pair + i)].index;

@@ -17,4 +17,13 @@ struct alignas(16) Int8Block {
 };
 static_assert(sizeof(Int8Block) == 48);
 
+// The same block of columns of up to 16 rows, as tile products take it (isa/int8_amx.h). `sums` and `half_sums` are in
+// units of the weights' offsets: scale · Σ codes. Rows that do not exist are copies of the last.
+inline constexpr int kGroupRows = 16;
+struct alignas(64) Int8Group {
+  int8_t codes[kGroupRows][kBlockColumns];
+  float scales[kGroupRows], sums[kGroupRows], half_sums[2][kGroupRows];
+};
+static_assert(sizeof(Int8Group) == 768);
+
 }  // namespace glmlocal

@@ -5,6 +5,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(GLM_HAS_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace glmlocal {
 
@@ -18,6 +22,9 @@ namespace avx2 { extern const KernelTable table; }
 namespace avx_vnni { extern const KernelTable table; }
 #endif
 namespace avx512 { extern const KernelTable table; }
+#if defined(GLM_HAS_AMX)
+namespace amx { extern const KernelTable table; }
+#endif
 #endif
 #endif
 
@@ -27,6 +34,19 @@ namespace {
 bool has_avx_vnni() {  // GCC 12's __builtin_cpu_supports does not know it
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+}
+#endif
+
+#if defined(GLM_HAS_AMX)
+// Whether this CPU multiplies tiles of int8 and Linux lets this process use them, for which it must be asked once
+// (Documentation/arch/x86/xstate.rst). It refuses where a signal stack that is in use is too small for the tiles.
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & (tile | int8)) != (tile | int8)) return false;
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return granted;
 }
 #endif
 
@@ -46,6 +66,9 @@ std::vector<const KernelTable*> supported_tables() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) {
       tables.push_back(&avx512::table);
+#if defined(GLM_HAS_AMX)
+      if (has_amx()) tables.push_back(&amx::table);
+#endif
     }
   }
 #endif

@@ -10,6 +10,7 @@ namespace glmlocal {
 
 struct AttentionTask;
 struct Int8Block;
+struct Int8Group;
 struct PackedMatrix;
 
 struct KernelTable {
@@ -25,8 +26,10 @@ struct KernelTable {
   // isa/int8.cpp: x [32 · blocks] to integers, and the product of such rows, for matrices with int8_activations.
   void (*quantize_row)(const float* x, int blocks, Int8Block* out);
   // `next` is what this thread will read then (codes of another panel) or null: fetching it begins before this one ends.
-  void (*panel_product_int8)(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out,
-                             ptrdiff_t out_stride, const std::byte* next);
+  // `groups` [num_rows / 16, rounded up][blocks] are the same rows, where there are any (takes_groups) and they are many.
+  void (*panel_product_int8)(const PackedMatrix& w, int panel, const Int8Block* const* rows, const Int8Group* groups, int num_rows,
+                             float* out, ptrdiff_t out_stride, const std::byte* next);
+  bool takes_groups;  // of more than kFewRows rows
 
   // isa/elementwise.cpp: n is a multiple of 16.
   void (*silu_mul)(float* gate, const float* up, int n);                     // gate ← silu(gate) · up

@@ -6,22 +6,22 @@
 //   acc ← fma(float(dot) · x_scale, w_scale, acc)
 //   acc ← fma(x_scale · float(Σ x), w_offset, acc)      where the scheme has offsets
 //
-// in the order of the columns, whatever the number of rows and whichever of the two ways below runs: batching, chunking
+// in the order of the columns, whatever the number of rows and whichever of the ways below runs: batching, chunking
 // and threads never change a bit of the result.
 //
 //   few rows    codes are taken apart in registers and used at once; bound by memory bandwidth
 //   many rows   a piece of a panel is taken apart into L1 and multiplied in register tiles; bound by the dot products
+//   … on AMX    the same with tile products (int8_amx.h)
 
-#include "int8_rows.h"
 #include "isa.h"
-#include "isa/int8_codecs.h"
-#include "memory.h"
+#include "isa/int8_piece.h"
+#if defined(__AMX_INT8__)
+#include "isa/int8_amx.h"
+#endif
 
 namespace glmlocal::GLM_ISA {
 namespace {
 
-constexpr int kQuads = kBlockColumns / 4;
-constexpr int kChunkBlocks = 16;  // 64 rows × 512 columns of bytes = 32 KiB, in L1 with the rows they meet
 constexpr ptrdiff_t kPrefetchBytes = 4096;  // two threads: 8 KiB 0.97, 12 KiB 0.93, 16 KiB 0.85 of this; none at all 0.66
 
 GLM_INLINE uint32_t word_of(const Int8Block& block, int quad) {
@@ -29,10 +29,6 @@ GLM_INLINE uint32_t word_of(const Int8Block& block, int quad) {
   __builtin_memcpy(&word, block.codes + quad * 4, 4);
   return word;
 }
-
-// Blocks whose scales are finer than they are end twice, after each half. One function does both, with a branch that
-// always goes the same way: each instantiation costs every build a third of a second.
-GLM_INLINE bool in_halves(const PackedMatrix& w) { return w.format.group_size < kBlockColumns; }
 
 // What a sum starts from, for one block of one row, or half of it: codes mean code - zero_point.
 GLM_INLINE int32_t sum_of(const Int8Block& block, bool halves, int half) { return halves ? block.half_sums[half] : block.sum; }
@@ -77,6 +73,7 @@ GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_t
   const std::byte* lines = w.panel_codes(panel) + first_tile * block_bytes;
   const ptrdiff_t own_bytes = groups * tiles * block_bytes, skipped_bytes = panel_tiles * block_bytes - own_bytes;
   const int blocks_ahead = int((kPrefetchBytes + own_bytes - 1) / own_bytes);
+  const bool past_caches = reads_past_caches();
   const int zero_point = w.int8_zero_point;
   const bool offsets = Scales::may_have_offsets && w.format.has_min;
   const bool halves = Scales::may_have_halves && in_halves(w);
@@ -95,7 +92,8 @@ GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_t
       const std::byte* later = next + (ptrdiff_t(tile) * blocks + b) * block_bytes;
       unroll<tiles * Codec::lines>([&](auto line) {
         if constexpr (kDotSumsInMemory) __builtin_prefetch(later + line.v * 64, 0, 2);
-        else __builtin_prefetch(ahead + line.v * 64, 0, 0);
+        else if (past_caches) __builtin_prefetch(ahead + line.v * 64, 0, 0);
+        else __builtin_prefetch(ahead + line.v * 64, 0, 3);
       });
       typename Sums::Partial sums[count];
       const auto begin = [&](int half) {
@@ -193,53 +191,6 @@ bool multiply_few_rows(const PackedMatrix& w, int panel, const Int8Block* const*
   return multiply_few_rows<Codec, Scales, 1>(w, panel, rows, num_rows, out, out_stride, next);
 }
 
-// A piece of a panel, taken apart: bytes [block][quad][tile][64], scales and offsets [block or half block][tile][16].
-// `sums` has room for the fp32 sums of a register tile.
-struct Piece {
-  std::byte* codes;
-  float *scales, *offsets, *sums;
-  bool has_offsets, halves;
-};
-
-GLM_INLINE Piece piece_scratch(const PackedMatrix& w) {
-  constexpr size_t bytes = size_t(kChunkBlocks) * kBlockColumns * kPanelRows, floats = size_t(kChunkBlocks) * 2 * kPanelRows;
-  float* memory = scratch(Scratch::panel, bytes / sizeof(float) + 2 * floats + kDotRows * kDotTiles * kTileRows);
-  float* scales = memory + bytes / sizeof(float);
-  return {(std::byte*)memory, scales, scales + floats, scales + 2 * floats, w.format.has_min, in_halves(w)};
-}
-
-template <class Codec>
-GLM_FLATTEN void take_apart(const PackedMatrix& w, int panel, int first_block, int blocks, const Piece& piece) {
-  constexpr int block_bytes = Codec::lines * 64;
-  const int tiles = w.tiles_in(panel);
-  const Codec codec(w);
-  const std::byte* lines = w.panel_codes(panel) + int64_t(first_block) * tiles * block_bytes;
-  std::byte* to = piece.codes;
-  for (int b = 0; b < blocks; ++b, to += kQuads * tiles * 64) {
-    for (int t = 0; t < tiles; ++t, lines += block_bytes) {
-      unroll<kQuads>([&](auto q) { store_words(to + (q.v * tiles + t) * 64, codec.template quad<q.v>(lines)); });
-    }
-  }
-}
-
-void widen_scales(const PackedMatrix& w, int panel, int first_block, int blocks, const Piece& piece) {
-  const int tiles = w.tiles_in(panel), columns = kBlockColumns / (piece.halves ? 2 : 1);
-  const GroupScales groups(w, panel, tiles);
-  float *scales = piece.scales, *offsets = piece.offsets;
-  for (int column = first_block * kBlockColumns; column < (first_block + blocks) * kBlockColumns; column += columns) {
-    for (int t = 0; t < tiles; ++t, scales += kTileRows, offsets += kTileRows) {
-      store(scales, groups.load_scale(column, t));
-      if (piece.has_offsets) store(offsets, groups.load_offset(column, t));
-    }
-  }
-}
-
-// What to bring into the cache meanwhile: `lines` per block of columns, one after another.
-struct Ahead {
-  const std::byte* from;
-  int lines;
-};
-
 // num_rows × tiles sums over the blocks of a piece, continuing the chains in `out` unless `fresh`.
 // panel_tiles is the piece's number of tiles; its pointers are at the first of ours.
 template <int bits, int num_rows, int tiles>
@@ -331,15 +282,9 @@ template <int bits>
 void multiply_piece(const PackedMatrix& w, int panel, const Piece& piece, const Int8Block* const* rows, int num_rows, int first, int count,
                     int lines_per_block, float* out, ptrdiff_t out_stride, const std::byte* next) {
   constexpr int most_rows = TileDots<bits>::rows;
-  const int tiles = w.tiles_in(panel), blocks = int(w.layout.blocks);
+  const int tiles = w.tiles_in(panel);
   const int row_tiles = (num_rows + most_rows - 1) / most_rows;  // of nearly equal height
-  // The lines of the next piece, or of what comes after this panel, spread over the work on this one.
-  const int tile_calls = (tiles + kDotTiles - 1) / kDotTiles, steps = row_tiles * tile_calls * count;
-  const int next_count = first + count < blocks ? blocks - first - count : kChunkBlocks;
-  int left = (next_count < kChunkBlocks ? next_count : kChunkBlocks) * tiles * lines_per_block;
-  Ahead ahead{first + count < blocks ? w.panel_codes(panel) + int64_t(first + count) * tiles * lines_per_block * 64 : next,
-              steps == 0 ? 0 : (left + steps - 1) / steps};
-  if (ahead.from == nullptr) ahead.lines = left = 0;
+  Spread spread(w, panel, first + count, lines_per_block, row_tiles * ((tiles + kDotTiles - 1) / kDotTiles) * count, next);
   for (int i = 0; i < row_tiles; ++i) {
     const int m = num_rows * i / row_tiles, row_count = num_rows * (i + 1) / row_tiles - m;
     for (int tile = 0; tile < tiles;) {
@@ -348,12 +293,9 @@ void multiply_piece(const PackedMatrix& w, int panel, const Piece& piece, const 
       ours.codes += tile * 64;
       ours.scales += tile * kTileRows;
       ours.offsets += tile * kTileRows;
-      tile_function<bits, most_rows>(row_count, one_tile)(ours, tiles, w.int8_zero_point, rows + m, first, count, ahead,
+      tile_function<bits, most_rows>(row_count, one_tile)(ours, tiles, w.int8_zero_point, rows + m, first, count, spread.take(count),
                                                           out + m * out_stride + tile * kTileRows, out_stride, first == 0);
       tile += one_tile ? 1 : kDotTiles;
-      ahead.from += count * ahead.lines * 64;
-      left -= count * ahead.lines;
-      if (left <= 0) ahead.lines = 0;
     }
   }
 }
@@ -366,7 +308,7 @@ void multiply_many_rows(const PackedMatrix& w, int panel, const Int8Block* const
   int first = 0;
   do {  // once even without columns, to write the zeros
     const int count = blocks - first < kChunkBlocks ? blocks - first : kChunkBlocks;
-    take_apart<Codec>(w, panel, first, count, piece);
+    take_apart<Codec>(w, panel, first, count, 0, piece);
     widen_scales(w, panel, first, count, piece);
     multiply_piece<kDotKnowsBits ? Codec::bits : 8>(w, panel, piece, rows, num_rows, first, count, Codec::lines, out, out_stride, next);
     first += count;
@@ -374,11 +316,14 @@ void multiply_many_rows(const PackedMatrix& w, int panel, const Int8Block* const
 }
 
 template <class Codec>
-void multiply(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
-              const std::byte* next) {
+void multiply(const PackedMatrix& w, int panel, const Int8Block* const* rows, [[maybe_unused]] const Int8Group* groups, int num_rows,
+              float* out, ptrdiff_t out_stride, const std::byte* next) {
   const bool done = PlainScales::fit(w.format) && !in_halves(w)
                         ? multiply_few_rows<Codec, PlainScales>(w, panel, rows, num_rows, out, out_stride, next)
                         : multiply_few_rows<Codec, GroupScales>(w, panel, rows, num_rows, out, out_stride, next);
+#if defined(__AMX_INT8__)
+  if (!done && groups != nullptr && multiply_groups<Codec>(w, panel, groups, num_rows, out, out_stride, next)) return;
+#endif
   if (!done) multiply_many_rows<Codec>(w, panel, rows, num_rows, out, out_stride, next);
 }
 
@@ -406,17 +351,17 @@ void quantize_row(const float* x, int blocks, Int8Block* out) {
   }
 }
 
-void panel_product_int8(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
-              const std::byte* next) {
+void panel_product_int8(const PackedMatrix& w, int panel, const Int8Block* const* rows, const Int8Group* groups, int num_rows, float* out,
+                        ptrdiff_t out_stride, const std::byte* next) {
   switch (w.format.codes) {
-    case Codes::u8: return multiply<Quads8>(w, panel, rows, num_rows, out, out_stride, next);
-    case Codes::u6: return multiply<Quads6>(w, panel, rows, num_rows, out, out_stride, next);
-    case Codes::u5: return multiply<Quads5>(w, panel, rows, num_rows, out, out_stride, next);
+    case Codes::u8: return multiply<Quads8>(w, panel, rows, groups, num_rows, out, out_stride, next);
+    case Codes::u6: return multiply<Quads6>(w, panel, rows, groups, num_rows, out, out_stride, next);
+    case Codes::u5: return multiply<Quads5>(w, panel, rows, groups, num_rows, out, out_stride, next);
     case Codes::u4:
-      if (w.has_codebook) return multiply<QuadsOfTable>(w, panel, rows, num_rows, out, out_stride, next);
-      return multiply<Quads4>(w, panel, rows, num_rows, out, out_stride, next);
-    case Codes::u3: return multiply<Quads3>(w, panel, rows, num_rows, out, out_stride, next);
-    case Codes::u2: return multiply<Quads2>(w, panel, rows, num_rows, out, out_stride, next);
+      if (w.has_codebook) return multiply<QuadsOfTable>(w, panel, rows, groups, num_rows, out, out_stride, next);
+      return multiply<Quads4>(w, panel, rows, groups, num_rows, out, out_stride, next);
+    case Codes::u3: return multiply<Quads3>(w, panel, rows, groups, num_rows, out, out_stride, next);
+    case Codes::u2: return multiply<Quads2>(w, panel, rows, groups, num_rows, out, out_stride, next);
     default: return;  // the others are never bound to int8 activations
   }
 }

@@ -78,6 +78,14 @@ template <int bits> struct Dots {
 template <int bits> using TileDots = Dots<bits>;
 #endif
 
+// Whether to ask for what is read once by non-temporal prefetches: on Zen 5 they are 1.1 times as fast as others, on
+// Emerald Rapids they bring a quarter to a half as much.
+#if defined(__x86_64__)
+GLM_INLINE bool reads_past_caches() { return __builtin_cpu_is("amd"); }
+#else
+GLM_INLINE bool reads_past_caches() { return false; }
+#endif
+
 // e^x within 2 ulp; 0 below -87.3 and inf above 88.4, where the result leaves the normal numbers; NaN stays NaN.
 GLM_INLINE F exp(F x) {
   // e^x = 2^n · e^r with |r| ≤ ln2/2; ln2 in two parts keeps r exact (Cody and Waite); Taylor to r^7 leaves 2^-27.

@@ -94,5 +94,11 @@ inline constexpr int kGemmRows = 6, kGemmTiles = 4;  // 24 accumulators, 4 weigh
 inline constexpr int kDotRows = 6, kDotTiles = 2;    // 12 integer and 12 fp32 sums, 2 weights, 1 activation
 inline constexpr int kDotGemvRows = 4, kDotGemvChains = 8;  // chains: and as many fp32 sums
 inline constexpr bool kDotKnowsBits = false, kDotSumsInMemory = false;
+#if defined(__AMX_INT8__)
+inline constexpr bool kDotInTiles = true;
+#else
+inline constexpr bool kDotInTiles = false;
+#endif
+GLM_INLINE U sub_bytes(U a, U b) { return _mm512_sub_epi8(a, b); }
 
 }  // namespace glmlocal::GLM_ISA

@@ -29,8 +29,8 @@ float read_bytes(const void* data, size_t num_bytes, bool in_four_streams);
 namespace glmlocal::GLM_ISA {
 
 void quantize_row(const float* x, int blocks, Int8Block* out);
-void panel_product_int8(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
-                        const std::byte* next);
+void panel_product_int8(const PackedMatrix& w, int panel, const Int8Block* const* rows, const Int8Group* groups, int num_rows, float* out,
+                        ptrdiff_t out_stride, const std::byte* next);
 double int8_ops(int iterations);
 
 extern const KernelTable table;
@@ -40,6 +40,11 @@ const KernelTable table{
     .panel_weights = GLM_BASE_ISA::panel_weights,
     .quantize_row = quantize_row,
     .panel_product_int8 = panel_product_int8,
+#if defined(__AMX_INT8__)
+    .takes_groups = true,
+#else
+    .takes_groups = false,
+#endif
     .silu_mul = GLM_BASE_ISA::silu_mul,
     .add_scaled = GLM_BASE_ISA::add_scaled,
     .rms_norm_row = GLM_BASE_ISA::rms_norm_row,

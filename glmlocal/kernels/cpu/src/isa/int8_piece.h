@@ -1,0 +1,96 @@
+// A piece of a panel of integer codes, taken apart into L1: what the ways of multiplying many rows have in common.
+// Included by int8.cpp alone.
+#pragma once
+
+#include "int8_rows.h"
+#include "isa/int8_codecs.h"
+#include "memory.h"
+
+namespace glmlocal::GLM_ISA {
+namespace {
+
+constexpr int kQuads = kBlockColumns / 4;
+constexpr int kChunkBlocks = kDotInTiles ? 8 : 16;  // 64 rows × 512 columns of bytes = 32 KiB, in L1 with the rows they meet; half beside tile sums
+
+// Blocks whose scales are finer than they are end twice, after each half. One function does both, with a branch that
+// always goes the same way: each instantiation costs every build a third of a second.
+GLM_INLINE bool in_halves(const PackedMatrix& w) { return w.format.group_size < kBlockColumns; }
+
+// A piece of a panel, taken apart: bytes [block][quad][tile][64], scales and offsets [block or half block][tile][16].
+// `sums` has room for the fp32 sums of a register tile.
+struct Piece {
+  std::byte* codes;
+  float *scales, *offsets, *sums;
+  bool has_offsets, halves;
+};
+
+GLM_INLINE Piece piece_scratch(const PackedMatrix& w) {
+  constexpr size_t bytes = size_t(kChunkBlocks) * kBlockColumns * kPanelRows, floats = size_t(kChunkBlocks) * 2 * kPanelRows;
+  float* memory = scratch(Scratch::panel, bytes / sizeof(float) + 2 * floats + kDotRows * kDotTiles * kTileRows);
+  float* scales = memory + bytes / sizeof(float);
+  return {(std::byte*)memory, scales, scales + floats, scales + 2 * floats, w.format.has_min, in_halves(w)};
+}
+
+// Codes less `shift`, which is 0 where dot products take unsigned ones.
+template <class Codec>
+GLM_FLATTEN void take_apart(const PackedMatrix& w, int panel, int first_block, int blocks, int shift, const Piece& piece) {
+  constexpr int block_bytes = Codec::lines * 64;
+  const int tiles = w.tiles_in(panel);
+  const Codec codec(w);
+  const U shifts = splat(uint32_t(shift) * 0x01010101u);
+  const auto shifted = [&](auto codes) {
+    if constexpr (kDotInTiles) return sub_bytes(codes, shifts);
+    else return codes;
+  };
+  const std::byte* lines = w.panel_codes(panel) + int64_t(first_block) * tiles * block_bytes;
+  std::byte* to = piece.codes;
+  for (int b = 0; b < blocks; ++b, to += kQuads * tiles * 64) {
+    for (int t = 0; t < tiles; ++t, lines += block_bytes) {
+      unroll<kQuads>([&](auto q) { store_words(to + (q.v * tiles + t) * 64, shifted(codec.template quad<q.v>(lines))); });
+    }
+  }
+}
+
+void widen_scales(const PackedMatrix& w, int panel, int first_block, int blocks, const Piece& piece) {
+  const int tiles = w.tiles_in(panel), columns = kBlockColumns / (piece.halves ? 2 : 1);
+  const GroupScales groups(w, panel, tiles);
+  float *scales = piece.scales, *offsets = piece.offsets;
+  for (int column = first_block * kBlockColumns; column < (first_block + blocks) * kBlockColumns; column += columns) {
+    for (int t = 0; t < tiles; ++t, scales += kTileRows, offsets += kTileRows) {
+      store(scales, groups.load_scale(column, t));
+      if (piece.has_offsets) store(offsets, groups.load_offset(column, t));
+    }
+  }
+}
+
+// What to bring into the cache meanwhile: `lines` at each step, one after another.
+struct Ahead {
+  const std::byte* from;
+  int lines;
+};
+
+// The lines of the next piece of a panel, or of what comes after the panel, spread over the work on this one.
+class Spread {
+ public:
+  Spread(const PackedMatrix& w, int panel, int after, int lines_per_block, int steps, const std::byte* next) {
+    const int tiles = w.tiles_in(panel), blocks = int(w.layout.blocks);
+    const int next_count = after < blocks ? blocks - after : kChunkBlocks;
+    left_ = (next_count < kChunkBlocks ? next_count : kChunkBlocks) * tiles * lines_per_block;
+    from_ = after < blocks ? w.panel_codes(panel) + int64_t(after) * tiles * lines_per_block * 64 : next;
+    lines_ = steps == 0 || from_ == nullptr ? 0 : (left_ + steps - 1) / steps;
+  }
+  Ahead take(int steps) {
+    const Ahead ahead{from_, lines_};
+    from_ += steps * lines_ * 64;
+    left_ -= steps * lines_;
+    if (left_ <= 0) lines_ = 0;
+    return ahead;
+  }
+
+ private:
+  const std::byte* from_;
+  int lines_, left_;
+};
+
+}  // namespace
+}  // namespace glmlocal::GLM_ISA
