@@ -113,8 +113,7 @@ class Fetcher:
 
     def work(self, is_over: Callable[[], bool]) -> None:
         """Fetch until it is over. Raises Stopped, DownloadError, OSError."""
-        wire = Wire(self.options.patience)
-        try:
+        with Wire(self.options.patience) as wire:
             while task := self._take(is_over):
                 try:
                     self._fetch(task, wire)
@@ -124,8 +123,6 @@ class Fetcher:
                     with self.changed:
                         self._running -= 1
                         self.changed.notify_all()
-        finally:
-            wire.close()
 
     def _take(self, is_over: Callable[[], bool]) -> Task | None:
         def may_go_on() -> bool:
@@ -264,6 +261,8 @@ class Fetcher:
             page=self.hub.page(self.listing.repo_id),
             token_variable=self.hub.token_variable,
         )
+        if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise TryAgain(f"{answer.url.host} sends {what} compressed, which was not asked for")
         if status == 206:
             found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
             if found is None or int(found[1]) != begin:

@@ -60,10 +60,17 @@ class Wire:
         self._connections: dict[tuple[str, str, int | None], tuple[HTTPConnection, HTTPResponse]] = {}
 
     def close(self) -> None:
-        for connection, _ in self._connections.values():
+        for connection, response in self._connections.values():
             with suppress(OSError):
+                response.close()
                 connection.close()
         self._connections.clear()
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def get(self, url: str, headers_for: Callable[[httpx.URL], Mapping[str, str]]) -> Answer:
         """The answer of ``url`` or of where it redirects to; ``headers_for`` is asked at each step."""
@@ -88,7 +95,8 @@ class Wire:
     def _ask(self, url: httpx.URL, headers: Mapping[str, str]) -> Answer:
         key = (url.scheme, url.host, url.port)
         connection, before = self._connections.get(key, (None, None))
-        if connection is not None and not (before is None or before.isclosed()):  # there is still some of it to come
+        if connection is not None and before is not None and not before.isclosed():  # some of it is still to come
+            before.close()
             connection.close()
         if connection is not None and connection.sock is not None:
             # The server may have had enough of it meanwhile, which is no failure.
@@ -139,7 +147,11 @@ class Wire:
         if through is not None and url.scheme == "https":
             connection.port = through.port or 80
             connection.set_tunnel(host, port or 443, _login("Proxy-Authorization", through))
-        connection.connect()
+        try:
+            connection.connect()
+        except BaseException:
+            connection.close()
+            raise
         assert isinstance(connection.sock, socket.socket)
         connection.sock.settimeout(patience.read_s)
         return connection
@@ -158,7 +170,10 @@ def _proxy_of(url: httpx.URL) -> httpx.URL | None:
         return None
     proxies = urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
-    return httpx.URL(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
+    try:
+        return httpx.URL(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
+    except httpx.InvalidURL as error:
+        raise DownloadError(f"cannot use the proxy {proxy!r} of the environment: {one_line(error)}") from error
 
 
 def _login(header: str, url: httpx.URL) -> dict[str, str]:
