@@ -37,6 +37,10 @@ class Patience:
 DEFAULT_PATIENCE = Patience()
 
 
+class NotThere(DownloadError):
+    """A repository that the hub does not have, or does not show to us."""
+
+
 class TryAgain(Exception):
     """An attempt failed in a way that may pass. ``wait_s``: what the server asked for."""
 
@@ -132,7 +136,9 @@ def check_status(response: Head, what: str, *, has_token: bool, page: str, token
         raise TryAgain(f"{response.url.host} answers {status} to {what}", _retry_after(response))
     code = response.headers.get("X-Error-Code", "")
     detail = one_line(response.headers.get("X-Error-Message", ""))
-    raise DownloadError(_refusal(status, code, detail, what, has_token, page, token_variable))
+    is_unknown = code != "GatedRepo" and (status == 404 or (status == 401 and not has_token))
+    kind = NotThere if is_unknown else DownloadError
+    raise kind(_refusal(status, code, detail, what, has_token, page, token_variable))
 
 
 def _refusal(status: int, code: str, detail: str, what: str, has_token: bool, page: str, token_variable: str) -> str:

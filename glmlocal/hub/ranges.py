@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import httpx
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
-_CHUNK_BYTES = 256 * KIB  # received and written at a time: what stays in a core's cache on its way
+_CHUNK_BYTES = 512 * KIB  # received and written at a time: what stays in a core's cache on its way
 _FAST_RANGE_BYTES = 16 * MIB  # of one request while few are enough
 _FEW = 2  # requests at the same time to begin with
 _FAR_S = 0.02  # for the first byte of an answer; less on this machine or its network

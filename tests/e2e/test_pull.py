@@ -105,6 +105,17 @@ def test_pulled_once_it_is_found_by_us_and_by_huggingface_hub(server: HubServer,
     assert server.requests == []
 
 
+def test_offline_what_is_here_is_used(server: HubServer, home: Path) -> None:
+    assert "HF_HUB_OFFLINE is set" in error_line(glmlocal(server, home, "pull", REPO, HF_HUB_OFFLINE="1"))
+    online = glmlocal(server, home, "pull", REPO)
+    server.requests.clear()
+    offline = glmlocal(server, home, "pull", REPO, HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stdout) == (0, online.stdout)
+    as_json = glmlocal(server, home, "pull", REPO, "--json", HF_HUB_OFFLINE="1")
+    assert json.loads(as_json.stdout) == {"event": "done", "path": online.stdout.strip()}
+    assert server.requests == []
+
+
 def test_what_huggingface_hub_downloaded_is_used(server: HubServer, home: Path) -> None:
     load = f"from huggingface_hub import snapshot_download; snapshot_download({REPO!r})"
     subprocess.run([sys.executable, "-c", load], capture_output=True, check=True, env=environment(server, home))
@@ -275,6 +286,8 @@ def test_without_pulling_show_reads_headers_only(server: HubServer, home: Path) 
     [
         (("chat", REPO, "-p", "hi"), "fetch it with `glmlocal pull zai-org/GLM-test`"),
         (("pull", "zai-org/nope"), "does not exist or needs a login"),
+        (("pull", "zai-org/GLM-4.5-Ari-FP8"), "did you mean the release GLM-4.5-Air-FP8"),
+        (("pull", ""), "name is empty"),
         (("pull", f"{REPO}@v9"), "does not exist at that revision"),
         (("pull", f"{REPO}:Q4_0"), "no GGUF files"),
         (("pull", "https://huggingface.co/a/b"), "is no name of a model"),
