@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,9 @@ def pulled(server: HubServer, caches: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr("glmlocal.hub.download._Download._sync_placed", lambda self: None)
         fetch(huggingface(server, caches))
+        for thread in threading.enumerate():
+            if thread.name == "pull-sync_files":
+                thread.join()
     server.forget_served()
     cache = RepoCache(caches, REPO)
     assert len(marks(cache.work)) == len(FILES)
@@ -264,6 +269,48 @@ def test_after_a_restart_only_what_was_synced_is_not_fetched_again(
     again = partial.merged(server.served[BIG])
     assert again == partial.gaps(synced, len(FILES[BIG]))
     assert server.served_bytes(BIG) == sum(end - begin for begin, end in again)
+
+
+def test_marks_come_before_names_and_go_after_syncs(
+    server: HubServer, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[tuple[str, str]] = []
+    replace_, fsync, sync, unlink = os.replace, os.fsync, unsynced.sync, Path.unlink
+
+    def renamed(old: Path, new: Path) -> None:
+        if new.parent.name == "blobs":
+            assert new.name in {each.digest for each in marks(RepoCache(caches, REPO).work)}
+            order.append(("name", new.name))
+        replace_(old, new)
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        order.append(("file", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+
+    def synced_directory(path: Path) -> None:
+        sync(path)
+        order.extend(("directory", blob.name) for blob in path.iterdir() if path.name == "blobs")
+
+    def unlinked(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".unsynced":
+            order.append(("mark", path.name.split(".")[0]))
+        unlink(path, missing_ok)
+
+    files = {f"model-{i:05}-of-00004.safetensors": random.Random(i).randbytes(100_000) for i in range(1, 5)}
+    index = json.dumps({"weight_map": {path: path for path in files}}).encode()
+    server.add(REPO, {"config.json": b"{}", **files, "model.safetensors.index.json": index})
+    for path in files:
+        server.fail(path, bytes_per_s=300_000, times=100)
+    monkeypatch.setattr(partial.os, "replace", renamed)
+    monkeypatch.setattr(partial.os, "fsync", synced)
+    monkeypatch.setattr(unsynced, "sync", synced_directory)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    fetch(huggingface(server, caches), options=replace(QUICK, connections=1))
+    gone = [digest for what, digest in order if what == "mark"]
+    assert len(gone) > 2
+    for digest in gone:
+        places = [order.index((what, digest)) for what in ("name", "file", "directory", "mark")]
+        assert places == sorted(places)
 
 
 def test_a_disk_that_refuses_to_sync_is_an_error_and_the_mark_stays(
