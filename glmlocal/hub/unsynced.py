@@ -173,17 +173,26 @@ def has_digest(path: Path, file: HubFile, advance: OnBytes = lambda num_bytes: N
 def _settle_written(cache: RepoCache, found: Sequence[Mark]) -> None:
     """Sync what the kernel has long written anyway, so that the next start of the machine finds no doubt."""
     blobs = cache.directory / "blobs"
+    due = [each for each in found if time.time() - _last_written_s(blobs / each.digest) >= _WRITTEN_AFTER_S]
+    if not due:
+        return
     with cache.locked(_busy):  # by a pull, which cares for its marks itself
-        for each in found:
+        for each in due:
             blob = blobs / each.digest
             if blob.exists():
-                if time.time() - blob.stat().st_mtime < _WRITTEN_AFTER_S:
-                    continue
                 sync(blob)
                 sync(blobs)
             each.path.unlink(missing_ok=True)
     with suppress(OSError):
         cache.work.rmdir()
+
+
+def _last_written_s(path: Path) -> float:
+    """Seconds since 1970; 0 for a file that is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _busy() -> None:
