@@ -1,13 +1,12 @@
 """What `glmlocal pull` reaches of curl's throughput, from a hub on loopback to the same disk, SHA-256 included.
 
-    python benchmarks/pull.py [--size 1GB] [--repeats 5] [--connections 8] [--directory DIR]
+    python benchmarks/pull.py [--size 1GB] [--shards 1] [--repeats 5] [--connections 8] [--directory DIR]
 
-The hub (tests/hub) runs in a process of its own and sends a file from memory (/dev/shm). Rounds are interleaved: curl
-to a file, then ours into an empty cache. Ours hashes the file, has it on disk (fsync) before it becomes visible, and
-journals on the way; curl does none of that. So three times are compared: until every byte is there and its hash is
-right, which is what curl does and more; until it is visible and will survive a power failure, against curl followed by
-fsync; and the least that the latter can take, which is the disk's: the file's bytes at the rate of curl's fsync.
-The last line is JSON.
+The hub (tests/hub) runs in a process of its own and sends files from memory (/dev/shm). Rounds are interleaved: curl
+fetches the files one after the other over one connection, then ours fetches them into an empty cache (in a process that
+has started, which curl has not). Ours lists, hashes, journals and publishes; curl does none of
+that. Neither waits for the disk, so two times are taken of each: until the model can be used, and until `fsync` of all
+of its files has returned. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,25 +19,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from glmlocal.hub import pull
-from glmlocal.hub.download import Options, Progress
+from glmlocal.hub.download import Options
 from glmlocal.hub.huggingface import HuggingFace
 from glmlocal.hub.names import Source
 from glmlocal.units import MIB, parse_size
 
-REPO, NAME = "bench/one-file", "model.safetensors"
+REPO = "bench/model"
 _HUB = """
+import json
 import sys
 from pathlib import Path
 from hub.server import HubServer
 with HubServer() as hub:
-    hub.add(sys.argv[1], {"config.json": b"{}", sys.argv[2]: Path(sys.argv[3])})
+    hub.add(sys.argv[1], {"config.json": b"{}", **{path: Path(file) for path, file in json.loads(sys.argv[2]).items()}})
     print(hub.url, flush=True)
     sys.stdin.read()
 """
@@ -46,34 +46,28 @@ with HubServer() as hub:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Seconds from the start of either."""
+    """Seconds from the start of either, until all is there and until all is on disk."""
 
     curl_s: float
-    curl_fsync_s: float
-    verified_s: float
-    visible_s: float
-
-    @property
-    def disk_s(self) -> float:
-        """What the disk needs for the bytes. curl's are nearly all in the page cache when its fsync begins."""
-        return self.curl_fsync_s - self.curl_s
+    curl_synced_s: float
+    ours_s: float
+    ours_synced_s: float
 
     def text(self, size: int) -> str:
-        seconds = (self.curl_s, self.curl_fsync_s, self.disk_s, self.verified_s, self.visible_s)
+        seconds = (self.curl_s, self.curl_synced_s, self.ours_s, self.ours_synced_s)
         return (
-            "curl {:4.0f} MB/s, with fsync {:4.0f}, the disk {:4.0f}; ours verified {:4.0f}, visible {:4.0f}: ".format(
+            "curl {:4.0f} MB/s, with fsync {:4.0f}; ours {:4.0f}, with fsync {:4.0f}: ".format(
                 *(size / each / 1e6 for each in seconds)
             )
-            + f"{self.curl_s / self.verified_s:.2f} and {self.curl_s / self.visible_s:.2f} of curl, "
-            f"{self.curl_fsync_s / self.visible_s:.2f} of curl + fsync"
+            + f"{self.curl_s / self.ours_s:.2f} of curl, {self.curl_synced_s / self.ours_synced_s:.2f} of curl + fsync"
         )
 
 
 @contextmanager
-def running_hub(source: Path) -> Iterator[str]:
-    """The address of a hub that serves ``source`` as the one weight file of REPO."""
+def running_hub(files: Mapping[str, Path]) -> Iterator[str]:
+    """The address of a hub that serves these files, by path, as REPO."""
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "tests")}
-    command = [sys.executable, "-c", _HUB, REPO, NAME, str(source)]
+    command = [sys.executable, "-c", _HUB, REPO, json.dumps({path: str(file) for path, file in files.items()})]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, text=True) as process:
         assert process.stdout is not None
         try:
@@ -82,80 +76,101 @@ def running_hub(source: Path) -> Iterator[str]:
             process.terminate()
 
 
-def time_curl(url: str, directory: Path) -> tuple[float, float]:
-    """Seconds until curl has ended, and until the file is on disk."""
-    target = directory / "curl.bin"
+def sync_all(files: Iterable[Path]) -> None:
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def time_curl(url: str, names: Sequence[str], directory: Path) -> tuple[float, float]:
+    """Seconds until curl has ended, and until the files are on disk."""
+    target = directory / "curl"
+    target.mkdir()
+    wanted = [part for name in names for part in ("-o", target / name, f"{url}/{REPO}/resolve/main/{name}")]
     start = time.perf_counter()
-    subprocess.run(["curl", "-sSfL", "-o", target, f"{url}/{REPO}/resolve/main/{NAME}"], check=True)
+    subprocess.run(["curl", "-sSfL", *wanted], check=True)
     done = time.perf_counter()
-    with open(target, "rb+") as file:
-        os.fsync(file.fileno())
+    sync_all(target.iterdir())
     synced = time.perf_counter()
-    target.unlink()
+    shutil.rmtree(target)
     return done - start, synced - start
 
 
 def time_ours(url: str, directory: Path, options: Options) -> tuple[float, float]:
-    """Seconds of a pull from the listing on: until all is verified, and until it is on disk and visible."""
+    """Seconds of a pull from the listing on: until the model is verified and visible, and until it is on disk."""
     cache = directory / "cache"
     hub = HuggingFace(url, cache, None, offline=False)
-    verified = [0.0]
-
-    def on_progress(files: Sequence[Progress]) -> None:
-        if not verified[0] and all(file.is_verified for file in files):
-            verified[0] = time.perf_counter()
-
     start = time.perf_counter()
-    pull.pull(pull.prepare(Source("huggingface", REPO), hub), options, on_progress)
+    snapshot = pull.pull(pull.prepare(Source("huggingface", REPO), hub), options)
     done = time.perf_counter()
+    sync_all(snapshot.iterdir())
+    synced = time.perf_counter()
     shutil.rmtree(cache)
-    return verified[0] - start, done - start
+    return done - start, synced - start
+
+
+def shards(directory: Path, count: int, size: int) -> dict[str, Path]:
+    """Files of noise with the names of a release's, and the index that names them."""
+    single = count == 1
+    names = (
+        ["model.safetensors"] if single else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    )
+    block = os.urandom(MIB)
+    for number, name in enumerate(names):
+        with open(directory / name, "wb") as file:
+            file.write(number.to_bytes(8, "little"))  # two files with the same bytes would be one
+            for _ in range(max(size // count // MIB, 1)):
+                file.write(block)
+    if not single:
+        index = {"weight_map": {f"tensor.{i}": name for i, name in enumerate(names)}}
+        names.append("model.safetensors.index.json")
+        (directory / names[-1]).write_text(json.dumps(index))
+    return {name: directory / name for name in names}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=parse_size, default=10**9, help="of the file (default: 1GB)")
+    parser.add_argument("--size", type=parse_size, default=10**9, help="of all files together (default: 1GB)")
+    parser.add_argument("--shards", type=int, default=1, help="how many files (default: 1)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--connections", type=int, default=Options().connections)
+    parser.add_argument("--range-size", type=parse_size, default=Options().range_bytes, help="of one request")
+    parser.add_argument("--sync-every", type=float, default=Options().sync_every_s, help="seconds between syncs")
     parser.add_argument("--directory", type=Path, help="on the disk to write to (default: the current directory's)")
     args = parser.parse_args()
     rounds: list[Round] = []
     with (
-        tempfile.NamedTemporaryFile(dir="/dev/shm") as source,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as source,
         tempfile.TemporaryDirectory(prefix="bench-pull-", dir=args.directory or Path.cwd()) as work,
     ):
-        block = os.urandom(MIB)
-        for _ in range(-(-args.size // MIB)):
-            source.write(block)
-        source.flush()
-        size = os.path.getsize(source.name)
-        options = Options(connections=args.connections, report_every_s=0.01)
-        with running_hub(Path(source.name)) as url:
+        files = shards(Path(source), args.shards, args.size)
+        size = sum(file.stat().st_size for file in files.values())
+        options = Options(connections=args.connections, range_bytes=args.range_size, sync_every_s=args.sync_every)
+        with running_hub(files) as url:
             for number in range(args.repeats + 1):
                 os.sync()
-                curl = time_curl(url, Path(work))
+                curl = time_curl(url, list(files), Path(work))
                 os.sync()
                 ours = time_ours(url, Path(work), options)
-                if number:  # the first round also makes the hub hash its file
+                if number:  # the first round also makes the hub hash its files
                     rounds.append(Round(*curl, *ours))
                     print(rounds[-1].text(size), flush=True)
-    print(json.dumps({"size_bytes": size, "connections": args.connections} | summary(size, rounds)))
+    print(
+        json.dumps({"size_bytes": size, "files": len(files), "connections": args.connections} | summary(size, rounds))
+    )
 
 
 def summary(size: int, rounds: Sequence[Round]) -> dict[str, float]:
     """Medians: ratios of each round, and MB/s."""
     ratios = {
-        "verified_to_curl": [each.curl_s / each.verified_s for each in rounds],
-        "visible_to_curl": [each.curl_s / each.visible_s for each in rounds],
-        "visible_to_curl_fsync": [each.curl_fsync_s / each.visible_s for each in rounds],
-        "visible_to_disk": [each.disk_s / each.visible_s for each in rounds],
+        "to_curl": [each.curl_s / each.ours_s for each in rounds],
+        "to_curl_fsync": [each.curl_synced_s / each.ours_synced_s for each in rounds],
     }
     seconds = {
         "curl": [each.curl_s for each in rounds],
-        "curl_fsync": [each.curl_fsync_s for each in rounds],
-        "disk": [each.disk_s for each in rounds],
-        "verified": [each.verified_s for each in rounds],
-        "visible": [each.visible_s for each in rounds],
+        "curl_fsync": [each.curl_synced_s for each in rounds],
+        "ours": [each.ours_s for each in rounds],
+        "ours_fsync": [each.ours_synced_s for each in rounds],
     }
     speeds = {f"{name}_mb_per_s": round(size / median(column) / 1e6) for name, column in seconds.items()}
     return {name: round(median(column), 3) for name, column in ratios.items()} | speeds

@@ -2,7 +2,8 @@
 
 ``--json`` prints one list of {name, hub, commit, format, quant, bytes, last_used (ISO 8601, UTC), path, complete}; a
 download or pack that waits to be gone on with has ``complete`` false and neither format, commit nor path. Packs, of
-format "pack", have neither hub nor commit.
+format "pack", have neither hub nor commit. ``in_doubt`` is there, and true, where the machine went down before all of a
+model was surely on disk: whatever opens it hashes those files first.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def list_models() -> list[dict[str, Any]]:
             "path": str(model.path),
             "complete": True,
         }
+        | ({"in_doubt": True} if model.is_in_doubt() else {})
         for model in local.models()
     ]
     rows += [
@@ -115,6 +117,14 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         elsewhere = " (modelscope)" if row["hub"] == "modelscope" else ""
         what = " ".join(filter(None, (row["format"], row["quant"]))) if row["complete"] else "unfinished"
+        if row.get("in_doubt"):
+            what += ", unchecked"
         used = row["last_used"][:10] if row["last_used"] else ""
         table.add_row(one_line(row["name"]) + elsewhere, what, format_bytes(row["bytes"]), used)
     console.print(table)
+    if any(row.get("in_doubt") for row in rows):
+        print(
+            "unchecked: the machine went down before all of it was surely on disk; it is hashed at its next use, or "
+            "now with `glmlocal verify NAME`",
+            file=sys.stderr,
+        )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from glmlocal.cli.pull_choice import Choice
     from glmlocal.hub.download import Options
     from glmlocal.hub.known import Choose
+    from glmlocal.hub.listing import Hub
     from glmlocal.hub.names import HubName, Source
     from glmlocal.hub.pull import Pull
 
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
         print(ensure_demo(progress=not args.json))
         return 0
+    if not args.model.strip():
+        raise ConfigError("the model's name is empty; write org/name, a release or a family")
     if Path(args.model).exists() and not _looks_like_hub_id(args.model):
         raise ConfigError(f"{args.model!r} is on this disk already; nothing to pull")
     source, choice = find_source(args)
@@ -143,7 +146,14 @@ def fetch(
     from glmlocal.cli.pull_progress import emit, shown
     from glmlocal.hub import pull
 
-    plan = pull.prepare(source, pull.connect(source.hub), options)
+    hub = pull.connect(source.hub)
+    if hub.offline and (path := _here(source)) is not None:
+        if as_json:
+            emit("done", path=str(path))
+        else:
+            print(f"HF_HUB_OFFLINE is set; {source} is on this disk", file=sys.stderr)
+        return path
+    plan = _prepare(source, hub, options)
     if as_json:
         emit("plan", **_facts(plan))
     else:
@@ -167,6 +177,30 @@ def fetch(
     if as_json:
         emit("done", path=str(path))
     return path
+
+
+def _prepare(source: Source, hub: Hub, options: Options) -> Pull:
+    """As ``pull.prepare``; of a repository that is not there the releases that have nearly its name are told."""
+    from glmlocal import catalogue
+    from glmlocal.hub import pull
+    from glmlocal.hub.http import NotThere
+
+    try:
+        return pull.prepare(source, hub, options)
+    except NotThere as error:
+        near = [] if catalogue.find(source.repo_id) else catalogue.near_misses(source.repo_id.rpartition("/")[2])
+        if not near:
+            raise
+        raise NotThere(f"{error}; did you mean the release {' or '.join(near[:3])}?") from None
+
+
+def _here(source: Source) -> Path | None:
+    from glmlocal.hub import local
+
+    try:
+        return local.find(source).path
+    except local.NotPulled:
+        return None
 
 
 def offer_to_pull(args: argparse.Namespace) -> None:
@@ -210,8 +244,9 @@ def _summary(plan: Pull) -> str:
     here = selection.size_bytes - plan.bytes_to_fetch()
     present = f", {format_bytes(here)} of it here already" if here else ""
     quant = f" {selection.quant}" if selection.quant else ""
+    count = f"{len(files)} file{'' if len(files) == 1 else 's'}"
     return (
-        f"{plan.source.repo_id}@{plan.listing.commit[:12]} ({selection.format}{quant}): {len(files)} files, "
+        f"{plan.source.repo_id}@{plan.listing.commit[:12]} ({selection.format}{quant}): {count}, "
         f"{format_bytes(selection.size_bytes)}{present}; into {plan.cache.directory}"
     )
 

@@ -68,7 +68,7 @@ def _of_hub(args: argparse.Namespace) -> tuple[str, int, Callable[[], int]]:
         links = [s / f.path for s in cache.snapshots() for f in snapshot_files(s)]
         num_bytes = sum(blocks_bytes(path) for path in cache.directory.rglob("*") if not path.is_symlink())
     else:
-        model = local.find(source)
+        model = local.find(source, settle=False)
         links = [model.snapshot / file.path for file in model.selection.files]
         num_bytes = model.selection.size_bytes
 

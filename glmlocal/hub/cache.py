@@ -50,9 +50,14 @@ class RepoCache:
     def blob(self, file: HubFile) -> Path:
         return self.directory / "blobs" / file.digest
 
+    @property
+    def work(self) -> Path:
+        """Ours alone: partial files, their journals, and marks of what may not be on the disk yet."""
+        return self.directory / ".glmlocal"
+
     def partial(self, file: HubFile) -> Path:
         """Where its bytes gather; the journal lies beside it."""
-        return self.directory / ".glmlocal" / f"{file.digest}.partial"
+        return self.work / f"{file.digest}.partial"
 
     def snapshot(self, commit: str) -> Path:
         return self.directory / "snapshots" / commit
@@ -93,16 +98,12 @@ class RepoCache:
     def publish(self, listing: Listing, files: Iterable[HubFile]) -> Path:
         """Make complete files visible under their names: the links first, then the ref. Returns the snapshot."""
         snapshot = self.snapshot(listing.commit)
-        directories = {snapshot}
         for file in files:
             link = snapshot / file.path
             link.parent.mkdir(parents=True, exist_ok=True)
-            directories.add(link.parent)
             target = os.path.relpath(self.blob(file), link.parent)
             if not (link.is_symlink() and os.readlink(link) == target):
                 self._put(link, functools.partial(os.symlink, target))
-        for directory in directories:
-            sync(directory)
         if listing.revision != listing.commit:
             ref = self.directory / "refs" / listing.revision
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +113,8 @@ class RepoCache:
 
     def _put(self, path: Path, make: Callable[[Path], object]) -> None:
         """Make it under another name, then put it in place in one step."""
-        work = self.directory / ".glmlocal"
-        work.mkdir(exist_ok=True)
-        new = work / "new"  # one at a time: the lock is held
+        self.work.mkdir(exist_ok=True)
+        new = self.work / "new"  # one at a time: the lock is held
         new.unlink(missing_ok=True)
         make(new)
         os.replace(new, path)
@@ -139,16 +139,17 @@ class RepoCache:
 
     def sweep(self) -> None:
         """Remove what is left of downloads that were finished. The lock must be held."""
-        partials = self.directory / ".glmlocal"
         with suppress(OSError):
-            for path in partials.iterdir():
-                if path.name == "new" or (self.directory / "blobs" / path.name.split(".")[0]).exists():
+            for path in self.work.iterdir():
+                is_finished = (self.directory / "blobs" / path.name.split(".")[0]).exists()
+                # A mark says something of a finished file, all the rest of one that is not.
+                if path.name == "new" or is_finished == (path.suffix != ".unsynced"):
                     path.unlink()
-            partials.rmdir()  # when empty
+            self.work.rmdir()  # when empty
 
     def partial_bytes(self) -> int:
         """On disk for downloads that have not finished."""
-        return sum(map(blocks_bytes, (self.directory / ".glmlocal").glob("*.partial")))
+        return sum(map(blocks_bytes, self.work.glob("*.partial")))
 
 
 def repositories(cache_dir: Path) -> Iterator[RepoCache]:
@@ -228,12 +229,3 @@ def blocks_bytes(path: Path) -> int:
         return path.stat().st_blocks * 512
     except OSError:
         return 0
-
-
-def sync(path: Path) -> None:
-    """What was renamed or linked in a directory is there after a power failure."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

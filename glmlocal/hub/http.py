@@ -5,10 +5,11 @@ from __future__ import annotations
 import email.utils
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from email.message import Message
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from glmlocal import __version__
 from glmlocal.errors import DownloadError
 from glmlocal.text.files import one_line
 from glmlocal.units import MIB
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import httpx
 
 T = TypeVar("T")
+USER_AGENT = f"glmlocal/{__version__}"
 MAX_API_BYTES = 64 * MIB  # of one answer in JSON
 _MAX_REDIRECTS = 8
 
@@ -35,6 +37,10 @@ class Patience:
 DEFAULT_PATIENCE = Patience()
 
 
+class NotThere(DownloadError):
+    """A repository that the hub does not have, or does not show to us."""
+
+
 class TryAgain(Exception):
     """An attempt failed in a way that may pass. ``wait_s``: what the server asked for."""
 
@@ -47,20 +53,13 @@ def new_client(patience: Patience, connections: int = 4) -> httpx.Client:
     """A client without credentials: they go with each request, so that a redirect or a CDN never sees them."""
     import httpx
 
-    from glmlocal import __version__
-
-    with suppress(ImportError, AttributeError):  # what httpx builds on today
-        import httpcore
-
-        # 64 KiB at a time spend more on handing chunks through than on the bytes: half the CPU time of a download.
-        httpcore.HTTP11Connection.READ_NUM_BYTES = MIB
     try:
         return httpx.Client(
             timeout=httpx.Timeout(patience.read_s, connect=patience.connect_s, pool=None),
             limits=httpx.Limits(max_connections=connections + 4, max_keepalive_connections=connections + 4),
             follow_redirects=True,
             max_redirects=_MAX_REDIRECTS,
-            headers={"Accept-Encoding": "identity", "User-Agent": f"glmlocal/{__version__}"},
+            headers={"Accept-Encoding": "identity", "User-Agent": USER_AGENT},
         )
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:  # a proxy or certificate setting
         raise DownloadError(f"cannot use the network settings of the environment: {one_line(error)}") from error
@@ -115,7 +114,20 @@ def explain(error: Exception) -> str:
             return f"the connection to {host} broke: {reason}"
 
 
-def check_status(response: httpx.Response, what: str, *, has_token: bool, page: str, token_variable: str) -> None:
+class Head(Protocol):
+    """As much of an answer as says what became of a request: httpx's, or ``wire.Answer``."""
+
+    @property
+    def url(self) -> httpx.URL: ...
+
+    @property
+    def status_code(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str] | Message: ...
+
+
+def check_status(response: Head, what: str, *, has_token: bool, page: str, token_variable: str) -> None:
     """Raise TryAgain or DownloadError unless the answer is a success. ``what`` was wanted; ``page`` is its page."""
     status = response.status_code
     if status < 300:
@@ -124,7 +136,9 @@ def check_status(response: httpx.Response, what: str, *, has_token: bool, page: 
         raise TryAgain(f"{response.url.host} answers {status} to {what}", _retry_after(response))
     code = response.headers.get("X-Error-Code", "")
     detail = one_line(response.headers.get("X-Error-Message", ""))
-    raise DownloadError(_refusal(status, code, detail, what, has_token, page, token_variable))
+    is_unknown = code != "GatedRepo" and (status == 404 or (status == 401 and not has_token))
+    kind = NotThere if is_unknown else DownloadError
+    raise kind(_refusal(status, code, detail, what, has_token, page, token_variable))
 
 
 def _refusal(status: int, code: str, detail: str, what: str, has_token: bool, page: str, token_variable: str) -> str:
@@ -146,7 +160,7 @@ def _refusal(status: int, code: str, detail: str, what: str, has_token: bool, pa
     return f"the hub answers {status} to {what}{': ' + detail if detail else ''}"
 
 
-def _retry_after(response: httpx.Response) -> float | None:
+def _retry_after(response: Head) -> float | None:
     """Seconds, from either form of the header."""
     value = response.headers.get("Retry-After", "")
     if value.isascii() and value.isdecimal():

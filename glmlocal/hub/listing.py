@@ -51,6 +51,11 @@ class Hub(Protocol):
     def cache_dir(self) -> Path: ...
 
     @property
+    def offline(self) -> bool:
+        """Whether nothing may be asked of it."""
+        ...
+
+    @property
     def headers(self) -> Mapping[str, str]:
         """Credentials, for requests to the hub itself and to nobody else."""
         ...

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glmlocal.errors import CheckpointError, ConfigError, DownloadError, GlmlocalError
+from glmlocal.hub import unsynced
 from glmlocal.hub.cache import RepoCache, is_glm, local_selection, repositories, snapshot_files
 from glmlocal.hub.known import KnownReleases, hub_ids, list_releases
 from glmlocal.hub.names import HUBS, HubName, Source, parse_source
@@ -47,6 +48,10 @@ class LocalModel:
         """What ``open_checkpoint`` takes."""
         return self.snapshot / self.selection.first if self.selection.first else self.snapshot
 
+    def is_in_doubt(self) -> bool:
+        """Whether the machine went down before one of its files was surely on disk, and nobody has looked since."""
+        return not unsynced.in_doubt(self.cache).isdisjoint(file.digest for file in self.selection.files)
+
     def last_used_s(self) -> float:
         """When one of its files was last read, as far as the filesystem says, or written: seconds since 1970."""
         times = [(self.snapshot / file.path).stat() for file in self.selection.files]
@@ -61,9 +66,13 @@ def cache_dir(hub: HubName) -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def find(source: Source) -> LocalModel:
-    """The model, if it is here and whole. Raises NotPulled; ConfigError where a quantization must be chosen."""
+def find(source: Source, *, settle: bool = True) -> LocalModel:
+    """The model, if it is here and whole. Raises NotPulled; ConfigError where a quantization must be chosen.
+
+    Files that may not have reached the disk before the machine went down are hashed first, unless not to ``settle``.
+    """
     cache = RepoCache(cache_dir(source.hub), source.repo_id)
+    damaged = unsynced.settle(cache) if settle else []
     commit = cache.commit_of(source.revision)
     snapshots = [cache.snapshot(commit)] if commit and cache.snapshot(commit).is_dir() else []
     if source.revision is None:  # a quantization that was pulled before the branch moved is no less the model
@@ -71,7 +80,10 @@ def find(source: Source) -> LocalModel:
     problem: NotPulled | None = None
     for snapshot in snapshots:
         try:
-            return _in(snapshot, cache, source)
+            model = _in(snapshot, cache, source)
+            if any(file.digest in damaged for file in model.selection.files):  # in a cache that cannot be written
+                raise NotPulled(source, "is on this disk, but damaged")
+            return model
         except NotPulled as error:
             problem = problem or error
     begun = " (a download has begun)" if cache.partial_bytes() else ""

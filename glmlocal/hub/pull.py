@@ -11,7 +11,7 @@ from pathlib import Path
 
 from glmlocal.errors import DownloadError
 from glmlocal.formats.safetensors import INDEX_FILE, SINGLE_FILE, read_weight_map
-from glmlocal.hub import huggingface, modelscope
+from glmlocal.hub import huggingface, modelscope, unsynced
 from glmlocal.hub.cache import RepoCache, blocks_bytes
 from glmlocal.hub.download import DEFAULTS, OnProgress, Options, download
 from glmlocal.hub.http import DEFAULT_PATIENCE, Patience
@@ -68,6 +68,8 @@ def prepare(source: Source, hub: Hub, options: Options = DEFAULTS) -> Pull:
     """
     listing = hub.list_files(source.repo_id, source.revision)
     cache = RepoCache(hub.cache_dir, source.repo_id)
+    with storing_in(cache):
+        unsynced.settle(cache)
     index = next((file for file in listing.files if file.path == INDEX_FILE), None)
     shards: frozenset[str] = frozenset()
     if index is not None and source.quant is None and all(file.path != SINGLE_FILE for file in listing.files):
@@ -93,6 +95,7 @@ def pull(
         if not plan.missing and plan.cache.is_published(plan.listing, plan.selection.files):
             return plan.path  # nothing to write, so a cache that cannot be written will do
     with storing_in(plan.cache), plan.cache.locked(on_wait):
+        unsynced.settle_locked(plan.cache)
         missing = plan.missing  # another process may have brought some while this one waited
         check_space({plan.cache.directory: _bytes_to_write(plan.cache, missing)})
         _fetch(missing, plan.cache, plan.listing, plan.hub, options, on_progress)

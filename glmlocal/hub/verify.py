@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmlocal.errors import CheckpointError, DownloadError
+from glmlocal.hub import unsynced
 from glmlocal.hub.cache import RepoCache, local_selection, snapshot_files
 from glmlocal.hub.listing import HubFile
 from glmlocal.hub.local import NotPulled, cache_dir
 from glmlocal.hub.names import Source
 from glmlocal.progress import OnBytes
-from glmlocal.units import MIB
 
-_READ_BYTES = 4 * MIB
 _THREADS = 2  # disks of today read faster than one core hashes
 
 
@@ -42,6 +41,7 @@ class Kept:
 def kept_files(source: Source) -> Kept:
     """Raises NotPulled where there is nothing at all, ConfigError where a quantization must be named or is not here."""
     cache = RepoCache(cache_dir(source.hub), source.repo_id)
+    unsynced.settle(cache)  # what it removes is missing below
     commit = cache.commit_of(source.revision)
     snapshot = cache.snapshot(commit) if commit else None
     if commit is None or snapshot is None or not snapshot.is_dir():
@@ -64,15 +64,13 @@ def damaged(kept: Kept, on_bytes: OnBytes = lambda num_bytes: None) -> list[HubF
     """The files whose bytes are not those of their names; ``on_bytes`` is told the bytes hashed so far."""
     done = 0
 
-    def is_damaged(file: HubFile) -> bool:
+    def advance(num_bytes: int) -> None:
         nonlocal done
-        hasher, buffer = file.hasher(), bytearray(_READ_BYTES)
-        with open(kept.snapshot / file.path, "rb", buffering=0) as stream:
-            while num_bytes := stream.readinto(buffer):
-                hasher.update(memoryview(buffer)[:num_bytes])
-                done += num_bytes
-                on_bytes(done)
-        return hasher.hexdigest() != file.digest
+        done += num_bytes
+        on_bytes(done)
+
+    def is_damaged(file: HubFile) -> bool:
+        return not unsynced.has_digest(kept.snapshot / file.path, file, advance)
 
     hashed = [file for file in kept.files if file.digest]  # a copy that is no link carries no hash
     with ThreadPoolExecutor(_THREADS) as threads:

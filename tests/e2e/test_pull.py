@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -17,7 +18,7 @@ import pytest
 
 import crafted
 from glmlocal.hub.partial import merged
-from hub.pulling import REPO, visible_files
+from hub.pulling import REPO, journalled, visible_files
 from hub.server import HubServer
 from pty_terminal import Terminal
 
@@ -35,7 +36,7 @@ from dataclasses import replace
 from glmlocal.cli.main import main
 from glmlocal.hub import download
 from glmlocal.cli import pull
-options = download.Options(connections=4, range_bytes=200_000, commit_every_s=0.02)
+options = download.Options(connections=4, range_bytes=200_000, sync_every_s=0.2, report_every_s=0.02)
 pull.transfer_options = lambda args: options
 sys.exit(main(["pull", *sys.argv[1:]]))
 """
@@ -104,6 +105,17 @@ def test_pulled_once_it_is_found_by_us_and_by_huggingface_hub(server: HubServer,
     assert server.requests == []
 
 
+def test_offline_what_is_here_is_used(server: HubServer, home: Path) -> None:
+    assert "HF_HUB_OFFLINE is set" in error_line(glmlocal(server, home, "pull", REPO, HF_HUB_OFFLINE="1"))
+    online = glmlocal(server, home, "pull", REPO)
+    server.requests.clear()
+    offline = glmlocal(server, home, "pull", REPO, HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stdout) == (0, online.stdout)
+    as_json = glmlocal(server, home, "pull", REPO, "--json", HF_HUB_OFFLINE="1")
+    assert json.loads(as_json.stdout) == {"event": "done", "path": online.stdout.strip()}
+    assert server.requests == []
+
+
 def test_what_huggingface_hub_downloaded_is_used(server: HubServer, home: Path) -> None:
     load = f"from huggingface_hub import snapshot_download; snapshot_download({REPO!r})"
     subprocess.run([sys.executable, "-c", load], capture_output=True, check=True, env=environment(server, home))
@@ -142,7 +154,7 @@ def test_killed_at_any_moment_it_goes_on_and_nothing_half_done_is_visible(server
         kills += 1
         assert visible_files(hf_cache(home)) == {}
         assert not list(hf_cache(home).glob("models--*/refs/*"))
-        before, kept = kept, {BIG: journalled(hf_cache(home), len(data))}
+        before, kept = kept, {BIG: journalled_of(hf_cache(home), data)}
         assert size(kept) >= size(before)
     assert kills == 20
     assert 0 < size(kept) < len(data)  # the kills fell into the download
@@ -160,14 +172,9 @@ def wait_for_request(server: HubServer, process: subprocess.Popen[bytes]) -> Non
     raise AssertionError("the pull asked for nothing")
 
 
-def journalled(cache: Path, file_bytes: int) -> list[tuple[int, int]]:
-    """What the large file's journal vouches for, read without our own code."""
-    extents = []
-    for journal in cache.glob("models--*/.glmlocal/*.journal"):
-        header, *lines = journal.read_bytes().split(b"\n")
-        if json.loads(header)["size"] == file_bytes:
-            extents += [(int(begin), int(end)) for begin, end in (line.split() for line in lines[:-1])]
-    return merged(extents)
+def journalled_of(cache: Path, data: bytes) -> list[tuple[int, int]]:
+    """What the journal of one file vouches for."""
+    return merged(journalled(cache).get(hashlib.sha256(data).hexdigest(), []))
 
 
 def size(kept: dict[str, list[tuple[int, int]]]) -> int:
@@ -279,6 +286,8 @@ def test_without_pulling_show_reads_headers_only(server: HubServer, home: Path) 
     [
         (("chat", REPO, "-p", "hi"), "fetch it with `glmlocal pull zai-org/GLM-test`"),
         (("pull", "zai-org/nope"), "does not exist or needs a login"),
+        (("pull", "zai-org/GLM-4.5-Ari-FP8"), "did you mean the release GLM-4.5-Air-FP8"),
+        (("pull", ""), "name is empty"),
         (("pull", f"{REPO}@v9"), "does not exist at that revision"),
         (("pull", f"{REPO}:Q4_0"), "no GGUF files"),
         (("pull", "https://huggingface.co/a/b"), "is no name of a model"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hub.server import HubServer
 REPO = "zai-org/GLM-test"
 SOURCE = Source("huggingface", REPO)
 PATIENCE = Patience(connect_s=5, read_s=5, attempts=3, backoff_s=0.01, max_wait_s=2)
-QUICK = Options(connections=4, range_bytes=64 << 10, commit_every_s=0.02, report_every_s=0.02, patience=PATIENCE)
+QUICK = Options(connections=4, range_bytes=64 << 10, sync_every_s=0.02, report_every_s=0.02, patience=PATIENCE)
 
 
 def huggingface(server: HubServer, cache: Path, token: str | None = None, **settings: Any) -> HuggingFace:
@@ -41,3 +42,13 @@ def visible_files(cache: Path) -> dict[str, bytes]:
         for path in snapshot.rglob("*")
         if path.is_file()
     }
+
+
+def journalled(cache: Path, *, synced: bool = False) -> dict[str, list[tuple[int, int]]]:
+    """What the journals of a cache vouch for (for after a power failure: ``synced``), read without our own code."""
+    result: dict[str, list[tuple[int, int]]] = {}
+    for journal in cache.glob("models--*/.glmlocal/*.journal"):
+        with suppress(FileNotFoundError):  # finished meanwhile
+            lines = [line.split() for line in journal.read_bytes().split(b"\n")[1:-1]]
+            result[journal.stem] = [(int(line[0]), int(line[1])) for line in lines if len(line) == 2 or not synced]
+    return result

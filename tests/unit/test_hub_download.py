@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import random
 import threading
@@ -15,13 +17,13 @@ from typing import Any
 import pytest
 
 from glmlocal.errors import DownloadError
-from glmlocal.hub import download, partial, pull
+from glmlocal.hub import download, partial, pull, unsynced
 from glmlocal.hub.cache import RepoCache
 from glmlocal.hub.download import Progress
 from glmlocal.hub.listing import Hub
 from glmlocal.hub.names import Source
 from glmlocal.hub.partial import merged
-from hub.pulling import PATIENCE, QUICK, REPO, fetch, huggingface, modelscope, visible_files
+from hub.pulling import PATIENCE, QUICK, REPO, fetch, huggingface, journalled, modelscope, visible_files
 from hub.server import HubServer
 
 BIG = "model.safetensors"
@@ -76,7 +78,7 @@ def test_only_what_is_needed_arrives_and_every_byte_once(server: HubServer, cach
         assert merged(server.served[path]) == [(0, len(data))]
         assert server.served_bytes(path) == len(data)
     assert len(server.served[BIG]) > 10  # in ranges
-    assert not (RepoCache(cache, REPO).directory / ".glmlocal").exists()
+    assert all(path.suffix == ".unsynced" for path in RepoCache(cache, REPO).work.glob("*"))
 
 
 def test_a_second_pull_asks_for_the_listing_and_nothing_else(server: HubServer, cache: Path, connect: Connect) -> None:
@@ -328,15 +330,6 @@ def test_a_list_that_goes_on_elsewhere_does_not_get_the_token(
 # Stopped, and gone on with
 
 
-def journalled(cache: Path) -> dict[str, list[tuple[int, int]]]:
-    """What the journals of a cache vouch for, read without our own code."""
-    result = {}
-    for journal in cache.glob("models--*/.glmlocal/*.journal"):
-        lines = journal.read_bytes().split(b"\n")[1:-1]
-        result[journal.stem] = [(int(begin), int(end)) for begin, end in (line.split() for line in lines)]
-    return result
-
-
 def overlap(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> int:
     return sum(max(min(a[1], b[1]) - max(a[0], b[0]), 0) for a in merged(left) for b in merged(right))
 
@@ -466,32 +459,75 @@ def test_one_process_waits_for_the_other_and_fetches_nothing_twice(server: HubSe
     assert visible_files(cache) == WANTED
 
 
-def test_nobody_waits_for_a_slow_disk_but_the_name_of_the_file(
+def test_nobody_waits_for_a_slow_disk(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_sync, slow = threading.Event(), os.fsync
+
+    def busy(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if "blobs" in name or name.endswith(".partial"):
+            assert may_sync.wait(20)
+        slow(descriptor)
+
+    monkeypatch.setattr(download.os, "fsync", busy)
+    monkeypatch.setattr(partial.os, "fdatasync", busy)
+    snapshot = fetch(huggingface(server, cache))
+    assert visible_files(cache) == WANTED
+    assert set(unsynced.marks(RepoCache(cache, REPO).work)) == {
+        unsynced.Mark(
+            RepoCache(cache, REPO).work / f"{digest}.{unsynced.boot_id()}.unsynced", digest, unsynced.boot_id()
+        )
+        for digest in (os.path.basename(os.readlink(path)) for path in snapshot.iterdir())
+    }
+    may_sync.set()
+
+
+def test_marks_go_as_files_reach_the_disk(server: HubServer, cache: Path) -> None:
+    """Each in its turn, while others come; never before its file is synced and has its name."""
+    files = {f"model-{i:05}-of-00006.safetensors": random.Random(i).randbytes(200_000) for i in range(1, 7)}
+    index = json.dumps({"weight_map": {path: path for path in files}}).encode()
+    server.add(REPO, {"config.json": b"{}", **files, "model.safetensors.index.json": index})
+    for path in files:
+        server.fail(path, bytes_per_s=400_000, times=100)
+    seen = set[tuple[int, int]]()
+
+    def on_progress(progress: Sequence[Progress]) -> None:
+        marks = {mark.digest for mark in unsynced.marks(RepoCache(cache, REPO).work)}
+        blobs = {blob.name for blob in cache.glob("models--*/blobs/*")}
+        of_shards = {hashlib.sha256(data).hexdigest() for data in files.values()}
+        assert of_shards - marks <= blobs  # what is not marked was synced, so it has its name
+        seen.add((len(of_shards & blobs), len(of_shards & marks)))
+
+    fetch(huggingface(server, cache), options=replace(QUICK, connections=1), on_progress=on_progress)
+    assert (0, 6) in seen
+    assert any(placed > 0 and marked < 6 for placed, marked in seen)
+
+
+def test_where_nothing_can_be_marked_a_file_is_on_disk_before_it_gets_its_name(
     server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, may_sync = os.fsync, threading.Event()
-    seen: list[tuple[bool, bool]] = []
+    def refused(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
 
-    def slow(descriptor: int) -> None:
-        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).suffix == ".partial" and os.fstat(descriptor).st_blocks:
-            assert may_sync.wait(20)
-        sync(descriptor)
+    order: list[str] = []
+    fsync, rename = os.fsync, os.replace
 
-    def on_progress(files: Sequence[Progress]) -> None:
-        big = next(file for file in files if file.path == BIG)
-        seen.append((big.is_verified, big.is_complete))
-        if all(file.is_verified for file in files) and not may_sync.is_set():  # all of them, in spite of the first one
-            assert not any(file.is_complete for file in files if file.size_bytes)
-            assert not [blob for blob in cache.glob("models--*/blobs/*") if blob.stat().st_size]
-            assert_nothing_is_visible(cache)
-            may_sync.set()
+    def watched(descriptor: int) -> None:
+        order.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name[:8])
+        fsync(descriptor)
 
-    monkeypatch.setattr(partial.os, "fsync", slow)
-    monkeypatch.setattr(partial.os, "fdatasync", slow)
-    fetch(huggingface(server, cache), on_progress=on_progress)
+    def renamed(old: Path, new: Path) -> None:
+        order.append("name " + Path(old).name[:8])
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unsynced, "mark", refused)
+        patch.setattr(partial.os, "fsync", watched)
+        patch.setattr(partial.os, "replace", renamed)
+        snapshot = fetch(huggingface(server, cache))
+    for path in snapshot.iterdir():
+        digest = os.path.basename(os.readlink(path))[:8]
+        assert order.index(f"sync {digest}") < order.index(f"name {digest}")
     assert visible_files(cache) == WANTED
-    assert (True, False) in seen
-    assert seen[-1] == (True, True)
 
 
 def test_the_disk_starts_when_enough_has_arrived_not_only_each_second(server: HubServer, cache: Path) -> None:
@@ -499,11 +535,11 @@ def test_the_disk_starts_when_enough_has_arrived_not_only_each_second(server: Hu
     lines: list[int] = []
 
     def on_progress(files: object) -> None:
-        lines.append(sum(len(extents) for extents in journalled(cache).values()))
+        lines.append(sum(len(extents) for extents in journalled(cache, synced=True).values()))
 
     fetch(
         huggingface(server, cache),
-        options=replace(QUICK, commit_every_s=1000, commit_bytes=100_000),
+        options=replace(QUICK, sync_every_s=1000, sync_bytes=100_000),
         on_progress=on_progress,
     )
     assert len(set(lines)) > 4  # a verified small file is the occasion for one or two
