@@ -54,11 +54,12 @@ bench: $(VENV)/.installed-test ## the demo against transformers, and llama.cpp w
 
 SRC := glmlocal/kernels/cpu/src
 HAS = $(shell grep -qsw $(1) /proc/cpuinfo && echo yes)
-ISA := $(if $(call HAS,avx512_vnni),avx512,$(if $(call HAS,avx2),avx2,generic))
+ISA := $(if $(call HAS,amx_int8),amx,$(if $(call HAS,avx512_vnni),avx512,$(if $(call HAS,avx2),avx2,generic)))
 ISA_FLAGS_avx2 := -mavx2 -mfma -mf16c
 ISA_FLAGS_avx512 := $(ISA_FLAGS_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512
 # Without "null" and "object-size", which test every access through a pointer that an inlined lambda captured: those alone
 # make GCC take more than an hour for the kernels.
+ISA_FLAGS_amx := $(ISA_FLAGS_avx512) -mamx-tile -mamx-int8
 SANITIZE := -std=c++20 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-uninitialized -I$(SRC) \
   -fsanitize=address,undefined -fno-sanitize=alignment,null,object-size,vptr -fno-sanitize-recover=undefined \
   --param asan-instrumentation-with-call-threshold=0 -fno-var-tracking -DGLM_ISA=$(ISA) -DGLM_ONLY_ISA=$(ISA) $(ISA_FLAGS_$(ISA))

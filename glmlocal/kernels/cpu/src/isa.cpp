@@ -5,6 +5,9 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__AMX_INT8__) && !defined(GLM_HAS_AMX)  // make sanitize
+#define GLM_HAS_AMX
+#endif
 #if defined(GLM_HAS_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -52,6 +55,9 @@ bool has_amx() {
 
 std::vector<const KernelTable*> supported_tables() {
 #if defined(GLM_ONLY_ISA)
+#if defined(GLM_HAS_AMX)
+  has_amx();  // asks for the tiles
+#endif
   return {&GLM_ONLY_ISA::table};
 #else
   std::vector<const KernelTable*> tables{&generic::table};
