@@ -124,7 +124,7 @@ def _packed(module: str, tensors: Mapping[str, TensorRef], weights: _Weights) ->
     groups = num_groups(columns, weights.group_size)
     if codes.shape[1] != -(-columns * weights.bits // 32):
         raise CheckpointError(
-            f"tensor {codes.name} has {codes.shape[1]} words in a row; {columns} columns of {weights.bits} bits without "
+            f"tensor {codes.name} has {codes.shape[1]} words a row; {columns} columns of {weights.bits} bits without "
             f"gaps are {-(-columns * weights.bits // 32)}"
         )
     must_have_shape(scales, *_per_group(rows, groups))

@@ -84,8 +84,8 @@ def _matrix(module: str, tensors: Mapping[str, TensorRef], layout: Layout, setti
     zeros = part(tensors, f"{module}.qzeros", ("I32",))
     scales = part(tensors, f"{module}.scales", FLOATS)
     groups, rows = scales.shape
-    bits, rest = divmod(32 * zeros.shape[1], rows)
-    if rest or bits not in _BITS:
+    bits = next((bits for bits in _BITS if -(-rows * bits // 32) == zeros.shape[1]), None)
+    if bits is None:
         raise CheckpointError(
             f"tensors {zeros.name} {list(zeros.shape)} and {scales.name} {list(scales.shape)} are of no known number "
             f"of bits; {', '.join(map(str, _BITS))} are supported"

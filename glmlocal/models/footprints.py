@@ -12,7 +12,7 @@ from glmlocal.errors import CheckpointError, ConfigError
 from glmlocal.formats.expert_pack_layout import PACK_DTYPE
 from glmlocal.formats.forms import FORMS, Form
 from glmlocal.formats.fp8 import FP8_DTYPE, scales_of
-from glmlocal.formats.index import Checkpoint, TensorIndex, TensorRef, quoted
+from glmlocal.formats.index import Checkpoint, TensorIndex, TensorRef
 from glmlocal.formats.llama_cpp_types import tensor_type
 from glmlocal.formats.schemes import DENSE_DTYPES
 from glmlocal.models import dsa_config, tensors
