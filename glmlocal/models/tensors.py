@@ -65,6 +65,11 @@ def check_tensors(config: ModelConfig, tensors: TensorIndex) -> bool:
     Raises CheckpointError naming the first offending tensor and how many more there are.
     """
     expected = expected_tensors(config)
+    unreadable = [name for name in expected if name in tensors.unreadable]
+    if unreadable:
+        raise CheckpointError(
+            f"{tensors.source} cannot be run: {tensors.unreadable[unreadable[0]]}{_and_more(unreadable)}"
+        )
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise _missing(config, tensors, missing, expected)
@@ -79,6 +84,9 @@ def mtp_problem(config: ModelConfig, tensors: TensorIndex) -> str | None:
     expected = expected_mtp_tensors(config)
     if not expected:
         return "none declared"
+    unreadable = next((name for name in expected if name in tensors.unreadable), None)
+    if unreadable is not None:
+        return tensors.unreadable[unreadable]
     missing = sum(name not in tensors for name in expected)
     if missing == len(expected):
         return "none in the file"
@@ -153,9 +161,6 @@ def _missing(
 ) -> CheckpointError:
     if not any(name.startswith("model.layers.0.") for name in tensors) and mtp_problem(config, tensors) is None:
         return CheckpointError(f"{tensors.source} holds an MTP layer alone; give the file of the whole model")
-    refused = next((name for name in missing if name in tensors.unreadable), None)
-    if refused is not None:
-        return CheckpointError(f"{tensors.source} cannot be run: {tensors.unreadable[refused]}")
     hint = "download the checkpoint again"
     if config.quant_method is not None:
         hint = f"it is quantized with {quoted(config.quant_method)}, which is not supported yet: {_SUPPORTED}"
