@@ -36,6 +36,7 @@ SUFFIX = ".qweight"
 _BITS = (2, 3, 4, 8)
 _LAYOUTS: dict[object, Layout] = {"gptq": "gptq", "gptq_v2": "gptq_v2"}
 _MAX_PATTERN = 1000  # characters of a regular expression in a config
+_REPETITION, _REPEATED_GROUP, _MAX_REPETITIONS = re.compile(r"[*+{]"), re.compile(r"\)[*+{]"), 8
 
 
 def reader(settings: Mapping[str, Any]) -> Callable[[str, Mapping[str, TensorRef]], StoredMatrix]:
@@ -68,14 +69,19 @@ def _rules(dynamic: Any) -> list[tuple[re.Pattern[str], Mapping[str, Any]]]:
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """A regular expression of a config. Raises CheckpointError."""
+    """A regular expression of a config, but for such as could take forever on a name. Raises CheckpointError."""
     try:
         if len(pattern) > _MAX_PATTERN:
             raise ValueError("too long")
+        if _REPEATED_GROUP.search(pattern):
+            raise ValueError("a group is repeated")
+        if len(_REPETITION.findall(pattern)) > _MAX_REPETITIONS:
+            raise ValueError(f"more than {_MAX_REPETITIONS} repetitions")
         return re.compile(pattern)
     except (re.error, ValueError, RecursionError, OverflowError) as error:
         raise CheckpointError(
-            f"the quantization config has {quoted(pattern)}, which is no regular expression: {str(error)[:80]}"
+            f"the quantization config has {quoted(pattern)}, which is no regular expression that is taken: "
+            f"{str(error)[:80]}"
         ) from error
 
 

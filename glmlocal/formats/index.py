@@ -15,7 +15,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,6 +50,11 @@ class TensorRef:
     def stored(self) -> tuple[TensorRef, ...]:
         """The tensors in the files: those of a matrix that several make, else this one."""
         return (self,) if self.matrix is None else self.matrix.parts
+
+    def moved(self, files: Mapping[Path, Path]) -> TensorRef:
+        """The same where its files are elsewhere."""
+        matrix = None if self.matrix is None else self.matrix.moved(files)
+        return replace(self, file=files[self.file], matrix=matrix)
 
     @property
     def num_elements(self) -> int:

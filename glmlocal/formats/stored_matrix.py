@@ -17,7 +17,7 @@ Where nothing else is said words hold one stream of bits, lowest first, so that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ from glmlocal.formats.schemes import WHOLE_ROW, QuantScheme, ScaleType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from glmlocal.formats.index import TensorRef
 
@@ -54,6 +55,21 @@ class StoredMatrix:
     def parts(self) -> tuple[TensorRef, ...]:
         found = (self.codes, self.scales, self.zeros, self.g_idx, self.weight_shape)
         return tuple(part for part in found if part is not None)
+
+    def moved(self, files: Mapping[Path, Path]) -> StoredMatrix:
+        """The same where its files are elsewhere."""
+
+        def there(part: TensorRef | None) -> TensorRef | None:
+            return None if part is None else part.moved(files)
+
+        return replace(
+            self,
+            codes=self.codes.moved(files),
+            scales=self.scales.moved(files),
+            zeros=there(self.zeros),
+            g_idx=there(self.g_idx),
+            weight_shape=there(self.weight_shape),
+        )
 
     @property
     def has_rows(self) -> bool:
