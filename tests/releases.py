@@ -141,6 +141,12 @@ def packed(name: str, made: Codes, form: Form) -> Tensors:
     return tensors
 
 
+def packed_with_plain_zeros(name: str, made: Codes, form: Form) -> Tensors:
+    """As earlier versions of compressed-tensors wrote them."""
+    zeros = _tensor((made.zeros - (1 << (form.bits - 1))).astype(np.int8))
+    return {**packed(name, made, form), f"{name}.weight_zero_point": zeros}
+
+
 def int8(name: str, made: Codes, form: Form) -> Tensors:
     tensors = {
         f"{name}.weight": _tensor((made.codes - 128).astype(np.int8)),
@@ -244,6 +250,12 @@ STYLES = {
             _compressed({"group_0": _group(4, ["Linear"], group=64, symmetric=False)}),
             packed,
             Form(4, 64, False),
+        ),
+        Style(
+            "packed with plain zeros",
+            _compressed({"group_0": _group(4, ["Linear"], symmetric=False)}),
+            packed_with_plain_zeros,
+            Form(4, 32, False),
         ),
         Style(
             "packed mix",
