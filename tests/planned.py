@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from glmlocal.models.footprint import Footprint, Layer, Part
@@ -104,3 +105,24 @@ def follow(model: Footprint, hardware: Machine, wants: Wants, option: str, other
             key = {"--context": "context", "--kv-dtype": "kv_dtype", "--batch": "batch", "--draft": "draft"}[name]
             wants = replace(wants, **{key: value if key == "kv_dtype" else int(value)})
     return plan(model, hardware, wants)
+
+
+def planned_bytes(footprint: Footprint) -> dict[str, int]:
+    """What a footprint says is held, in the words of ``models.held``."""
+    counts: Counter[str] = Counter()
+
+    def add(parts: Iterable[Part], prefix: str = "") -> None:
+        for part in parts:
+            counts[prefix + ("weights" if part.component == "mtp" else part.component)] += part.nbytes
+
+    def layer(one: Layer, prefix: str = "") -> None:
+        add(one.parts, prefix)
+        if one.expert is not None:
+            counts[f"{prefix}routed experts"] += one.expert.nbytes * one.num_experts
+
+    add(footprint.top)
+    for one in footprint.layers:
+        layer(one)
+    if footprint.mtp is not None:
+        layer(footprint.mtp, "MTP ")
+    return {name: count for name, count in counts.items() if count}

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from glmlocal.formats.quant import QuantizedMatrix
-from glmlocal.formats.schemes import FP8_BLOCK128, FP8_CHANNEL, QuantScheme
+from glmlocal.formats.schemes import FP8_BLOCK128, FP8_CHANNEL, WHOLE_ROW, QuantScheme
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -28,6 +28,11 @@ SCHEMES = {
         FP8_CHANNEL,
         FP8_BLOCK128,
         QuantScheme("zero_point", 4, 128, 128, offset_codec="zero_point"),
+        QuantScheme("zero_point8", 8, 32, 32, offset_codec="zero_point", scale_type="bf16"),
+        QuantScheme("zero_point3", 3, WHOLE_ROW, WHOLE_ROW, offset_codec="zero_point"),
+        QuantScheme("bf16_scales", 4, 128, 128, zero_point=8, scale_type="bf16"),
+        QuantScheme("bf16_mins", 3, 64, 64, offset_codec="min", scale_type="bf16"),
+        QuantScheme("bf16_mins6", 6, 32, 32, offset_codec="min", scale_type="bf16"),
     )
 }
 
@@ -65,7 +70,10 @@ def random_quantized(
     groups, supers = -(-columns // scheme.group_size), -(-columns // scheme.super_size)
 
     def floats(width: int) -> np.ndarray:
-        return (rng.standard_normal((rows, width)) * 0.01).astype(scale_dtype).astype(np.float32)
+        values = (rng.standard_normal((rows, width)) * 0.01).astype(np.float32)
+        if scheme.scale_type == "bf16" and scale_dtype is np.float16:
+            return (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+        return values.astype(scale_dtype).astype(np.float32)
 
     two_level, low = scheme.scale_codec == "two_level", scheme.offset_codec
     codes = rng.integers(0, 1 << scheme.bits, (rows, columns), dtype=np.uint8)

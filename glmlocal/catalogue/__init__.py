@@ -18,7 +18,6 @@ Format = Literal["bf16", "fp8_channel", "fp8_block128", "gptq", "awq", "compress
 MTP = Literal["with copies", "without copies", "none"]  # of the embeddings and the head, in the MTP layer
 
 _RUNNABLE_MODEL_TYPES = frozenset({"glm4_moe"})
-_RUNNABLE_FORMATS = frozenset({"bf16", "fp8_channel", "fp8_block128", "gguf"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +52,8 @@ class Release:
 
     @property
     def runs(self) -> bool:
-        """Does this version of glmlocal run it?"""
-        return self.family.runs and self.format in _RUNNABLE_FORMATS
+        """Does this version of glmlocal run it? It reads every format, but not every architecture."""
+        return self.family.runs
 
     @property
     def hub_ids(self) -> tuple[str, ...]:

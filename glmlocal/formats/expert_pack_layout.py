@@ -11,7 +11,7 @@ from typing import Any
 
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.index import quoted
-from glmlocal.formats.packed_size import PackedSections, packed_sections, scale_type
+from glmlocal.formats.packed_size import PackedSections, packed_sections
 from glmlocal.formats.schemes import WHOLE_ROW, QuantScheme
 
 PAGE = 4096  # O_DIRECT reads start and end at multiples of it on every disk and filesystem we know of
@@ -25,6 +25,7 @@ _CODECS = {
     "scale_codec": ("plain", "two_level"),
     "offset_codec": ("symmetric", "min", "two_level_min", "zero_point"),
     "code_type": ("integer", "e4m3"),
+    "scale_type": ("f16", "bf16", "f32"),
 }
 
 
@@ -36,15 +37,11 @@ class MatrixLayout:
     kind: str  # "f32", "bf16", "f16", or the scheme's name
     scheme: QuantScheme | None  # None: plain floats
     offset: int  # from the start of the record, a multiple of 64
-    sections: PackedSections  # from ``offset``; scales are fp32 where the scheme is e4m3, else fp16
+    sections: PackedSections  # from ``offset``
 
     @property
     def nbytes(self) -> int:
         return self.sections.nbytes
-
-    @property
-    def scale_type(self) -> str:
-        return "f16" if self.scheme is None else scale_type(self.scheme)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +131,10 @@ def _kind(value: Any, where: str) -> str | QuantScheme:
         or type(value["zero_point"]) is not int
         or not 0 <= value["zero_point"] <= 255
         or not (codebook is None or _is_codebook(codebook, value["bits"]))
-        or (value["code_type"] == "e4m3" and (value["bits"], value["offset_codec"]) != (8, "symmetric"))
+        or (
+            value["code_type"] == "e4m3"
+            and (value["bits"], value["offset_codec"], value["scale_type"]) != (8, "symmetric", "f32")
+        )
     )
     if wrong:
         raise CheckpointError(f"{where} has the scheme {quoted(value)}, which no kernel can have")

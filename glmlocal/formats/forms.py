@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from glmlocal.formats.packed_size import ScaleType, packed_bytes
+from glmlocal.formats.packed_size import packed_bytes
 from glmlocal.formats.schemes import (
     FP8_BLOCK128,
     FP8_CHANNEL,
@@ -22,6 +22,7 @@ from glmlocal.formats.schemes import (
     block_layout,
     scheme_of,
 )
+from glmlocal.formats.stored_matrix import scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,6 @@ class Form:
     group_bits: int = 0
     group_rows: int = 1
     column_bits: int = 0
-    scales: ScaleType | None = None  # None: ``packed_size.scale_type`` of the scheme
 
     @property
     def is_integer(self) -> bool:
@@ -51,32 +51,31 @@ class Form:
 
     def held_bytes(self, rows: int, columns: int) -> int:
         """In memory, packed for the kernels."""
-        return packed_bytes(rows, columns, self.name if self.scheme is None else self.scheme, self.scales)
+        return packed_bytes(rows, columns, self.name if self.scheme is None else self.scheme)
 
 
 def _ggml(dtype: str) -> Form:
-    scheme = scheme_of(dtype)
+    found = scheme_of(dtype)
     weights, num_bytes = block_layout(dtype)
-    return Form(dtype, scheme, scheme.bits, weights, 8 * num_bytes - weights * scheme.bits)
+    return Form(dtype, found, found.bits, weights, 8 * num_bytes - weights * found.bits)
 
 
 def _gptq(bits: int) -> Form:
-    name = f"gptq int{bits} group 128"
-    scheme = QuantScheme(name, bits, 128, 128, zero_point=1 << (bits - 1))
-    return Form(name, scheme, bits, 128, 16 + bits, column_bits=32)
+    found = scheme("gptq", bits, 128, "symmetric", "f16")
+    return Form(found.name, found, bits, 128, 16 + bits, column_bits=32)
 
 
 def _mlx(bits: int) -> Form:
-    name = f"mlx {bits}-bit group 64"
-    return Form(name, QuantScheme(name, bits, 64, 64, offset_codec="min"), bits, 64, 32, scales="f32")
+    found = scheme("mlx", bits, 64, "min", "bf16")
+    return Form(found.name, found, bits, 64, 32)
 
 
-def _compressed(bits: int, group: int, words: str) -> Form:
-    name = f"compressed int{bits} {words}"
-    return Form(name, QuantScheme(name, bits, group, group, zero_point=1 << (bits - 1)), bits, group, 16, scales="f32")
+def _compressed(bits: int, group: int) -> Form:
+    found = scheme("compressed", bits, group, "symmetric", "bf16")
+    return Form(found.name, found, bits, group, 16)
 
 
-_AWQ = QuantScheme("awq int4 group 128", 4, 128, 128, offset_codec="zero_point")
+_AWQ = scheme("awq", 4, 128, "zero_point", "f16")
 
 FORMS = {
     form.name: form
@@ -90,9 +89,9 @@ FORMS = {
         *map(_gptq, (4, 8)),
         Form(_AWQ.name, _AWQ, 4, 128, 20),
         *map(_mlx, (2, 3, 4, 5, 6, 8)),
-        _compressed(4, 128, "group 128"),
-        _compressed(8, 128, "group 128"),
-        _compressed(8, WHOLE_ROW, "per row"),
+        _compressed(4, 128),
+        _compressed(8, 128),
+        _compressed(8, WHOLE_ROW),
         Form(INT4.name, INT4, 4, 32, 16),  # what --quant makes; in no file
         Form(INT8.name, INT8, 8, 32, 16),
     )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.fp8 import scales_of
-from glmlocal.formats.ggml_blocks import view_dense
+from glmlocal.formats.ggml_blocks import widen_dense
 from glmlocal.formats.index import TensorIndex, TensorRef
 from glmlocal.formats.quant import QuantizedMatrix, has_nan
 from glmlocal.formats.schemes import FP8_BLOCK128, FP8_CHANNEL, QuantScheme
@@ -49,8 +49,7 @@ class Fp8Matrix:
 
 
 def _read_scales(tensors: TensorIndex, ref: TensorRef) -> NDArray[np.float32]:
-    stored = view_dense(ref.dtype, tensors.copy(ref.name), ref.shape)
-    values = (stored.astype(np.uint32) << 16).view(np.float32) if ref.dtype == "BF16" else stored.astype(np.float32)
+    values = widen_dense(ref.dtype, tensors.copy(ref.name), ref.shape)
     bad = ~((values > 0) & (values < _SCALE_LIMIT))  # NaN is neither
     if bad.any():
         raise CheckpointError(

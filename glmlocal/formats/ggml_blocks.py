@@ -69,6 +69,14 @@ def view_dense(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> ND
     return raw.view(numpy_dtype).reshape(shape)
 
 
+def widen_dense(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The same as fp32, exactly."""
+    stored = view_dense(dtype, raw, shape)
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32)
+
+
 def _matrix_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) != 2:
         raise CheckpointError(f"{dtype} holds matrices; an array of shape {shape} cannot be {dtype}")

@@ -15,7 +15,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from glmlocal.formats.expert_pack import ExpertPack
+    from glmlocal.formats.stored_matrix import StoredMatrix
 
 MAX_JSON_BYTES = 100_000_000  # config and index files; the limit safetensors itself puts on a header
 _PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -42,7 +43,18 @@ class TensorRef:
     offset: int  # bytes from the start of the file
     nbytes: int
     shape: tuple[int, ...]  # torch order: [out_features, in_features]
-    dtype: str  # safetensors' name ("BF16", "F8_E4M3"), GGUF's type name ("Q4_K"), or of a pack ("pack.int4")
+    dtype: str  # safetensors' name ("BF16", "F8_E4M3"), GGUF's type name ("Q4_K"), of a pack ("pack.int4"), of a scheme
+    matrix: StoredMatrix | None = None  # what several stored tensors make: file and offset are then those of its codes
+
+    @property
+    def stored(self) -> tuple[TensorRef, ...]:
+        """The tensors in the files: those of a matrix that several make, else this one."""
+        return (self,) if self.matrix is None else self.matrix.parts
+
+    def moved(self, files: Mapping[Path, Path]) -> TensorRef:
+        """The same where its files are elsewhere."""
+        matrix = None if self.matrix is None else self.matrix.moved(files)
+        return replace(self, file=files[self.file], matrix=matrix)
 
     @property
     def num_elements(self) -> int:
@@ -62,12 +74,15 @@ class TensorIndex(Mapping[str, TensorRef]):
         refs: Mapping[str, TensorRef],
         files: tuple[Path, ...],
         experts: ExpertPack | None = None,
+        unreadable: Mapping[str, str] | None = None,
     ) -> None:
         self.kind: Literal["safetensors", "gguf"] = kind
         self.source = source  # the directory, or the (first) GGUF file
         self.files = files  # every file that belongs to the checkpoint, in order
         self.experts = experts  # of a packed model, whose routed experts are in records instead of tensors
+        self.unreadable: Mapping[str, str] = unreadable or {}  # quantized matrices that no reader takes: why
         self._refs = refs
+        self._stored = {part.name: part for ref in refs.values() if ref.matrix is not None for part in ref.stored}
         self._maps: dict[Path, mmap.mmap] = {}
         self._files: dict[Path, int] = {}  # descriptors
         self._lock = threading.Lock()
@@ -97,32 +112,32 @@ class TensorIndex(Mapping[str, TensorRef]):
         return sum(ref.nbytes for ref in self._refs.values())
 
     def read(self, name: str) -> NDArray[np.uint8]:
-        """The tensor's bytes as a read-only uint8 view [nbytes] of the file: no copy, paged in as it is touched.
+        """A stored tensor's bytes as a read-only uint8 view [nbytes] of the file: no copy, paged in as it is touched.
 
         The view may start at any byte: copy before viewing it as a wider dtype where alignment matters (torch).
         """
         import numpy as np  # here and below: planning opens checkpoints and reads no bytes, so it need not wait for it
 
-        ref = self._refs.get(name)
+        ref = self._stored.get(name) or self._refs.get(name)
         if ref is None:
             raise CheckpointError(f"{self.source} has no tensor {quoted(name)}")
         return np.frombuffer(self._map(ref), np.uint8, ref.nbytes, ref.offset)
 
     def read_ahead(self, name: str) -> None:
         """Ask the system to have the tensor's bytes in its cache soon: rows of it will be read one by one."""
-        ref = self._refs[name]
         if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # advice only
-                os.posix_fadvise(self._open(ref), ref.offset, ref.nbytes, os.POSIX_FADV_WILLNEED)
+            for ref in self._refs[name].stored:
+                with contextlib.suppress(OSError):  # advice only
+                    os.posix_fadvise(self._open(ref), ref.offset, ref.nbytes, os.POSIX_FADV_WILLNEED)
 
     def copy(self, name: str, begin: int = 0, end: int | None = None) -> NDArray[np.uint8]:
-        """The tensor's bytes begin … end - 1 (None: to the last) as an array of their own, read without mapping them.
+        """A stored tensor's bytes begin … end - 1 (None: to the last) as an array of their own, not mapped.
 
         For what is used once: mapped pages would count as memory of this process. Safe to use from several threads.
         """
         import numpy as np
 
-        ref = self._refs[name]
+        ref = self._stored.get(name) or self._refs[name]
         out = np.empty((ref.nbytes if end is None else end) - begin, np.uint8)
         position, rest = ref.offset + begin, out.data
         file = self._open(ref)
@@ -258,13 +273,15 @@ def _open_directory(path: Path) -> Checkpoint:
         return _open_packed(path, path / "experts.pack", names)
     if any(name.endswith(".safetensors") or name == "model.safetensors.index.json" for name in names):
         from glmlocal.formats import safetensors  # here, as both formats build on this module
+        from glmlocal.formats.joined import joined
 
         config_file = path / "config.json"
         if not config_file.is_file():
             raise CheckpointError(f"{path} has safetensors but no config.json; copy the release's config.json there")
         config = read_json_object(config_file)
-        refs, files = safetensors.read_directory(path)
-        return Checkpoint(path, path, config, TensorIndex("safetensors", path, refs, files), None)
+        stored, files = safetensors.read_directory(path)
+        refs, unreadable = joined(config, stored)
+        return Checkpoint(path, path, config, TensorIndex("safetensors", path, refs, files, None, unreadable), None)
     if any(name.lower().endswith(".gguf") for name in names):
         from glmlocal.formats import gguf
 
@@ -289,18 +306,20 @@ def _open_with_pack(path: Path, pack_dir: Path) -> Checkpoint:
     checkpoint = _open_packed(path, pack_file, names)
     pack = checkpoint.tensors.experts
     assert pack is not None
-    expert_pack.check_beside(pack, [ref for ref in checkpoint.tensors.values() if ref.file != pack_file])
+    beside = (part for ref in checkpoint.tensors.values() for part in ref.stored if part.file != pack_file)
+    expert_pack.check_beside(pack, list(beside))
     return checkpoint
 
 
 def _open_packed(path: Path, pack_file: Path, names: list[str]) -> Checkpoint:
     from glmlocal.formats import expert_pack, gguf, safetensors
+    from glmlocal.formats.joined import joined
 
     dense = path / expert_pack.DENSE_GGUF
     if dense.name in names:
         pack = expert_pack.read_pack(pack_file)
         model = gguf.read_model(dense)
-        refs = _joined(pack_file, pack.refs(), model.refs)
+        refs = _with_experts(pack_file, pack.refs(), model.refs)
         return Checkpoint(
             path, path, model.config, TensorIndex("gguf", path, refs, (pack_file, dense), pack), model.metadata
         )
@@ -309,12 +328,16 @@ def _open_packed(path: Path, pack_file: Path, names: list[str]) -> Checkpoint:
         if needed.name not in names:
             raise CheckpointError(f"{path} has {pack_file.name} but no {needed.name}; pack the model again")
     pack = expert_pack.read_pack(pack_file)
-    refs = _joined(pack_file, pack.refs(), safetensors.read_file(dense))
-    index = TensorIndex("safetensors", path, refs, (pack_file, dense), pack)
-    return Checkpoint(path, path, read_json_object(config_file), index, None)
+    config = read_json_object(config_file)
+    others, unreadable = joined(config, safetensors.read_file(dense))
+    refs = _with_experts(pack_file, pack.refs(), others)
+    index = TensorIndex("safetensors", path, refs, (pack_file, dense), pack, unreadable)
+    return Checkpoint(path, path, config, index, None)
 
 
-def _joined(pack_file: Path, experts: Mapping[str, TensorRef], others: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+def _with_experts(
+    pack_file: Path, experts: Mapping[str, TensorRef], others: Mapping[str, TensorRef]
+) -> dict[str, TensorRef]:
     twice = next((name for name in experts if name in others), None)
     if twice is not None:
         raise CheckpointError(f"{pack_file} has {quoted(twice)}, and so has the file beside it; pack the model again")

@@ -6,7 +6,6 @@ The formula of ``kernels/cpu/src/packed_matrix.cpp``, which tests compare it wit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from glmlocal.formats.schemes import QuantScheme
 
@@ -14,17 +13,7 @@ TILE_ROWS = 16
 BLOCK_COLUMNS = 32
 _ALIGNMENT = 64  # of every section
 _DENSE_BITS = {"f32": 32, "bf16": 16, "f16": 16}
-_FLOAT_BYTES = {"f16": 2, "f32": 4}
-
-ScaleType = Literal["f16", "f32"]
-
-
-def scale_type(scheme: QuantScheme) -> ScaleType:
-    """How scales are held: fp16 where that is exact, as it is for those of GGUF and of ``--quant``.
-
-    Those of e4m3 are held times 2^120 and never fit.
-    """
-    return "f32" if scheme.code_type == "e4m3" else "f16"
+_FLOAT_BYTES = {"f16": 2, "bf16": 2, "f32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +36,12 @@ class PackedSections:
     nbytes: int  # of the whole, a multiple of 64
 
 
-def packed_bytes(rows: int, columns: int, kind: str | QuantScheme, scales: ScaleType | None = None) -> int:
-    """Bytes of a matrix [rows, columns] of plain floats ("f32", "bf16", "f16") or of a scheme, padding included.
-
-    ``scales`` overrides ``scale_type``, for sources whose scales are not fp16 (bf16: MLX).
-    """
-    return packed_sections(rows, columns, kind, scales).nbytes
+def packed_bytes(rows: int, columns: int, kind: str | QuantScheme) -> int:
+    """Bytes of a matrix [rows, columns] of plain floats ("f32", "bf16", "f16") or of a scheme, padding included."""
+    return packed_sections(rows, columns, kind).nbytes
 
 
-def packed_sections(
-    rows: int, columns: int, kind: str | QuantScheme, scales: ScaleType | None = None
-) -> PackedSections:
+def packed_sections(rows: int, columns: int, kind: str | QuantScheme) -> PackedSections:
     """The same, section by section."""
     tiles, blocks = -(-rows // TILE_ROWS), -(-columns // BLOCK_COLUMNS)
     if isinstance(kind, str):
@@ -65,14 +49,14 @@ def packed_sections(
         return PackedSections(weights, None, None, None, None, _aligned(weights.nbytes))
     padded_rows, padded_columns = tiles * TILE_ROWS, blocks * BLOCK_COLUMNS
     groups, supers = (-(-padded_columns // size) * padded_rows for size in (kind.group_size, kind.super_size))
-    float_bytes = _FLOAT_BYTES[scales or scale_type(kind)]
-    has_min, has_sub_min = kind.offset_codec != "symmetric", kind.offset_codec in ("two_level_min", "zero_point")
+    float_bytes = _FLOAT_BYTES[kind.scale_type]
+    mins = {"min": groups, "two_level_min": supers}.get(kind.offset_codec)
     sizes = (
         tiles * blocks * kind.bits * 64,  # one line of 64 bytes per bit of a block's codes
         supers * float_bytes,
         groups if kind.scale_codec == "two_level" else None,
-        (supers if has_sub_min else groups) * float_bytes if has_min else None,
-        groups if has_sub_min else None,
+        None if mins is None else mins * float_bytes,
+        groups if kind.offset_codec in ("two_level_min", "zero_point") else None,
     )
     sections: list[Section | None] = []
     end = 0

@@ -31,7 +31,7 @@ _DTYPES_OF_BITS = {
     64: ("U64", "I64", "F64", "C64"),
 }
 _BITS = {dtype: bits for bits, dtypes in _DTYPES_OF_BITS.items() for dtype in dtypes}
-_STACKED = re.compile(r"(.*\.mlp\.)(?:experts|switch_mlp)\.(gate_up|gate|up|down)_proj(?:\.weight)?")
+_STACKED = re.compile(r"(.*\.mlp\.)(?:experts|switch_mlp)\.(gate_up|gate|up|down)_proj(?:\.(weight|scales|biases))?")
 _SEPARATORS = frozenset("/\\\0")
 
 
@@ -97,8 +97,8 @@ def per_expert(refs: dict[str, TensorRef]) -> dict[str, TensorRef]:
     """Give stacked routed experts the names and shapes of the per-expert form that is released.
 
     ``mlp.experts.gate_up_proj`` [E, 2I, H] (gate rows first) and ``mlp.experts.down_proj`` [E, H, I], as transformers
-    keeps them in memory, and mlx-lm's ``mlp.switch_mlp.{gate,up,down}_proj.weight`` [E, out, in] become slices
-    ``mlp.experts.{e}.{gate,up,down}_proj.weight``.
+    keeps them in memory, and mlx-lm's ``mlp.switch_mlp.{gate,up,down}_proj.{weight,scales,biases}`` [E, out, ·] become
+    slices ``mlp.experts.{e}.{gate,up,down}_proj.weight`` (scales, biases).
     """
     out: dict[str, TensorRef] = {}
     for name, ref in refs.items():
@@ -113,7 +113,8 @@ def per_expert(refs: dict[str, TensorRef]) -> dict[str, TensorRef]:
                 f"tensor {quoted(name)} of {ref.file} has shape {list(ref.shape)}; at most {MAX_EXPERTS} experts of "
                 f"{' and '.join(parts)}, of the same size, were expected"
             )
-        names = [f"{stacked[1]}experts.{e}.{part}_proj.weight" for e in range(experts) for part in parts]
+        kind = stacked[3] or "weight"
+        names = [f"{stacked[1]}experts.{e}.{part}_proj.{kind}" for e in range(experts) for part in parts]
         for slice_ref in split_tensor(ref, [(expert, (rows // len(parts), columns)) for expert in names]):
             _add(out, slice_ref)
     return out

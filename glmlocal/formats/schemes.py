@@ -12,6 +12,7 @@ from typing import Literal
 
 WHOLE_ROW = 1 << 24  # as a group size: one scale per row, since no row is longer
 
+ScaleType = Literal["f16", "bf16", "f32"]
 Activations = Literal["int8", "fp32"]  # what weights of integer codes are multiplied with
 
 
@@ -28,10 +29,13 @@ class QuantScheme:
     zero_point: int = 0  # of all groups; one per group is an offset codec
     codebook: tuple[int, ...] | None = None
     code_type: Literal["integer", "e4m3"] = "integer"
+    scale_type: ScaleType = "f16"  # of scales and mins, as stored; e4m3's are held times 2^120, which is beyond 16 bits
 
 
-FP8_CHANNEL = QuantScheme("fp8_channel", 8, WHOLE_ROW, WHOLE_ROW, code_type="e4m3")
-FP8_BLOCK128 = QuantScheme("fp8_block128", 8, 128, 128, code_type="e4m3")  # rows of a block repeat its scale
+FP8_CHANNEL = QuantScheme("fp8_channel", 8, WHOLE_ROW, WHOLE_ROW, code_type="e4m3", scale_type="f32")
+FP8_BLOCK128 = QuantScheme(
+    "fp8_block128", 8, 128, 128, code_type="e4m3", scale_type="f32"
+)  # rows of a block repeat its scale
 
 # What ``quantize`` makes.
 INT4 = QuantScheme("int4", 4, 32, 32, zero_point=8)

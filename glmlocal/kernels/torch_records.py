@@ -45,12 +45,11 @@ def unpack(layout: MatrixLayout, record: Tensor) -> Tensor:
         return found[:rows, : -(-columns // size)]
 
     codes = _codes(data[: sections.codes.nbytes], scheme.bits, tiles, blocks)[:rows, :columns]
-    floats = _DENSE[layout.scale_type]
-    has_super_min = scheme.offset_codec in ("two_level_min", "zero_point")
+    floats = _DENSE[scheme.scale_type]
     scale = groups(sections.scales, scheme.super_size, floats)
-    low = groups(sections.mins, scheme.super_size if has_super_min else scheme.group_size, floats)
     sub_scale = groups(sections.sub_scales, scheme.group_size, torch.int8)
     sub_min = groups(sections.sub_mins, scheme.group_size, torch.uint8)
+    low = groups(sections.mins, scheme.super_size if sub_min is not None else scheme.group_size, floats)
     assert scale is not None
     return _dequantize(scheme, codes, scale.float(), low, sub_scale, sub_min)
 

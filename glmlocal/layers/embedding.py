@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glmlocal.formats.ggml_blocks import unpack
+from glmlocal.formats.stored_rows import StoredRows
 
 TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -28,3 +29,17 @@ class Embedding:
         if self.dtype in TORCH_DTYPE:
             return torch.from_numpy(raw).view(TORCH_DTYPE[self.dtype]).float()
         return torch.from_numpy(unpack(self.dtype, raw, (len(raw), self.hidden_size)).dequantize())
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedEmbedding:
+    """The same of a table whose scales are in a tensor of their own (MLX)."""
+
+    table: StoredRows
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """input_ids int64 [tokens] → fp32 [tokens, hidden]."""
+        return torch.from_numpy(self.table.take(input_ids.numpy()).dequantize())
+
+
+AnyEmbedding = Embedding | QuantizedEmbedding

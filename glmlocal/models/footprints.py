@@ -12,7 +12,7 @@ from glmlocal.errors import CheckpointError, ConfigError
 from glmlocal.formats.expert_pack_layout import PACK_DTYPE
 from glmlocal.formats.forms import FORMS, Form
 from glmlocal.formats.fp8 import FP8_DTYPE, scales_of
-from glmlocal.formats.index import Checkpoint, TensorIndex, TensorRef, quoted
+from glmlocal.formats.index import Checkpoint, TensorIndex, TensorRef
 from glmlocal.formats.llama_cpp_types import tensor_type
 from glmlocal.formats.schemes import DENSE_DTYPES
 from glmlocal.models import dsa_config, tensors
@@ -195,6 +195,9 @@ def _found(index: TensorIndex, names: Iterable[str]) -> list[Stored]:
         if ref.dtype == FP8_DTYPE:
             scheme, scales = scales_of(index, name)
             found.append(Stored(name, ref.shape, FORMS[scheme.name], ref.nbytes + scales.nbytes))
+        elif ref.matrix is not None:
+            form = Form(ref.dtype, ref.matrix.scheme, ref.matrix.scheme.bits)
+            found.append(Stored(name, ref.shape, form, ref.nbytes))
         elif ref.dtype.startswith(PACK_DTYPE):
             form = _packed_form(index, ref)
             found.append(Stored(name, ref.shape, form, ref.nbytes, is_packed=True))
@@ -204,10 +207,12 @@ def _found(index: TensorIndex, names: Iterable[str]) -> list[Stored]:
 
 
 def _packed_form(index: TensorIndex, ref: TensorRef) -> Form:
-    kind = ref.dtype.removeprefix(PACK_DTYPE)
-    if kind not in FORMS:
-        raise CheckpointError(f"{index.source} has experts in {quoted(kind)}, which this version cannot size")
-    return FORMS[kind]
+    """Of a matrix in an expert pack, whose header says everything."""
+    kind, pack = ref.dtype.removeprefix(PACK_DTYPE), index.experts
+    assert pack is not None
+    matrices = (matrix for layout in pack.header.layouts.values() for matrix in layout.matrices)
+    scheme = next(matrix.scheme for matrix in matrices if matrix.kind == kind)
+    return FORMS[kind] if scheme is None else Form(kind, scheme, scheme.bits)
 
 
 def _stored_mtp(config: _Config, index: TensorIndex, quant: str, *, has_mtp: bool) -> Iterable[tuple[Layer, bool]]:

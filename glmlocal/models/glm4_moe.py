@@ -11,7 +11,7 @@ from torch import Tensor
 from glmlocal import kernels
 from glmlocal.formats.expert_pack import expert_name
 from glmlocal.layers.context import ForwardContext, StepCancelled
-from glmlocal.layers.embedding import Embedding
+from glmlocal.layers.embedding import AnyEmbedding
 from glmlocal.layers.experts import Experts, ResidentExperts
 from glmlocal.layers.linear import Linear
 from glmlocal.layers.norm import RMSNorm
@@ -60,14 +60,14 @@ class MTPLayer:
     eh_proj: Linear
     layer: DecoderLayer
     shared_head_norm: RMSNorm
-    embed_tokens: Embedding | None
+    embed_tokens: AnyEmbedding | None
     head: Linear | None
 
 
 @dataclass(frozen=True, slots=True)
 class Glm4MoeForCausalLM:
     config: ModelConfig
-    embed_tokens: Embedding
+    embed_tokens: AnyEmbedding
     layers: tuple[DecoderLayer, ...]
     norm: RMSNorm
     lm_head: Linear

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.expert_pack_layout import PACK_DTYPE
 from glmlocal.formats.fp8 import FP8_DTYPE, scales_of
-from glmlocal.formats.index import TensorIndex, quoted
+from glmlocal.formats.index import TensorIndex, TensorRef, quoted
 from glmlocal.formats.schemes import DENSE_DTYPES, QUANTIZED_DTYPES
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
 _SUPPORTED = (
-    f"BF16, F16, F32 and {FP8_DTYPE} with scales per row or 128 x 128 block are in safetensors, "
+    f"BF16, F16, F32, {FP8_DTYPE} with scales per row or 128 x 128 block, GPTQ, AWQ, compressed-tensors and MLX are in "
+    "safetensors, "
     f"BF16, F16, F32 and {', '.join(sorted(QUANTIZED_DTYPES))} in GGUF"
 )
 
@@ -64,6 +65,11 @@ def check_tensors(config: ModelConfig, tensors: TensorIndex) -> bool:
     Raises CheckpointError naming the first offending tensor and how many more there are.
     """
     expected = expected_tensors(config)
+    unreadable = [name for name in expected if name in tensors.unreadable]
+    if unreadable:
+        raise CheckpointError(
+            f"{tensors.source} cannot be run: {tensors.unreadable[unreadable[0]]}{_and_more(unreadable)}"
+        )
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise _missing(config, tensors, missing, expected)
@@ -78,6 +84,9 @@ def mtp_problem(config: ModelConfig, tensors: TensorIndex) -> str | None:
     expected = expected_mtp_tensors(config)
     if not expected:
         return "none declared"
+    unreadable = next((name for name in expected if name in tensors.unreadable), None)
+    if unreadable is not None:
+        return tensors.unreadable[unreadable]
     missing = sum(name not in tensors for name in expected)
     if missing == len(expected):
         return "none in the file"
@@ -164,7 +173,7 @@ def _missing(
 def _check_dtypes(config: ModelConfig, tensors: TensorIndex, expected: Mapping[str, tuple[int, ...]]) -> None:
     quantized = QUANTIZED_DTYPES if tensors.kind == "gguf" else frozenset({FP8_DTYPE})
     supported = DENSE_DTYPES | quantized
-    wrong = [name for name in expected if not _is_supported(tensors[name].dtype, supported)]
+    wrong = [name for name in expected if not _is_supported(tensors[name], supported)]
     if wrong:
         method = "" if config.quant_method is None else f" (quantized with {quoted(config.quant_method)})"
         raise CheckpointError(
@@ -174,7 +183,8 @@ def _check_dtypes(config: ModelConfig, tensors: TensorIndex, expected: Mapping[s
     plain = [
         name
         for name in expected
-        if tensors[name].dtype in quantized and _must_be_plain(name, expected[name], tensors[name].dtype)
+        if (tensors[name].matrix or tensors[name].dtype in quantized)
+        and _must_be_plain(name, expected[name], tensors[name])
     ]
     if plain:
         what = "norms, biases and routers" if tensors.kind == "gguf" else "norms, biases, routers and embeddings"
@@ -184,9 +194,9 @@ def _check_dtypes(config: ModelConfig, tensors: TensorIndex, expected: Mapping[s
         )
 
 
-def _is_supported(dtype: str, supported: frozenset[str]) -> bool:
+def _is_supported(ref: TensorRef, supported: frozenset[str]) -> bool:
     # Whatever a pack has stored the kernels can use: nothing else gets past its header.
-    return dtype in supported or dtype.startswith(PACK_DTYPE)
+    return ref.matrix is not None or ref.dtype in supported or ref.dtype.startswith(PACK_DTYPE)
 
 
 def _check_shapes(tensors: TensorIndex, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -227,8 +237,9 @@ def _refuse_strangers(config: ModelConfig, tensors: TensorIndex, expected: Mappi
         )
 
 
-def _must_be_plain(name: str, shape: tuple[int, ...], dtype: str) -> bool:
-    if dtype == FP8_DTYPE and name.endswith("embed_tokens.weight"):  # its rows would need their scales one by one
+def _must_be_plain(name: str, shape: tuple[int, ...], ref: TensorRef) -> bool:
+    has_rows = ref.dtype != FP8_DTYPE if ref.matrix is None else ref.matrix.has_rows
+    if name.endswith("embed_tokens.weight") and not has_rows:  # they are read one by one, with their scales
         return True
     return len(shape) == 1 or name.endswith(".mlp.gate.weight")
 

@@ -21,7 +21,8 @@ from glmlocal.formats.ggml_blocks import unpack
 from glmlocal.formats.index import TensorIndex, TensorRef
 from glmlocal.formats.quant import QuantizedMatrix
 from glmlocal.formats.schemes import INT4, INT8, QUANTIZED_DTYPES, Activations, QuantScheme
-from glmlocal.layers.embedding import TORCH_DTYPE, Embedding
+from glmlocal.formats.stored_rows import StoredRows
+from glmlocal.layers.embedding import TORCH_DTYPE, AnyEmbedding, Embedding, QuantizedEmbedding
 from glmlocal.layers.linear import Linear
 from glmlocal.layers.norm import RMSNorm
 
@@ -56,7 +57,7 @@ def quantized_already(tensors: TensorIndex) -> str | None:
 
 
 def _stays(ref: TensorRef) -> bool:
-    return ref.dtype in QUANTIZED_DTYPES or ref.dtype.startswith(PACK_DTYPE)
+    return ref.matrix is not None or ref.dtype in QUANTIZED_DTYPES or ref.dtype.startswith(PACK_DTYPE)
 
 
 def _is_linear(name: str) -> bool:
@@ -99,12 +100,12 @@ class WeightReader:
         return reader
 
     def rows(self, name: str) -> kernels.MatrixRows:
-        """A linear weight [out, in]: as stored (fp32, bf16, fp16, fp8 or a GGUF type), or quantized."""
+        """A linear weight [out, in]: as stored (floats, fp8, a GGUF type or integers of any release), or quantized."""
         ref = self._tensors[name]
         num_rows, columns = ref.shape
         read = self._rows_as_stored(ref)
         scheme = SCHEMES.get(self._quant)
-        if scheme is None or ref.dtype in QUANTIZED_DTYPES:
+        if scheme is None or _stays(ref):
             return kernels.MatrixRows((num_rows, columns), read)
         return kernels.MatrixRows((num_rows, columns), lambda begin, end: _quantized(name, read(begin, end), scheme))
 
@@ -139,19 +140,25 @@ class WeightReader:
     def norm(self, prefix: str, eps: float) -> RMSNorm:
         return RMSNorm(self.dense(f"{prefix}.weight"), eps)
 
-    def embedding(self, name: str) -> Embedding:
+    def embedding(self, name: str) -> AnyEmbedding:
         ref = self._tensors[name]
         self._tensors.read_ahead(name)
+        if ref.matrix is not None:
+            return QuantizedEmbedding(StoredRows.open(self._tensors, ref.matrix))
         rows = self._tensors.read(name).reshape(ref.shape[0], -1)
         return Embedding(rows, ref.dtype, ref.shape[1])
 
     def _rows_as_stored(self, ref: TensorRef) -> Callable[[int, int], Tensor | QuantizedMatrix]:
         columns, row_bytes = ref.shape[1], ref.nbytes // ref.shape[0]
-        fp8 = Fp8Matrix.open(self._tensors, ref.name) if ref.dtype == FP8_DTYPE else None
+        joined: Fp8Matrix | StoredRows | None = None  # what has its scales in another tensor
+        if ref.matrix is not None:
+            joined = StoredRows.open(self._tensors, ref.matrix)
+        elif ref.dtype == FP8_DTYPE:
+            joined = Fp8Matrix.open(self._tensors, ref.name)
 
         def read(begin: int, end: int) -> Tensor | QuantizedMatrix:
-            if fp8 is not None:
-                part: Tensor | QuantizedMatrix = fp8.rows(begin, end)
+            if joined is not None:
+                part: Tensor | QuantizedMatrix = joined.rows(begin, end)
             else:
                 raw = self._tensors.copy(ref.name, begin * row_bytes, end * row_bytes)
                 part = _matrix(ref.dtype, raw, (end - begin, columns))

@@ -58,7 +58,8 @@ def plan_job(checkpoint: Checkpoint, quant: Quant, *, model: str, source: str) -
     if not layouts:
         raise CheckpointError(f"{checkpoint.path} has no routed experts; there is nothing to pack")
     unused = tuple(f"model.layers.{layer}." for layer in range(last, total))
-    dense = [ref for ref in tensors.values() if not _EXPERT.match(ref.name) and not ref.name.startswith(unused)]
+    kept = (ref for ref in tensors.values() if not _EXPERT.match(ref.name) and not ref.name.startswith(unused))
+    dense = [part for ref in kept for part in ref.stored]
     order = {file: place for place, file in enumerate(tensors.files)}
     dense.sort(key=lambda ref: (order[ref.file], ref.offset))
     per_record = [
@@ -80,7 +81,7 @@ def plan_job(checkpoint: Checkpoint, quant: Quant, *, model: str, source: str) -
 def parts_of(tensors: TensorIndex, layer: int, expert: int) -> list[TensorRef]:
     """Every tensor that the expert's record is made of: three matrices, and their scales where they have some."""
     names = (expert_name(layer, expert, matrix) + suffix for matrix in MATRICES for suffix in _SCALE_SUFFIXES)
-    return [tensors[name] for name in names if name in tensors]
+    return [part for name in names if name in tensors for part in tensors[name].stored]
 
 
 def _layout(config: ModelConfig, tensors: TensorIndex, layer: int, quant: Quant) -> ExpertLayout:
@@ -99,7 +100,9 @@ def _layout(config: ModelConfig, tensors: TensorIndex, layer: int, quant: Quant)
 
 
 def _packed_kind(tensors: TensorIndex, name: str, quant: Quant) -> str | QuantScheme:
-    dtype = tensors[name].dtype
+    dtype, matrix = tensors[name].dtype, tensors[name].matrix
+    if matrix is not None:
+        return matrix.scheme
     if dtype in QUANTIZED_DTYPES:
         return scheme_of(dtype)
     if quant in SCHEMES:

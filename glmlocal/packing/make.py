@@ -173,10 +173,9 @@ class Maker:
         self._report(piece)
 
     def _copy(self, piece: int, tensors: TensorIndex) -> None:
-        name, digest = self.job.dense[self.dense_index(piece)].name, xxhash.xxh3_64()
-        nbytes = tensors[name].nbytes
-        for begin in range(0, nbytes, _COPY_BYTES):
-            data = tensors.copy(name, begin, min(begin + _COPY_BYTES, nbytes))
+        ref, digest = self.job.dense[self.dense_index(piece)], xxhash.xxh3_64()
+        for begin in range(0, ref.nbytes, _COPY_BYTES):
+            data = tensors.copy(ref.name, begin, min(begin + _COPY_BYTES, ref.nbytes))
             digest.update(data.data)
             self._partial.write(piece, data, begin)
         self._partial.done(piece, digest.intdigest())

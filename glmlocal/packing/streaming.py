@@ -11,11 +11,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from glmlocal.errors import DownloadError
-from glmlocal.formats.index import Checkpoint, TensorIndex
+from glmlocal.formats.index import Checkpoint, TensorIndex, TensorRef
 from glmlocal.hub.cache import snapshot_files
 from glmlocal.hub.download import Options, Progress
 from glmlocal.hub.headers import remote_checkpoint
@@ -125,7 +125,7 @@ class _Shards:
         self._order = stream.shards
         self._kept = kept_digests(stream.pull)
         blobs = {file: self._pull.cache.blob(shard) for file, shard in by_file.items()}
-        self._refs = {name: replace(ref, file=blobs[ref.file]) for name, ref in self._remote.items()}
+        self._refs = [ref.moved(blobs) for ref in self._remote.values()]
         self._needs = {
             piece: frozenset(by_file[file] for file in _files_of(piece, stream, maker)) for piece in maker.missing()
         }
@@ -142,7 +142,10 @@ class _Shards:
     def index(self) -> TensorIndex:
         """The tensors of the shards that are here."""
         blobs = {self._pull.cache.blob(shard) for shard in self.here}
-        refs = {name: ref for name, ref in self._refs.items() if ref.file in blobs}
+        refs: dict[str, TensorRef] = {}
+        for ref in self._refs:  # a matrix of several tensors, or those of them that are here
+            found = [part for part in ref.stored if part.file in blobs]
+            refs |= {part.name: part for part in ([ref] if len(found) == len(ref.stored) else found)}
         return TensorIndex(self._remote.kind, self._pull.cache.directory, refs, tuple(blobs))
 
     def drop_what_is_not_needed(self) -> None:

@@ -63,7 +63,8 @@ def _extents(tensors: TensorIndex) -> Iterator[_Extent]:
     for record in pack.records():
         damage = Damage(pack.path.name, record.layer, record.expert, None)
         yield _Extent(pack.path, record.offset, record.nbytes, record.checksum, damage)
-    stored = sorted((ref for ref in tensors.values() if ref.file != pack.path), key=_offset)
+    parts = (part for ref in tensors.values() for part in ref.stored)
+    stored = sorted((part for part in parts if part.file != pack.path), key=_offset)
     if len(stored) != len(pack.dense_checksums):
         raise CheckpointError(
             f"{tensors.files[-1]} has {len(stored)} tensors, {pack.path.name} was made with "

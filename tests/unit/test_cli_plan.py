@@ -484,7 +484,7 @@ def test_what_this_version_does_not_run_is_planned_and_noted(capsys: pytest.Capt
     assert main(["plan", "GLM-5-FP8", "--gpus", "8xH200"]) == 0
     assert "the architecture of GLM-5 but does not run it" in capsys.readouterr().out
     assert main(["plan", "GLM-4.5-Air-AWQ-FP16Mix", *H100S]) == 0
-    assert "the awq format but does not run it" in capsys.readouterr().out
+    assert "does not run it" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,12 @@ from glmlocal.formats.llama_cpp_types import tensor_type
 from glmlocal.kernels import cpu
 from glmlocal.kernels.reference import takes_int8
 from glmlocal.models.config import ModelConfig, expected_mtp_tensors, expected_tensors, optional_mtp_tensors
-from glmlocal.models.footprint import COMPONENTS, Footprint, Layer, Part
+from glmlocal.models.footprint import COMPONENTS, Footprint
 from glmlocal.models.footprints import of_checkpoint, of_release
 from glmlocal.models.held import held_bytes
 from glmlocal.paths import demo_dir
 from glmlocal.planner.plan import Wants
+from planned import planned_bytes
 
 needs_native = pytest.mark.skipif(not cpu.available, reason="sizes are those of the native kernels")
 
@@ -199,32 +199,12 @@ def test_forms_that_are_multiplied_as_integers(form: Form) -> None:
 # What a loaded model holds
 
 
-def planned(footprint: Footprint) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-
-    def add(parts: Iterable[Part], prefix: str = "") -> None:
-        for part in parts:
-            counts[prefix + ("weights" if part.component == "mtp" else part.component)] += part.nbytes
-
-    def layer(one: Layer, prefix: str = "") -> None:
-        add(one.parts, prefix)
-        if one.expert is not None:
-            counts[f"{prefix}routed experts"] += one.expert.nbytes * one.num_experts
-
-    add(footprint.top)
-    for one in footprint.layers:
-        layer(one)
-    if footprint.mtp is not None:
-        layer(footprint.mtp, "MTP ")
-    return {name: count for name, count in counts.items() if count}
-
-
 def compare(path: Path, quant: Any) -> Footprint:
     checkpoint = open_checkpoint(path)
     footprint = of_checkpoint(checkpoint, quant)
     plan = plan_here(checkpoint, quant, Wants(context=64, draft=1 if footprint.holds_mtp else 0))
     engine = loader.load_engine(checkpoint, plan)
-    assert planned(footprint) == held_bytes(engine.runner.model)
+    assert planned_bytes(footprint) == held_bytes(engine.runner.model)
     for allocation in loader.allocations(plan, engine.runner.model, engine.runner.kv_cache, engine.offloads):
         # The draft layer's keys and values have no cache before there is speculation.
         assert allocation.planned_bytes == allocation.actual_bytes, allocation

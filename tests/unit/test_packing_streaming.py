@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+import releases
 import tiny
 import tiny_gguf
 from glmlocal.errors import DownloadError
@@ -42,7 +43,10 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In six shards, whose borders cut experts apart."""
     root = tmp_path_factory.mktemp("release")
     sizes = {"hidden_size": 80, "moe_intermediate_size": 48, "num_key_value_heads": 4, "head_dim": 24}
-    source = tiny.save(tiny.build_model(**sizes).bfloat16(), root, mtp=True)
+    return in_shards(tiny.save(tiny.build_model(**sizes).bfloat16(), root, mtp=True))
+
+
+def in_shards(source: Path) -> Path:
     tensors = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -86,6 +90,17 @@ def test_the_pack_is_that_of_the_whole_checkpoint(
     assert not list((tmp_path / "hf").rglob("blobs/*"))  # nothing is left
     for shard in release.glob("*.safetensors"):
         assert server.served_bytes(shard.name) < 1.25 * shard.stat().st_size  # once, and its header before
+
+
+@pytest.mark.parametrize("kind", ["gptq asymmetric", "packed int4", "mlx 4-bit"])
+def test_quantized_matrices_whose_tensors_are_in_several_shards(kind: str, tmp_path: Path) -> None:
+    source = tiny.save(tiny.build_model(**releases.SIZES), tmp_path / "source")
+    (tmp_path / "release").mkdir()
+    directory = in_shards(releases.quantize_release(source, tmp_path / "release", releases.STYLES[kind]))
+    with HubServer() as hub:
+        hub.add(REPO, {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()})
+        want = files_of(pack(directory, tmp_path / "local"))
+        assert files_of(pulled(hub, tmp_path / "hf", tmp_path / "pack", "keep")) == want
 
 
 def test_no_more_than_two_shards_are_here_at_once(

@@ -4,8 +4,8 @@ Everything here is numpy, a few panels of rows at a time so that what it needs b
 no state and releases the GIL where it takes time, so a loader may pack several matrices at once.
 ``unpack(pack(matrix))`` is the identity.
 
-Two things are stored otherwise than QuantizedMatrix has them: the scales of e4m3 times 2^120, by which its codes are
-too small as the kernels read them, and for integer zero points the scale once more, as the unit of the offset.
+One thing is stored otherwise than QuantizedMatrix has it: the scales of e4m3 times 2^120, by which its codes are too
+small as the kernels read them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ _LINE_BYTES = 64  # what packed data is aligned to
 _LITTLE = np.dtype("<u4")
 _CHUNK_WEIGHTS = 1 << 18  # packed at once; the temporaries are a few bytes for each
 _E4M3_UNIT = np.float32(2.0**120)
-_FLOATS: dict[str, np.dtype[Any]] = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
+_FLOATS: dict[str, np.dtype[Any]] = {
+    "f16": np.dtype(np.float16),
+    "bf16": np.dtype(np.uint16),
+    "f32": np.dtype(np.float32),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +70,7 @@ def pack(matrix: Tensor | QuantizedMatrix | MatrixRows, activations: Activations
     else:
         _check(matrix)
         rows = MatrixRows.of(matrix)
-    packed = _pack_as(rows, ("f16", "f32"), activations) or _pack_as(rows, ("f32",), activations)
+    packed = _pack_as(rows, None, activations) or _pack_as(rows, "f32", activations)
     assert packed is not None
     return packed
 
@@ -85,7 +89,7 @@ def bind_record(
 
 
 def _bind_packed(matrix: MatrixLayout, record: NDArray[np.uint8], activations: Activations) -> PackedWeight:
-    form = _Form.of_kind(matrix.kind if matrix.scheme is None else matrix.scheme, matrix.scale_type)
+    form = _Form.of_kind(matrix.kind if matrix.scheme is None else matrix.scheme)
     layout = _cpu.matrix_layout(*matrix.shape, form.format)
     if layout.num_bytes != matrix.nbytes or form.scheme != matrix.scheme:
         raise ValueError(f"{matrix.kind} {list(matrix.shape)}: {matrix.nbytes:,} bytes are not what these kernels pack")
@@ -128,19 +132,19 @@ class _Form:
     scheme: QuantScheme | None  # None: as plain floats
 
     @classmethod
-    def of(cls, matrix: Tensor | QuantizedMatrix, scale_type: str) -> _Form:
+    def of(cls, matrix: Tensor | QuantizedMatrix, scale_type: str | None) -> _Form:
         return cls.of_kind(_DENSE_CODES[matrix.dtype] if isinstance(matrix, Tensor) else matrix.scheme, scale_type)
 
     @classmethod
-    def of_kind(cls, scheme: str | QuantScheme, scale_type: str) -> _Form:
-        """Of plain floats ("f32", "bf16", "f16") or a scheme."""
+    def of_kind(cls, scheme: str | QuantScheme, scale_type: str | None = None) -> _Form:
+        """Of plain floats ("f32", "bf16", "f16") or a scheme; ``scale_type`` None is the scheme's own."""
         if isinstance(scheme, str):
             return cls(_cpu.MatrixFormat(scheme), scheme, None)
         if not _supported(scheme):
             return cls(_cpu.MatrixFormat("f32"), scheme.name, None)
         format_ = _cpu.MatrixFormat(
             "e4m3" if scheme.code_type == "e4m3" else f"u{scheme.bits}",
-            scale_type=scale_type,
+            scale_type=scale_type or scheme.scale_type,
             group_size=scheme.group_size,
             super_size=scheme.super_size,
             has_sub_scale=scheme.scale_codec == "two_level",
@@ -164,9 +168,10 @@ def pack_record(matrices: tuple[MatrixRows, MatrixRows, MatrixRows], layout: Exp
                 raise ValueError(f"{num_bytes:,} bytes are to be packed into {place.nbytes:,}")
             return place
 
-        packed = _pack_as(rows, (matrix.scale_type,), "fp32", there)
+        packed = _pack_as(rows, None, "fp32", there)
         if packed is None:
-            raise ValueError(f"scales of {matrix.kind} do not fit {matrix.scale_type}")
+            assert matrix.scheme is not None
+            raise ValueError(f"scales of {matrix.kind} do not fit {matrix.scheme.scale_type}")
         if (packed.kind, packed.scheme) != (matrix.kind, matrix.scheme):
             raise ValueError(f"wanted {matrix.kind}, found {packed.kind}")
     return record
@@ -174,11 +179,11 @@ def pack_record(matrices: tuple[MatrixRows, MatrixRows, MatrixRows], layout: Exp
 
 def _pack_as(
     rows: MatrixRows,
-    scale_types: tuple[str, ...],
+    scale_type: str | None,
     activations: Activations,
     allocate: Callable[[int], NDArray[np.uint8]] = _cpu.allocate,
 ) -> PackedWeight | None:
-    """With the first of the types that holds the scales of the first rows; None when later rows need a wider one."""
+    """None when a scale does not fit ``scale_type`` (None: the scheme's own)."""
     num_rows, columns = rows.shape
     step = max(1, _CHUNK_WEIGHTS // max(columns, 1) // _PANEL_ROWS) * _PANEL_ROWS
     form = None
@@ -189,18 +194,10 @@ def _pack_as(
         if tuple(part.shape) != (end - begin, columns):
             raise ValueError(f"pack: rows {begin} … {end} of [{num_rows}, {columns}] came as {list(part.shape)}")
         if form is None:
-            for scale_type in scale_types:
-                form = _Form.of(part, scale_type)
-                sections = _tiles(part, form)
-                if sections is not None:
-                    break
-            assert form is not None
-            if sections is None:
-                return None
+            form = _Form.of(part, scale_type)
             layout = _cpu.matrix_layout(num_rows, columns, form.format)
             buffer = allocate(layout.num_bytes)
-        else:
-            sections = _tiles(part, form)
+        sections = _tiles(part, form)
         if sections is None:
             return None
         if end > begin:
@@ -224,14 +221,28 @@ def _tiles(matrix: Tensor | QuantizedMatrix, form: _Form) -> dict[str, NDArray[A
         if values is None:
             continue
         section = stored[name]
-        with np.errstate(over="ignore"):
-            narrow = values.astype(section.dtype, copy=False)
-        if section.dtype == np.float16 and not np.array_equal(narrow.astype(np.float32), values):
+        narrow = _narrow(values, section.dtype)
+        if narrow.dtype != values.dtype and not np.array_equal(_wide(narrow), values):
             return None
         padded = np.zeros((layout.tiles * _TILE_ROWS, section.units), section.dtype)
         padded[: values.shape[0], : values.shape[1]] = narrow
         sections[section.name] = padded.reshape(layout.tiles, _TILE_ROWS, section.units).transpose(0, 2, 1)
     return sections
+
+
+def _narrow(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """fp32 as stored; uint16 holds the upper halves, which is bf16."""
+    if values.dtype == np.float32 and dtype == np.uint16:
+        return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    with np.errstate(over="ignore"):
+        return values.astype(dtype, copy=False)
+
+
+def _wide(stored: NDArray[Any]) -> NDArray[Any]:
+    """The inverse: fp32 of scales, and integers as they are."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return stored.astype(np.float32) if stored.dtype == np.float16 else stored
 
 
 def _dense_tiles(matrix: Tensor | QuantizedMatrix, layout: _cpu.MatrixLayout) -> NDArray[Any]:
@@ -245,15 +256,18 @@ def _dense_tiles(matrix: Tensor | QuantizedMatrix, layout: _cpu.MatrixLayout) ->
 
 def _group_arrays(matrix: QuantizedMatrix) -> dict[str, NDArray[Any] | None]:
     """The arrays beside the codes, as they are stored."""
-    scale, low = matrix.super_scale, matrix.super_min
+    scale = matrix.super_scale
     if matrix.scheme.code_type == "e4m3":
         with np.errstate(over="ignore"):
             scale = scale * _E4M3_UNIT
         if not np.isfinite(scale).all():
             raise ValueError(f"{matrix.scheme.name} matrix: scales must be finite and below 256")
-    if matrix.scheme.offset_codec == "zero_point":
-        low = scale
-    return {"super_scale": scale, "sub_scale": matrix.sub_scale, "super_min": low, "sub_min": matrix.sub_min}
+    return {
+        "super_scale": scale,
+        "sub_scale": matrix.sub_scale,
+        "super_min": matrix.super_min,
+        "sub_min": matrix.sub_min,
+    }
 
 
 def _unpack_dense(weight: PackedWeight) -> Tensor:
@@ -281,7 +295,7 @@ def _unpack_quantized(weight: PackedWeight, scheme: QuantScheme) -> QuantizedMat
                 _section(weight.buffer, section.offset, section.dtype), (layout.tiles, section.units, _TILE_ROWS)
             )
             values = found.transpose(0, 2, 1).reshape(-1, section.units)[:rows, : -(-columns // section.columns)]
-            values = values.astype(np.float32) if values.dtype == np.float16 else values
+            values = _wide(np.ascontiguousarray(values))
         arrays[name] = values
     codes = _codes(lines, scheme.bits).reshape(-1, layout.blocks * _BLOCK)[:rows, :columns]
     scale = arrays["super_scale"]

@@ -38,7 +38,7 @@ const std::map<std::string, Codes> kCodes{{"f32", Codes::f32}, {"bf16", Codes::b
                                           {"u8", Codes::u8},   {"u6", Codes::u6},     {"u5", Codes::u5},
                                           {"u4", Codes::u4},   {"u3", Codes::u3},     {"u2", Codes::u2},
                                           {"e4m3", Codes::e4m3}};
-const std::map<std::string, FloatType> kFloatTypes{{"f16", FloatType::f16}, {"f32", FloatType::f32}};
+const std::map<std::string, FloatType> kFloatTypes{{"f16", FloatType::f16}, {"bf16", FloatType::bf16}, {"f32", FloatType::f32}};
 
 const std::map<std::string, CacheType> kCacheTypes{{"f32", CacheType::f32}, {"bf16", CacheType::bf16},
                                                    {"fp8", CacheType::fp8}, {"i8", CacheType::i8}};

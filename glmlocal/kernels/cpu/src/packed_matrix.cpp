@@ -59,11 +59,13 @@ MatrixLayout matrix_layout(int64_t out_features, int64_t in_features, const Matr
     const int64_t columns = layout.blocks * kBlockColumns;
     layout.groups = (columns + format.group_size - 1) / format.group_size;
     layout.supers = (columns + format.super_size - 1) / format.super_size;
-    const int64_t float_bytes = format.scale_type == FloatType::f16 ? 2 : 4;
     const int64_t rows = layout.tiles * kTileRows;
-    layout.scale_offset = section(true, rows * layout.supers * float_bytes);
+    layout.scale_offset = section(true, rows * layout.supers * float_bytes(format.scale_type));
     layout.sub_scale_offset = section(format.has_sub_scale, rows * layout.groups);
-    layout.min_offset = section(format.has_min, rows * (format.has_sub_min ? layout.supers : layout.groups) * float_bytes);
+    const bool is_zero_point = format.has_sub_min && !format.has_sub_scale;
+    const int64_t mins = format.has_sub_min ? layout.supers : layout.groups;
+    layout.min_offset =
+        is_zero_point ? layout.scale_offset : section(format.has_min, rows * mins * float_bytes(format.scale_type));
     layout.sub_min_offset = section(format.has_sub_min, rows * layout.groups);
   }
   layout.num_bytes = end;

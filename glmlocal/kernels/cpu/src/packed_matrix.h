@@ -20,8 +20,10 @@
 //
 // Scales and offsets have one value per row and group of columns:
 //
-//   scale, min           [panel][group or super group][tile][16] fp16 or fp32
+//   scale, min           [panel][group or super group][tile][16] fp16, bf16 or fp32
 //   sub_scale, sub_min   [panel][group][tile][16] int8, uint8
+//
+// The offset of an integer zero point (a sub_min without a sub_scale) is -scale · sub_min, so its min is the scale section.
 //
 // The matrix borrows one buffer that holds all sections; the binding keeps the buffer alive.
 #pragma once
@@ -37,7 +39,9 @@ inline constexpr int kPanelRows = kTileRows * kPanelTiles;
 inline constexpr int kBlockColumns = 32;
 
 enum class Codes : uint8_t { f32, bf16, f16, u8, u6, u5, u4, u3, u2, e4m3 };
-enum class FloatType : uint8_t { f16, f32 };
+enum class FloatType : uint8_t { f16, bf16, f32 };
+
+constexpr int float_bytes(FloatType type) { return type == FloatType::f32 ? 4 : 2; }
 
 struct MatrixFormat {
   Codes codes;

@@ -167,12 +167,12 @@ class GroupScales {
   GLM_INLINE GroupScales(const PackedMatrix& w, int panel, int tiles) : format_(w.format), tiles_(tiles) {
     const MatrixLayout& layout = w.layout;
     const int64_t first_row = int64_t(panel) * kPanelRows;
-    const int64_t float_bytes = format_.scale_type == FloatType::f16 ? 2 : 4;
+    const int64_t bytes = float_bytes(format_.scale_type);
     group_shift_ = w.group_shift;
     super_shift_ = w.super_shift;
-    scale_ = w.data + layout.scale_offset + first_row * layout.supers * float_bytes;
+    scale_ = w.data + layout.scale_offset + first_row * layout.supers * bytes;
     sub_scale_ = (const int8_t*)(w.data + layout.sub_scale_offset + first_row * layout.groups);
-    min_ = w.data + layout.min_offset + first_row * (format_.has_sub_min ? layout.supers : layout.groups) * float_bytes;
+    min_ = w.data + layout.min_offset + first_row * (format_.has_sub_min ? layout.supers : layout.groups) * bytes;
     sub_min_ = (const uint8_t*)(w.data + layout.sub_min_offset + first_row * layout.groups);
   }
 
@@ -196,6 +196,7 @@ class GroupScales {
   GLM_INLINE int64_t line(int unit, int tile) const { return (int64_t(unit) * tiles_ + tile) * kTileRows; }
   GLM_INLINE F load_float(const std::byte* section, int64_t index) const {
     if (format_.scale_type == FloatType::f16) return load_f16((const uint16_t*)section + index);
+    if (format_.scale_type == FloatType::bf16) return as_float(shl<16>(load_halves((const uint16_t*)section + index)));
     return load((const float*)section + index);
   }
 
