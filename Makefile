@@ -63,7 +63,7 @@ ISA_FLAGS_amx := $(ISA_FLAGS_avx512) -mamx-tile -mamx-int8
 SANITIZE := -std=c++20 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wno-psabi -Wno-uninitialized -I$(SRC) \
   -fsanitize=address,undefined -fno-sanitize=alignment,null,object-size,vptr -fno-sanitize-recover=undefined \
   --param asan-instrumentation-with-call-threshold=0 -fno-var-tracking -DGLM_ISA=$(ISA) -DGLM_ONLY_ISA=$(ISA) $(ISA_FLAGS_$(ISA))
-SANITIZED := $(filter-out bindings,$(basename $(notdir $(wildcard $(SRC)/*.cpp)))) $(addprefix isa/,$(basename $(notdir $(wildcard $(SRC)/isa/*.cpp))))
+SANITIZED := $(filter-out bindings bindings_offload,$(basename $(notdir $(wildcard $(SRC)/*.cpp)))) $(addprefix isa/,$(basename $(notdir $(wildcard $(SRC)/isa/*.cpp))))
 
 build/sanitize/%.o: $(SRC)/%.cpp $(NATIVE)
 	@mkdir -p $(@D)
