@@ -45,13 +45,12 @@ def plan(
     ``alternatives``: the same model quantized further, finest first, for advice. Raises ConfigError for wishes that no
     machine could meet. ``with_advice`` False: for tables of many plans, since what would fit takes the longest to find.
     """
-    found = _with_max_context(_solve(footprint, machine, wants, efficiency), footprint)
+    found = _with_max_context(*_solve(footprint, machine, wants, efficiency))
     return _advised(found, footprint, alternatives) if with_advice else found
 
 
-def _with_max_context(found: Plan, footprint: Footprint) -> Plan:
+def _with_max_context(found: Plan, demand: Demand, layout: Layout) -> Plan:
     """With the largest context, which only the plan that is chosen needs."""
-    demand, _, _, layout = _resolve(footprint, found.machine, found.wants)
     return replace(found, max_context=_max_context(demand, layout))
 
 
@@ -69,13 +68,14 @@ def choose(footprints: Sequence[Footprint], machine: Machine, wants: Wants) -> P
     """
     if not footprints:
         raise PlanError("no quantization to choose from")
-    plans: list[Plan] = []
+    solved: list[tuple[Plan, Demand, Layout]] = []
     for footprint in footprints:
-        plans.append(_solve(footprint, machine, wants, DEFAULT))
-        if _needs_no_nvme(plans[-1]):
+        solved.append(_solve(footprint, machine, wants, DEFAULT))
+        if _needs_no_nvme(solved[-1][0]):
             break  # those after it are only smaller
+    plans = [each for each, _, _ in solved]
     chosen = plans.index(_best(plans))
-    found = _with_max_context(plans[chosen], footprints[chosen])
+    found = _with_max_context(*solved[chosen])
     return _advised(found, footprints[chosen], footprints[chosen + 1 :])
 
 
@@ -93,8 +93,8 @@ def _best(plans: Sequence[Plan]) -> Plan:
     return min(plans, key=lambda each: sum(device.used_bytes for device in each.devices))
 
 
-def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Efficiency) -> Plan:
-    """A plan without its largest context and advice."""
+def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Efficiency) -> tuple[Plan, Demand, Layout]:
+    """A plan without its largest context and advice, and what it was made of."""
     _check(footprint, wants)
     demand, context, kv_tokens, layout = _resolve(footprint, machine, wants)
     resolved = Resolved(
@@ -108,11 +108,12 @@ def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Eff
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         threads=wants.threads or machine.cpu.threads,
     )
+    tried = layout  # whose tiers the largest context is of
     if layout.fits and not layout.is_fast:
         layout = _fastest(demand, resolved, efficiency)
     fits = layout.fits
     pack_bytes = sum(device.used_bytes for device in layout.devices if device.kind == "nvme")
-    return Plan(
+    found = Plan(
         name=footprint.name,
         quant=footprint.quant,
         fits=fits,
@@ -132,6 +133,7 @@ def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Eff
         shortfall=None if fits else advise.shortfall(footprint, layout),
         advice=(),
     )
+    return found, demand, tried
 
 
 def _fastest(demand: Demand, resolved: Resolved, efficiency: Efficiency) -> Layout:
