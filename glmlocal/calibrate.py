@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, pairwise
 from statistics import median
 from typing import get_args
 
@@ -126,6 +126,19 @@ class _Turns:
         return max(self._pick(taken), 1e-9)
 
 
+    def rounds(self, calls: Sequence[Callable[[], object]], times: int) -> list[tuple[float, ...]]:
+        """Seconds of each call in rounds of all of them, to be subtracted within a round: a machine that is slower for
+        a while is so for all calls of a round. The first round does not count."""
+        taken: list[tuple[float, ...]] = []
+        for _ in range(1 + times * self._most):
+            marks = [self._clock()]
+            for call in calls:
+                call()
+                marks.append(self._clock())
+            taken.append(tuple(end - begin for begin, end in pairwise(marks)))
+        return taken[1:]
+
+
 def _is_settled(taken: Sequence[float]) -> bool:
     return len(taken) > _LEAST_TURNS and median(taken) <= _SETTLED * lower_quartile(taken)
 
@@ -171,7 +184,9 @@ def _quantized(scheme: QuantScheme, rows: int, columns: int, rng: np.random.Gene
     groups, supers = -(-columns // scheme.group_size), -(-columns // scheme.super_size)
     scale = np.full((rows, supers), 2.0**-10, np.float32)
     has_min = scheme.offset_codec in ("min", "two_level_min")
-    codes = rng.integers(0, 120 if scheme.code_type == "e4m3" else 1 << scheme.bits, (rows, columns), dtype=np.uint8)
+    codes = rng.integers(0, 1 << scheme.bits, (rows, columns), dtype=np.uint8)
+    if scheme.code_type == "e4m3":
+        codes = _fp8_codes(rng.standard_normal((rows, columns), np.float32))
     return QuantizedMatrix(
         scheme,
         codes,
@@ -180,6 +195,16 @@ def _quantized(scheme: QuantScheme, rows: int, columns: int, rng: np.random.Gene
         scale if has_min else None,
         rng.integers(0, 16, (rows, groups), dtype=np.uint8) if scheme.offset_codec == "two_level_min" else None,
     )
+
+
+def _fp8_codes(values: np.ndarray) -> np.ndarray:
+    """uint8, of weights as they are: normal, the largest at the end of the range.
+
+    Codes drawn evenly would be of numbers so small that fp32 has no normal ones for them (fp8 is held times 2^-120),
+    for which Intel's cores take twenty times as long; of real weights one in some thousands is.
+    """
+    scaled = torch.from_numpy(values * np.float32(448 / np.abs(values).max()))
+    return scaled.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 def _attention(kv_dtype: str, new: int, best: _Turns) -> AttentionCost:
@@ -207,7 +232,7 @@ def _attention_s(kv_dtype: str, shape: AttentionShape, new: int, best: _Turns) -
         partial(
             kernels.paged_attention, query, keys, values, table[None], starts, lens, shape.head_dim**-0.5, scale, scale
         )
-        for table in torch.randperm(copies * num_blocks, dtype=torch.int32).split(num_blocks)
+        for table in torch.arange(copies * num_blocks, dtype=torch.int32).split(num_blocks)  # as one sequence gets them
     ]
     pairs = new * context - new * (new - 1) // 2
     return best.of(calls, 8 if new == 1 else 2) / pairs
@@ -221,9 +246,9 @@ def _overheads(best: _Turns, products: Mapping[str, ProductRate]) -> tuple[dict[
     the rate of large ones counts as the layer's, which for a large model is next to nothing.
     """
     few, many = 2, 18
-    shallow, deep = (best.of([Skeleton(layers).step], 6) for layers in (few, many))
-    tiny_s = max((deep - shallow) / (many - few), 1e-7)
-    token_s = shallow - few * tiny_s - best.of([Skeleton(few).head], 6)
+    rounds = best.rounds([Skeleton(few).step, Skeleton(many).step, Skeleton(few).head], 8)
+    tiny_s = max(median(deep_s - shallow_s for shallow_s, deep_s, _ in rounds) / (many - few), 1e-7)
+    token_s = median(shallow_s - head_s for shallow_s, _, head_s in rounds) - few * tiny_s
     layer_s = {}
     for activations in get_args(Activations):
         beyond_s = _small_layer_s(activations, best)
@@ -237,6 +262,5 @@ def _small_layer_s(activations: Activations, best: _Turns) -> float:
     square = _matrix(SMALL_SCHEME, SMALL_HIDDEN, SMALL_HIDDEN)
     nbytes = FORMS[SMALL_SCHEME].held_bytes(SMALL_HIDDEN, SMALL_HIDDEN) * Skeleton.layer_weights(1)
     few = min(32, 4 + 2 * last_level_cache_bytes() // nbytes)
-    steps = (Skeleton(few + more, square, activations, SMALL_VOCAB).step for more in (0, 16))
-    shallow, deep = (best.of([step], 6) for step in steps)
-    return (deep - shallow) / 16
+    steps = [Skeleton(few + more, square, activations, SMALL_VOCAB).step for more in (0, 16)]
+    return median(deep_s - shallow_s for shallow_s, deep_s in best.rounds(steps, 8)) / 16

@@ -6,14 +6,20 @@ A checkpoint that is on no disk here is asked for at its hub: some hundred KB of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glmlocal import catalogue
 from glmlocal.catalogue import Family, Release
 from glmlocal.errors import ConfigError, DownloadError
 from glmlocal.models.footprint import Footprint
 from glmlocal.models.footprints import of_checkpoint, of_release
+from glmlocal.planner import routes
+
+if TYPE_CHECKING:
+    from glmlocal.formats.index import Checkpoint
 
 _OFFICIAL = ("bf16", "fp8_channel", "fp8_block128")  # formats whose weights loading can still quantize
 # Of the many files of a GGUF repository, those that are tried for a family: beyond 4 bits, what int4 does not reach.
@@ -93,15 +99,33 @@ def _of_files(model: str, quant: str) -> Subject:
             forms = ("keep", "int8", "int4") if quant == "auto" else (quant,)
             name = _name(model, found.checkpoint.path) if found.is_remote or model == "demo" else None
             footprints = [of_checkpoint(found.checkpoint, form, name) for form in forms]
+            curve = _hit_curve(found.checkpoint)
     except DownloadError as error:
         if not near:
             raise
         raise DownloadError(f"{error}; did you mean {' or '.join(near)}, which need no network?") from error
+    footprints = [replace(footprint, hit_curve=curve) for footprint in footprints]
     # What is quantized already stays as it is: then all forms are one.
     kept = [footprint for i, footprint in enumerate(footprints) if i == 0 or _held(footprint) != _held(footprints[0])]
     if found.is_remote:
         return Subject(tuple(kept), (f"planned from the headers of {found.where}: no weights were downloaded",))
     return Subject(tuple(kept), ("its files are on this machine: there is nothing to download",))
+
+
+def _hit_curve(checkpoint: Checkpoint) -> routes.Curve | None:
+    """Of a packed model that was run before: its experts' uses in those runs."""
+    from glmlocal.offload import trace  # brings numpy in
+
+    pack = checkpoint.tensors.experts
+    found = None if pack is None else trace.load(pack)
+    if pack is None or found is None or found.num_tokens < routes.LEAST_TOKENS:
+        return None
+    layers: dict[int, list[float]] = {}
+    for key, heat in found.heats.items():
+        layers.setdefault(key.layer, []).append(heat)
+    with suppress(ValueError):  # a trace is a hint and no more
+        return routes.curve_of(layers, pack.num_experts)
+    return None
 
 
 def _check_is_here(model: str, near: Sequence[str]) -> None:
