@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from glmlocal import memory
 from glmlocal.errors import ConfigError
 from glmlocal.machine.cpu import Cpu, probe
 from glmlocal.machine.disk import DiskRates
@@ -92,7 +91,7 @@ def load_own(path: Path | None = None) -> tuple[Measurements | None, str]:
         path = path or measurements_file()
     except ConfigError as error:
         return None, str(error)
-    return load(path, fingerprint(probe(), int(psutil.virtual_memory().total)))
+    return load(path, fingerprint(probe(), memory.system_bytes()[0]))
 
 
 def load(path: Path, machine: str) -> tuple[Measurements | None, str]:

@@ -275,7 +275,7 @@ def _measured(**changes: object) -> Measurements:
 def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """A machine of 64 GiB, 40 GiB of them free, without GPUs and measurements."""
     monkeypatch.setenv("GLMLOCAL_HOME", str(tmp_path))
-    monkeypatch.setattr(probe.psutil, "virtual_memory", lambda: type("V", (), {"total": 64 * GIB})())
+    monkeypatch.setattr(probe.memory, "system_bytes", lambda: (64 * GIB, 60 * GIB))
     monkeypatch.setattr(probe.memory, "available_bytes", lambda root: 40 * GIB)
     monkeypatch.setattr(probe.cgroups, "memory_limit", lambda root: None)
     monkeypatch.setattr(probe.cgroups, "cpu_limit", lambda root: float("inf"))
