@@ -125,7 +125,6 @@ class _Turns:
             taken.append(self._clock() - start)
         return max(self._pick(taken), 1e-9)
 
-
     def rounds(self, calls: Sequence[Callable[[], object]], times: int) -> list[tuple[float, ...]]:
         """Seconds of each call in rounds of all of them, to be subtracted within a round: a machine that is slower for
         a while is so for all calls of a round. The first round does not count."""

@@ -31,7 +31,8 @@ def at_least(least: int) -> Any:
 def tokens(text: str) -> int:
     """An argparse type: ``32768``, or ``32K``, which are as many."""
     number = text[:-1] if text[-1:] in ("K", "k") else text
-    return at_least(1)(number) * (1024 if number != text else 1)
+    count: int = at_least(1)(number)
+    return count * (1024 if number != text else 1)
 
 
 def a_size(text: str) -> int:

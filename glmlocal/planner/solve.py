@@ -189,9 +189,11 @@ def _with_context(demand: Demand, most_pace: float) -> tuple[int, int, Layout]:
         if fast < least:
             fast = largest(least, lambda kv_tokens: holds(demand, kv_tokens))
     if fast < (wanted or least):
-        spilled = wanted or largest(min(limit, SPILL_CONTEXT), lambda kv_tokens: lay_out(demand, kv_tokens).fits)
+        spilled = wanted or _largest(
+            min(limit, SPILL_CONTEXT), lambda most: lay_out(demand, _shared_pool(demand, most)).fits
+        )
         context = spilled if spilled >= least else wanted or least
-        kv_tokens = _least_pool(demand, context)
+        kv_tokens = _shared_pool(demand, context)
         return context, kv_tokens, lay_out(demand, kv_tokens)
     most_pace = pace(demand, _least_pool(demand, fast))  # from here on, KV is not to push layers to slower GPUs
     if wanted is None:
@@ -206,6 +208,14 @@ def _least_pool(demand: Demand, context: int) -> int:
     return max(_blocks(context), demand.wants.batch * _blocks(min(context, POOL_CONTEXT)))
 
 
+def _shared_pool(demand: Demand, context: int) -> int:
+    """Where experts leave the fastest tier: one context, which all sequences share. More would push out more experts.
+
+    Where they may not leave, the batch is what was asked for.
+    """
+    return _blocks(context) if demand.wants.offload else _least_pool(demand, context)
+
+
 def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
 
@@ -215,7 +225,7 @@ def _max_context(demand: Demand, layout: Layout) -> int:
     limit = demand.footprint.max_position_embeddings
     if layout.is_fast:
         return _largest(limit, lambda context: holds(demand, _least_pool(demand, context)))
-    return _largest(limit, lambda context: lay_out(demand, _least_pool(demand, context)).fits)
+    return _largest(limit, lambda context: lay_out(demand, _shared_pool(demand, context)).fits)
 
 
 def _largest(limit: int, accepts: Callable[[int], bool]) -> int:

@@ -68,7 +68,7 @@ def test_glm_5_2_from_a_slow_disk() -> None:
 
 
 def test_air_on_four_3090_is_promised_more_than_exllamav3_reached() -> None:
-    """29 tok/s, 4 bits per weight; another user there: "not optimized for Ampere". We promise at most three times it."""
+    """29 tok/s, 4 bits per weight; "not optimized for Ampere", says another user. We promise three times it at most."""
     rate = decode(placed("GLM-4.5-Air-MLX-4bit", 8192, gpus="4xRTX3090"), 0)
-    assert 29 < rate.low
+    assert rate.low > 29
     assert rate.high < 3 * 29
