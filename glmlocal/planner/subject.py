@@ -20,6 +20,7 @@ from glmlocal.planner import routes
 
 if TYPE_CHECKING:
     from glmlocal.formats.index import Checkpoint
+    from glmlocal.opened import Opened
 
 _OFFICIAL = ("bf16", "fp8_channel", "fp8_block128")  # formats whose weights loading can still quantize
 # Of the many files of a GGUF repository, those that are tried for a family: beyond 4 bits, what int4 does not reach.
@@ -97,7 +98,7 @@ def _of_files(model: str, quant: str) -> Subject:
     try:
         with opened(model) as found:
             forms = ("keep", "int8", "int4") if quant == "auto" else (quant,)
-            name = _name(model, found.checkpoint.path) if found.is_remote or model == "demo" else None
+            name = _name(model, found)
             footprints = [of_checkpoint(found.checkpoint, form, name) for form in forms]
             curve = _hit_curve(found.checkpoint)
     except DownloadError as error:
@@ -138,9 +139,10 @@ def _check_is_here(model: str, near: Sequence[str]) -> None:
         raise ConfigError(f"there is no model {model[:80]!r}; did you mean {' or '.join(near)}?") from None
 
 
-def _name(model: str, path: Path) -> str:
-    """Of what was asked for by name: a snapshot's directory is called by its commit."""
-    return path.name if path.suffix == ".gguf" else model
+def _name(model: str, found: Opened) -> str | None:
+    """Where the file's or directory's own is not what a person would say: a snapshot's is its commit."""
+    is_snapshot = found.is_remote and found.checkpoint.path.suffix != ".gguf"
+    return model if model == "demo" or is_snapshot else None
 
 
 def _releases(family: Family) -> list[Release]:

@@ -17,6 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import tiny
+import tiny_gguf
 from glmlocal.cli import plan_content as content
 from glmlocal.cli import plan_markdown, plan_report, plan_svg
 from glmlocal.cli.main import main
@@ -488,6 +489,14 @@ def test_what_this_version_does_not_run_is_planned_and_noted(capsys: pytest.Capt
     assert "the architecture of GLM-5 but does not run it" in capsys.readouterr().out
     assert main(["plan", "GLM-4.5-Air-AWQ-FP16Mix", *H100S]) == 0
     assert "the awq format but does not run it" in capsys.readouterr().out
+
+
+def test_the_demo_is_called_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gguf = tmp_path / "demo-glm4moe.gguf"
+    tiny_gguf.convert(tiny.save(tiny.build_model(), tmp_path / "source"), gguf, "F32")
+    monkeypatch.setattr("glmlocal.demo.cache.ensure_demo", lambda **_: gguf)
+    assert [footprint.name for footprint in subject("demo").footprints][:1] == ["demo"]
+    assert subject(str(gguf)).footprints[0].name == "demo-glm4moe.gguf"
 
 
 def test_a_checkpoint_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
