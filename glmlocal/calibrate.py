@@ -48,6 +48,8 @@ BEYOND_CACHE = 4  # weights of one row's products are this much larger than the 
 BLOCK_SIZE, CHUNK = 32, 512
 SMALL_HIDDEN, SMALL_VOCAB, SMALL_SCHEME = 384, 4096, "Q4_0"  # of the model whose layers' overhead is measured
 _LEAST_TURNS, _SETTLED = 3, 1.02  # median over lower quartile
+# Calls of some microseconds take more turns: when the first run, OpenMP's threads that filled the matrices still spin.
+_LEAST_S, _MOST_TURNS = 0.03, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,8 @@ def measure(
     prefill = {dtype: _attention(dtype, CHUNK, best) for dtype in dtypes}
     on_step("measuring what a layer and a token cost beside their products")
     layer_s, token_s = _overheads(best, products)
-    return KernelRates(build_id(), products, decode, prefill, layer_s, token_s)
+    row_s = {activations: _row_s(activations, best, products, prefill["bf16"]) for activations in get_args(Activations)}
+    return KernelRates(build_id(), products, decode, prefill, layer_s, token_s, row_s)
 
 
 class _Turns:
@@ -118,12 +121,17 @@ class _Turns:
         taken: list[float] = []
         turns = cycle(calls)
         next(turns)()
-        while len(taken) < max(_LEAST_TURNS, times * self._most) and not _is_settled(taken):
+        while not self._is_enough(taken, times):
             call = next(turns)
             start = self._clock()
             call()
             taken.append(self._clock() - start)
         return max(self._pick(taken), 1e-9)
+
+    def _is_enough(self, taken: Sequence[float], times: int) -> bool:
+        if sum(taken) < _LEAST_S and len(taken) < _MOST_TURNS:
+            return False
+        return len(taken) >= max(_LEAST_TURNS, times * self._most) or _is_settled(taken)
 
     def rounds(self, calls: Sequence[Callable[[], object]], times: int) -> list[tuple[float, ...]]:
         """Seconds of each call in rounds of all of them, to be subtracted within a round: a machine that is slower for
@@ -254,6 +262,22 @@ def _overheads(best: _Turns, products: Mapping[str, ProductRate]) -> tuple[dict[
         weights = Skeleton.layer_weights(SMALL_HIDDEN)
         layer_s[activations] = max(beyond_s - weights / products[f"{SMALL_SCHEME} {activations}"].at(1), tiny_s)
     return layer_s, max(token_s, 1e-6)
+
+
+def _row_s(
+    activations: Activations, best: _Turns, products: Mapping[str, ProductRate], attention: AttentionCost
+) -> float:
+    """Seconds of a small model's layer for each number of each hidden state of a chunk, beyond what its products would
+    take as large ones and its attention does: norms, rotation, routing, rounding, sums, and matrices that are narrow.
+
+    All of that grows with the width of the hidden state, products with its square: little for a large model.
+    """
+    square, few = _matrix(SMALL_SCHEME, SMALL_HIDDEN, SMALL_HIDDEN), 2
+    chunks = [partial(Skeleton(few + more, square, activations, SMALL_VOCAB).chunk, CHUNK) for more in (0, 8)]
+    layer_s = median(deep_s - shallow_s for shallow_s, deep_s in best.rounds(chunks, 2)) / 8
+    product_s = Skeleton.layer_weights(SMALL_HIDDEN) / products[f"{SMALL_SCHEME} {activations}"].at(CHUNK)
+    attention_s = attention.seconds(*Skeleton.attention_work(SMALL_HIDDEN)) * CHUNK * (CHUNK + 1) / 2
+    return max(layer_s - product_s - attention_s, 0.0) / (CHUNK * SMALL_HIDDEN)
 
 
 def _small_layer_s(activations: Activations, best: _Turns) -> float:

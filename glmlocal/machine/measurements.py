@@ -2,7 +2,7 @@
 
 The file is JSON:
 
-    schema       3; another number is another format
+    schema       4; another number is another format
     fingerprint  of the machine, see ``fingerprint``; a file of another machine is not believed
     date         ISO 8601, UTC
     glmlocal, isa, threads, quick
@@ -35,7 +35,7 @@ from glmlocal.machine.kernel_rates import from_json as kernels_from_json
 from glmlocal.paths import measurements_file
 from glmlocal.units import GIB, MIB
 
-SCHEMA = 3
+SCHEMA = 4
 _MOST_BYTES = MIB
 _MOST_THREADS = 1 << 16
 _FACTS = ("fingerprint", "date", "glmlocal", "isa", "threads", "quick", "busy")

@@ -238,6 +238,8 @@ class PlacedModel:
         for part in step.layer.parts:
             self._add_cpu(clock, s, part, count, part.nbytes, part.params * tokens)
         clock.add("overhead", count * s.layer_s(self.resolved.activations))
+        numbers = tokens * self.footprint.hidden_size
+        clock.add("cpu arithmetic", count * numbers * s.row_s(self.resolved.activations))
         if step.layer.expert is None:
             return
         touched = distinct_experts(step.layer.num_experts, self._per_token(step.layer), tokens)
