@@ -144,7 +144,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="no further round after so long; default 60")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument("--schemes", default="Q4_0,Q8_0,bf16,f32", help="that the models have, of doctor's")
+    parser.add_argument("--schemes", default="Q4_0,Q4_1,Q8_0,bf16,f32", help="that the models have, of doctor's")
     parser.add_argument("--doctor", action="store_true", help="predict from what `glmlocal doctor` has stored")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="for LLM: quant=int4")
     parser.add_argument("--limit", type=float, default=0.15)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, pairwise
 from statistics import median
 from typing import get_args
 
@@ -48,6 +48,8 @@ BEYOND_CACHE = 4  # weights of one row's products are this much larger than the 
 BLOCK_SIZE, CHUNK = 32, 512
 SMALL_HIDDEN, SMALL_VOCAB, SMALL_SCHEME = 384, 4096, "Q4_0"  # of the model whose layers' overhead is measured
 _LEAST_TURNS, _SETTLED = 3, 1.02  # median over lower quartile
+# Calls of some microseconds take more turns: when the first run, OpenMP's threads that filled the matrices still spin.
+_LEAST_S, _MOST_TURNS = 0.03, 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,8 @@ def measure(
     prefill = {dtype: _attention(dtype, CHUNK, best) for dtype in dtypes}
     on_step("measuring what a layer and a token cost beside their products")
     layer_s, token_s = _overheads(best, products)
-    return KernelRates(build_id(), products, decode, prefill, layer_s, token_s)
+    row_s = {activations: _row_s(activations, best, products, prefill["bf16"]) for activations in get_args(Activations)}
+    return KernelRates(build_id(), products, decode, prefill, layer_s, token_s, row_s)
 
 
 class _Turns:
@@ -118,12 +121,29 @@ class _Turns:
         taken: list[float] = []
         turns = cycle(calls)
         next(turns)()
-        while len(taken) < max(_LEAST_TURNS, times * self._most) and not _is_settled(taken):
+        while not self._is_enough(taken, times):
             call = next(turns)
             start = self._clock()
             call()
             taken.append(self._clock() - start)
         return max(self._pick(taken), 1e-9)
+
+    def _is_enough(self, taken: Sequence[float], times: int) -> bool:
+        if sum(taken) < _LEAST_S and len(taken) < _MOST_TURNS:
+            return False
+        return len(taken) >= max(_LEAST_TURNS, times * self._most) or _is_settled(taken)
+
+    def rounds(self, calls: Sequence[Callable[[], object]], times: int) -> list[tuple[float, ...]]:
+        """Seconds of each call in rounds of all of them, to be subtracted within a round: a machine that is slower for
+        a while is so for all calls of a round. The first round does not count."""
+        taken: list[tuple[float, ...]] = []
+        for _ in range(1 + times * self._most):
+            marks = [self._clock()]
+            for call in calls:
+                call()
+                marks.append(self._clock())
+            taken.append(tuple(end - begin for begin, end in pairwise(marks)))
+        return taken[1:]
 
 
 def _is_settled(taken: Sequence[float]) -> bool:
@@ -171,7 +191,9 @@ def _quantized(scheme: QuantScheme, rows: int, columns: int, rng: np.random.Gene
     groups, supers = -(-columns // scheme.group_size), -(-columns // scheme.super_size)
     scale = np.full((rows, supers), 2.0**-10, np.float32)
     has_min = scheme.offset_codec in ("min", "two_level_min")
-    codes = rng.integers(0, 120 if scheme.code_type == "e4m3" else 1 << scheme.bits, (rows, columns), dtype=np.uint8)
+    codes = rng.integers(0, 1 << scheme.bits, (rows, columns), dtype=np.uint8)
+    if scheme.code_type == "e4m3":
+        codes = _fp8_codes(rng.standard_normal((rows, columns), np.float32))
     return QuantizedMatrix(
         scheme,
         codes,
@@ -180,6 +202,16 @@ def _quantized(scheme: QuantScheme, rows: int, columns: int, rng: np.random.Gene
         scale if has_min else None,
         rng.integers(0, 16, (rows, groups), dtype=np.uint8) if scheme.offset_codec == "two_level_min" else None,
     )
+
+
+def _fp8_codes(values: np.ndarray) -> np.ndarray:
+    """uint8, of weights as they are: normal, the largest at the end of the range.
+
+    Codes drawn evenly would be of numbers so small that fp32 has no normal ones for them (fp8 is held times 2^-120),
+    for which Intel's cores take twenty times as long; of real weights one in some thousands is.
+    """
+    scaled = torch.from_numpy(values * np.float32(448 / np.abs(values).max()))
+    return scaled.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 def _attention(kv_dtype: str, new: int, best: _Turns) -> AttentionCost:
@@ -207,7 +239,7 @@ def _attention_s(kv_dtype: str, shape: AttentionShape, new: int, best: _Turns) -
         partial(
             kernels.paged_attention, query, keys, values, table[None], starts, lens, shape.head_dim**-0.5, scale, scale
         )
-        for table in torch.randperm(copies * num_blocks, dtype=torch.int32).split(num_blocks)
+        for table in torch.arange(copies * num_blocks, dtype=torch.int32).split(num_blocks)  # as one sequence gets them
     ]
     pairs = new * context - new * (new - 1) // 2
     return best.of(calls, 8 if new == 1 else 2) / pairs
@@ -221,9 +253,9 @@ def _overheads(best: _Turns, products: Mapping[str, ProductRate]) -> tuple[dict[
     the rate of large ones counts as the layer's, which for a large model is next to nothing.
     """
     few, many = 2, 18
-    shallow, deep = (best.of([Skeleton(layers).step], 6) for layers in (few, many))
-    tiny_s = max((deep - shallow) / (many - few), 1e-7)
-    token_s = shallow - few * tiny_s - best.of([Skeleton(few).head], 6)
+    rounds = best.rounds([Skeleton(few).step, Skeleton(many).step, Skeleton(few).head], 8)
+    tiny_s = max(median(deep_s - shallow_s for shallow_s, deep_s, _ in rounds) / (many - few), 1e-7)
+    token_s = median(shallow_s - head_s for shallow_s, _, head_s in rounds) - few * tiny_s
     layer_s = {}
     for activations in get_args(Activations):
         beyond_s = _small_layer_s(activations, best)
@@ -232,11 +264,26 @@ def _overheads(best: _Turns, products: Mapping[str, ProductRate]) -> tuple[dict[
     return layer_s, max(token_s, 1e-6)
 
 
+def _row_s(
+    activations: Activations, best: _Turns, products: Mapping[str, ProductRate], attention: AttentionCost
+) -> float:
+    """Seconds of a small model's layer for each number of each hidden state of a chunk, beyond what its products would
+    take as large ones and its attention does: norms, rotation, routing, rounding, sums, and matrices that are narrow.
+
+    All of that grows with the width of the hidden state, products with its square: little for a large model.
+    """
+    square, few = _matrix(SMALL_SCHEME, SMALL_HIDDEN, SMALL_HIDDEN), 2
+    chunks = [partial(Skeleton(few + more, square, activations, SMALL_VOCAB).chunk, CHUNK) for more in (0, 8)]
+    layer_s = median(deep_s - shallow_s for shallow_s, deep_s in best.rounds(chunks, 2)) / 8
+    product_s = Skeleton.layer_weights(SMALL_HIDDEN) / products[f"{SMALL_SCHEME} {activations}"].at(CHUNK)
+    attention_s = attention.seconds(*Skeleton.attention_work(SMALL_HIDDEN)) * CHUNK * (CHUNK + 1) / 2
+    return max(layer_s - product_s - attention_s, 0.0) / (CHUNK * SMALL_HIDDEN)
+
+
 def _small_layer_s(activations: Activations, best: _Turns) -> float:
     """Seconds of a layer that is like a small model's, of a model that no cache holds."""
     square = _matrix(SMALL_SCHEME, SMALL_HIDDEN, SMALL_HIDDEN)
     nbytes = FORMS[SMALL_SCHEME].held_bytes(SMALL_HIDDEN, SMALL_HIDDEN) * Skeleton.layer_weights(1)
     few = min(32, 4 + 2 * last_level_cache_bytes() // nbytes)
-    steps = (Skeleton(few + more, square, activations, SMALL_VOCAB).step for more in (0, 16))
-    shallow, deep = (best.of([step], 6) for step in steps)
-    return (deep - shallow) / 16
+    steps = [Skeleton(few + more, square, activations, SMALL_VOCAB).step for more in (0, 16)]
+    return median(deep_s - shallow_s for shallow_s, deep_s in best.rounds(steps, 8)) / 16

@@ -50,7 +50,7 @@ def examine(
     on_step("watching what else runs")
     cpu = probe()
     busy = _watch(cpu)
-    total_bytes = int(psutil.virtual_memory().total)
+    total_bytes, _ = memory.system_bytes()
     on_step("loading the kernels")
     kernels = _kernels(cpu)
     facts: dict[str, Any] = {
@@ -161,17 +161,26 @@ def _cpu_facts(cpu: Cpu, busy: float, cause: str | None) -> dict[str, Any]:
     }
 
 
+def _swap() -> tuple[int, int]:
+    """Total and used; zeros where /proc is hidden."""
+    try:
+        swap = psutil.swap_memory()
+        return int(swap.total), int(swap.used)
+    except (OSError, KeyError, ValueError, IndexError, RuntimeError):
+        return 0, 0
+
+
 def _memory_facts(root: Path = Path("/")) -> dict[str, Any]:
-    ram, swap, limit = psutil.virtual_memory(), psutil.swap_memory(), cgroups.memory_limit()
+    limit, (swap_total, swap_used) = cgroups.memory_limit(), _swap()
     info = key_values(root / "proc/meminfo")
     setting = re.search(r"\[(\w+)\]", read_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
     return {
-        "total_bytes": int(ram.total),
+        "total_bytes": memory.system_bytes()[0],
         "available_bytes": memory.available_bytes(),
         "limit_bytes": None if limit is None else limit.limit_bytes,
         "limit_used_bytes": None if limit is None else limit.used_bytes,
-        "swap_total_bytes": int(swap.total),
-        "swap_used_bytes": int(swap.used),
+        "swap_total_bytes": swap_total,
+        "swap_used_bytes": swap_used,
         "transparent_huge_pages": setting[1] if setting else None,
         "huge_pages": {
             "total": info.get("HugePages_Total", 0),
@@ -222,6 +231,7 @@ def _rate_facts(rates: KernelRates) -> dict[str, Any]:
         "attention": attention,
         "layer_s": {activations: _round(seconds) for activations, seconds in rates.layer_s.items()},
         "token_s": _round(rates.token_s),
+        "row_s": {activations: _round(seconds) for activations, seconds in rates.row_s.items()},
     }
 
 

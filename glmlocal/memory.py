@@ -1,7 +1,8 @@
-"""How much memory this process may still take."""
+"""How much memory there is, and how much of it this process may still take."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
@@ -9,8 +10,26 @@ import psutil
 from glmlocal.machine.cgroups import memory_limit
 
 
+def system_bytes() -> tuple[int, int]:
+    """Of the whole system, its total and what is available of it; (0, 0) where nobody can say.
+
+    psutil reads /proc/meminfo, which sandboxes hide or replace; then the C library is asked, whose "available" leaves
+    out what caches could give back.
+    """
+    try:
+        memory = psutil.virtual_memory()
+        return int(memory.total), int(memory.available)
+    except (OSError, KeyError, ValueError, IndexError, RuntimeError):
+        pass
+    try:
+        page_bytes = os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_PHYS_PAGES") * page_bytes, os.sysconf("SC_AVPHYS_PAGES") * page_bytes
+    except (OSError, ValueError):
+        return 0, 0
+
+
 def available_bytes(root: Path = Path("/")) -> int:
     """The smaller of what the system has free and what the control groups (v1 and v2) still allow, in bytes."""
-    available = int(psutil.virtual_memory().available)
+    _, available = system_bytes()
     limit = memory_limit(root)
     return available if limit is None else min(available, limit.available_bytes)

@@ -81,6 +81,11 @@ class Skeleton:
         self._engine.add(Request("endless", (1,), endless))
 
     @staticmethod
+    def attention_work(hidden: int) -> tuple[int, int]:
+        """Numbers of keys and values, and operations, of a query with one position in one layer."""
+        return 2 * hidden, 4 * hidden
+
+    @staticmethod
     def layer_weights(hidden: int) -> int:
         """Of one layer, that a token meets; the router's are not counted."""
         return (4 + 3 * (_EXPERTS + 1)) * hidden * hidden
@@ -89,6 +94,10 @@ class Skeleton:
         """One token. Raises RuntimeError when the context is full, after some 4,000."""
         if not self._engine.step():
             raise RuntimeError("the skeleton's context is full")
+
+    def chunk(self, tokens: int) -> Tensor:
+        """A prompt of so many tokens in one chunk, with the product with the vocabulary for each."""
+        return self._engine.logits([1] * tokens)
 
     def head(self) -> Tensor:
         """The product with the vocabulary that is part of a step."""

@@ -17,10 +17,12 @@ def parse_size(text: str, name: str = "") -> int:
 
     A number without a unit is refused: half of its writers mean bytes, the others GiB.
     """
+    of = f" for {name}" if name else ""
+    if text.strip().startswith(("-", "−")):
+        raise ConfigError(f"{text[:80]!r} is negative{of}; write for example 24GiB, 2TB or 500MB")
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([KMGT]I?)B?\s*", text, re.IGNORECASE | re.ASCII)
     nbytes = int(float(match[1]) * _FACTOR[match[2].upper()]) if match else 0
     if not 0 < nbytes <= _MOST_BYTES:
-        of = f" for {name}" if name else ""
         raise ConfigError(f"cannot read {text[:80]!r} as a size{of}; write for example 24GiB, 2TB or 500MB")
     return nbytes
 

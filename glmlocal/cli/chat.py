@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from glmlocal.cli.chat_app import add_server_options, app_fits, run_app
-from glmlocal.cli.options import add_engine_options, add_plan_option, at_least, planned
+from glmlocal.cli.options import add_engine_options, add_plan_option, planned, tokens
 from glmlocal.cli.pull import offer_to_pull
 from glmlocal.cli.stdin import SILENCE_S, clean_argument, read_ready_stdin, read_stdin, stdin_is_screen
 from glmlocal.cli.terminal import Console
@@ -52,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     add_server_options(parser)
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="answer TEXT and exit; - reads it from stdin")
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
-    parser.add_argument("--context", type=at_least(1), metavar="N", help="tokens for prompt and answer together")
+    parser.add_argument("--context", type=tokens, metavar="N", help="tokens for prompt and answer together: 32K")
     parser.add_argument("--no-think", action="store_true", help="answer without thinking first")
     parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one JSON object: text, reasoning, usage, timings")

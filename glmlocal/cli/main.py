@@ -12,6 +12,7 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ def _run(arguments: list[str]) -> int:
         raise ConfigError(
             f"there is no command {name!r}{_did_you_mean(name, list(COMMANDS))}; commands are {', '.join(COMMANDS)}"
         )
+    arguments = _with_negative_values(arguments)
     asks_for_all = bool({"--help", "-h"} & set(arguments[: arguments.index(name)])) if name else True
     parser, commands = _build_parser(COMMANDS if name is None or asks_for_all else (name,))
     args, unknown = parser.parse_known_args(arguments)
@@ -87,6 +89,18 @@ def _run(arguments: list[str]) -> int:
     code = args.run(args)
     assert isinstance(code, int)
     return code
+
+
+def _with_negative_values(arguments: Sequence[str]) -> list[str]:
+    """``--ram -4GiB`` → ``--ram=-4GiB``, which argparse would take for an option: whoever reads the value says more."""
+    joined: list[str] = []
+    for word in arguments:
+        option = joined[-1] if joined else ""
+        if re.match(r"-[0-9]", word) and option.startswith("--") and option != "--" and "=" not in option:
+            joined[-1] = f"{option}={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _build_parser(names: Sequence[str] = COMMANDS) -> tuple[Parser, dict[str, Parser]]:

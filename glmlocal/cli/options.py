@@ -28,6 +28,13 @@ def at_least(least: int) -> Any:
     return whole_number
 
 
+def tokens(text: str) -> int:
+    """An argparse type: ``32768``, or ``32K``, which are as many."""
+    number = text[:-1] if text[-1:] in ("K", "k") else text
+    count: int = at_least(1)(number)
+    return count * (1024 if number != text else 1)
+
+
 def a_size(text: str) -> int:
     """An argparse type: ``20GiB`` → bytes."""
     from glmlocal.errors import ConfigError
@@ -91,7 +98,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 def add_wish_options(parser: argparse.ArgumentParser) -> None:
     """What is wanted of the machine; ``wishes`` reads them and those of ``add_machine_options`` back."""
     group = parser.add_argument_group("wishes")
-    group.add_argument("--context", type=at_least(1), metavar="N", help="tokens of one sequence, prompt and answer")
+    group.add_argument("--context", type=tokens, metavar="N", help="tokens of one sequence, prompt and answer: 32K")
     group.add_argument("--batch", type=at_least(1), default=8, metavar="N", help="sequences at a time (default: 8)")
     group.add_argument("--kv-dtype", choices=KV_DTYPES, default="auto", help="what the KV cache stores")
     group.add_argument(

@@ -159,10 +159,12 @@ def hand_over(model: str, engine: Literal["vllm", "sglang"], machine: Machine, w
     from glmlocal.planner.subject import engine_releases
 
     served = [_served(release) for release in engine_releases(model)]
-    for each in served if len(served) > 1 else []:
+    tries = [(each, replace(wants, offload=False)) for each in served if len(served) > 1]
+    *others, last = [*tries, *((each, wants) for each in served)]
+    for each, wanted in others:
         with suppress(ConfigError):
-            return launch_command(engine, each, machine, replace(wants, offload=False))
-    return launch_command(engine, served[0], machine, wants)
+            return launch_command(engine, each, machine, wanted)
+    return launch_command(engine, last[0], machine, last[1])  # the smallest: what it lacks is the least
 
 
 def _served(release: Release) -> Served:

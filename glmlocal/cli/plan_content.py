@@ -161,7 +161,7 @@ def facts(plan: Plan) -> Iterator[tuple[str, str, Basis]]:
     most = f"{plan.max_context:,} tokens" if plan.max_context else "none"
     yield "largest context", most, _basis_of_memory(plan)
     if plan.forecast is not None and plan.forecast.hit_rate is not None:
-        yield "experts at hand", f"{plan.forecast.hit_rate:.0%} of those a token asks for", "modelled"
+        yield "experts at hand", f"{plan.forecast.hit_rate:.0%} of those a token asks for", plan.forecast.hit_rate_basis
 
 
 def _basis_of_memory(plan: Plan) -> Basis:
@@ -255,8 +255,11 @@ def explanations(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
                 f"{one_line(line.note)} ({line.basis})",
             )
     if plan.forecast is not None and plan.forecast.hit_rate is not None:
-        formula = "mean of 1 - (1 - f^0.52)^1.675 for the part f of each layer's experts that is there"
-        note = f"{formula}: a fit over published hosts and policies, no route trace of this model (modelled)"
+        if plan.forecast.hit_rate_basis == "measured":
+            note = "from the route trace of earlier runs: share of the uses that the hottest experts had (measured)"
+        else:
+            formula = "mean of 1 - (1 - f^0.52)^1.675 for the part f of each layer's experts that is there"
+            note = f"{formula}: a fit over published hosts and policies, no route trace of this model (modelled)"
         yield "speed", "experts at hand", f"{plan.forecast.hit_rate:.0%}", note
     for speed in speeds(plan):
         yield "speed", speed.label, speed.value, f"{speed.note} ({speed.basis})"

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmlocal.cli.options import a_size, add_engine_options, add_plan_option, at_least, planned, wishes
+from glmlocal.cli.options import a_size, add_engine_options, add_plan_option, at_least, planned, tokens, wishes
 from glmlocal.cli.pull import offer_to_pull
 from glmlocal.errors import ConfigError
 
@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a .gguf file, a pulled name, or demo")
-    parser.add_argument("--context", type=at_least(1), metavar="N", help="tokens for prompt and answer together")
+    parser.add_argument("--context", type=tokens, metavar="N", help="tokens for prompt and answer together: 32K")
     parser.add_argument("--batch", type=at_least(1), default=8, metavar="N", help="answers at a time (default: 8)")
     parser.add_argument(
         "--max-waiting", type=at_least(0), default=64, metavar="N", help="requests that may wait (default: 64)"

@@ -27,8 +27,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,36 +68,15 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the description of ``args.model``. Raises CheckpointError for what is no checkpoint at all."""
-    with _opened(args.model) as (checkpoint, path):
-        facts = describe(checkpoint) | {"path": path}
+    from glmlocal.opened import opened
+
+    with opened(args.model) as found:
+        facts = describe(found.checkpoint) | {"path": found.where}
     if args.json:
         print(json.dumps(facts, indent=2))  # ASCII: control characters of names come out as \u escapes
     else:
         _print(facts)
     return 0
-
-
-@contextmanager
-def _opened(model: str) -> Iterator[tuple[Checkpoint, str]]:
-    """The checkpoint on this disk, else its headers from the hub that has it; and where that is."""
-    from glmlocal.formats.index import open_checkpoint
-    from glmlocal.hub.local import NotPulled
-    from glmlocal.resolve import resolve
-
-    try:
-        path = resolve(model)
-    except NotPulled as error:
-        from glmlocal.hub import headers, pull
-
-        hub = pull.connect(error.source.hub)
-        with headers.remote_checkpoint(error.source, hub) as checkpoint:
-            yield checkpoint, hub.page(error.source.repo_id)
-        return
-    checkpoint = open_checkpoint(path)
-    try:
-        yield checkpoint, str(checkpoint.path)
-    finally:
-        checkpoint.tensors.close()
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:

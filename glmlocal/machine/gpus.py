@@ -12,7 +12,8 @@ from typing import Any
 from glmlocal.machine.files import as_int, read_int, read_text
 from glmlocal.units import MIB
 
-_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits")
+_ASKED = ("--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits")
+_NVIDIA_SMI = ("nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi")  # WSL's is on the PATH of login shells only
 _TIMEOUT_S = 10
 _VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD"}
 _DISPLAY_CLASSES = ("0x0300", "0x0302", "0x0380")  # VGA, 3D and other display controllers
@@ -58,7 +59,7 @@ def _run(command: tuple[str, ...]) -> str:
 
 def _nvidia_smi(run: Run) -> list[Gpu]:
     gpus = []
-    for line in run(_QUERY).splitlines():
+    for line in next((out for program in _NVIDIA_SMI if (out := run((program, *_ASKED)))), "").splitlines():
         fields = [field.strip() for field in line.split(",")]
         if len(fields) == 4:
             name, total, free, driver = fields  # unified memory (GB10) says [N/A]

@@ -12,7 +12,7 @@ import hashlib
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,8 @@ class KernelRates:
     attention_prefill: Mapping[str, AttentionCost]  # of a query in a chunk of a prompt
     layer_s: Mapping[str, float]  # by activations: a decoder layer, beside what products take as above, and attention
     token_s: float  # of a step, outside the layers and the head
+    # By activations: of a layer, for each number of each hidden state of a chunk, beside products and attention.
+    row_s: Mapping[str, float] = field(default_factory=lambda: {"int8": 0.0, "fp32": 0.0})
 
     def product(self, scheme: str, activations: str) -> ProductRate | None:
         """None where nothing like it was measured; floats meet fp32 whatever is asked."""
@@ -128,6 +130,7 @@ def as_json(rates: KernelRates) -> dict[str, Any]:
         "attention_prefill": {dtype: asdict(cost) for dtype, cost in rates.attention_prefill.items()},
         "layer_s": dict(rates.layer_s),
         "token_s": rates.token_s,
+        "row_s": dict(rates.row_s),
     }
 
 
@@ -142,6 +145,7 @@ def from_json(values: Mapping[str, Any]) -> KernelRates:
         {_name(name): _attention(cost) for name, cost in _few(values["attention_prefill"]).items()},
         {name: _positive(values["layer_s"][name]) for name in ("int8", "fp32")},
         _positive(values["token_s"]),
+        {name: _not_negative(values["row_s"][name]) for name in ("int8", "fp32")},
     )
 
 
@@ -166,6 +170,12 @@ def _name(value: str) -> str:
     if len(value) > 80:
         raise ValueError("a name is too long")
     return value
+
+
+def _not_negative(value: object) -> float:
+    if _number(value) < 0:
+        raise ValueError(f"{value!r} is negative")
+    return _number(value)
 
 
 def _positive(value: object) -> float:

@@ -2,7 +2,7 @@
 
 The file is JSON:
 
-    schema       3; another number is another format
+    schema       4; another number is another format
     fingerprint  of the machine, see ``fingerprint``; a file of another machine is not believed
     date         ISO 8601, UTC
     glmlocal, isa, threads, quick
@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from glmlocal import memory
 from glmlocal.errors import ConfigError
 from glmlocal.machine.cpu import Cpu, probe
 from glmlocal.machine.disk import DiskRates
@@ -36,7 +35,7 @@ from glmlocal.machine.kernel_rates import from_json as kernels_from_json
 from glmlocal.paths import measurements_file
 from glmlocal.units import GIB, MIB
 
-SCHEMA = 3
+SCHEMA = 4
 _MOST_BYTES = MIB
 _MOST_THREADS = 1 << 16
 _FACTS = ("fingerprint", "date", "glmlocal", "isa", "threads", "quick", "busy")
@@ -92,7 +91,7 @@ def load_own(path: Path | None = None) -> tuple[Measurements | None, str]:
         path = path or measurements_file()
     except ConfigError as error:
         return None, str(error)
-    return load(path, fingerprint(probe(), int(psutil.virtual_memory().total)))
+    return load(path, fingerprint(probe(), memory.system_bytes()[0]))
 
 
 def load(path: Path, machine: str) -> tuple[Measurements | None, str]:

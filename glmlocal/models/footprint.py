@@ -74,6 +74,8 @@ class Footprint:
     # GLM-5's indexers look at all positions, in front of the window. Empty where nothing does.
     index_flops: tuple[int, ...] = ()  # as attention_flops; 0 in layers that reuse an earlier layer's choice
     index_kv_bytes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # their share of kv_bytes
+    # Of a recorded route trace: hit rate with 0, 1, … all experts of a layer at hand (planner.routes); None: no trace.
+    hit_curve: tuple[float, ...] | None = None
 
     @property
     def total_params(self) -> int:

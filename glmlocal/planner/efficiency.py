@@ -91,6 +91,12 @@ class Speeds:
             return self.kernels.layer_s[activations] / self.e.measured[self.guess]
         return self.e.cpu_layer_s[self.guess]
 
+    def row_s(self, activations: str) -> float:
+        """Seconds of a layer for each number of each hidden state of a chunk, beside products and attention."""
+        if self.kernels is None:
+            return 0.0
+        return self.kernels.row_s[activations] / self.e.measured[self.guess]
+
     def attention(self, kv_dtype: str, numbers: float, operations: float, *, in_prefill: bool) -> float:
         """Seconds of attention on the CPU over so many numbers of a cache of that dtype, with so many operations."""
         if self.kernels is not None:

@@ -39,17 +39,21 @@ class _Step:
     index_flops: int
     kv_numbers: int  # of one position's keys and values, the window's; scales are not counted
     index_kv_numbers: int
+    hit_curve: tuple[float, ...] | None
 
     @property
     def near(self) -> float:
         """Chance that an expert is in the fastest tier of this layer."""
         here = self.gpu_experts if self.device != CPU else self._in_ram
-        return hit_rate(here / self.layer.num_experts) if self.layer.num_experts else 1.0
+        return self._hits(here)
 
     @property
     def there(self) -> float:
         """Chance that an expert need not be read from NVMe."""
-        return hit_rate((self.gpu_experts + self._in_ram) / self.layer.num_experts) if self.layer.num_experts else 1.0
+        return self._hits(self.gpu_experts + self._in_ram)
+
+    def _hits(self, experts: int) -> float:
+        return hit_rate(experts / self.layer.num_experts, self.hit_curve) if self.layer.num_experts else 1.0
 
     @property
     def _in_ram(self) -> int:
@@ -96,6 +100,7 @@ def forecast(
         prefill_tokens_per_s=model.rate(partial(model.prefill, tokens=prefill_tokens), prefill_tokens),
         time_to_first_token_s={n: model.duration(partial(model.prefill, tokens=n)) for n in prompts},
         hit_rate=model.hit_rate,
+        hit_rate_basis="modelled" if footprint.hit_curve is None else "measured",
         drafts_tokens_per_s=model.drafts(),
     )
 
@@ -233,6 +238,8 @@ class PlacedModel:
         for part in step.layer.parts:
             self._add_cpu(clock, s, part, count, part.nbytes, part.params * tokens)
         clock.add("overhead", count * s.layer_s(self.resolved.activations))
+        numbers = tokens * self.footprint.hidden_size
+        clock.add("cpu arithmetic", count * numbers * s.row_s(self.resolved.activations))
         if step.layer.expert is None:
             return
         touched = distinct_experts(step.layer.num_experts, self._per_token(step.layer), tokens)
@@ -371,6 +378,7 @@ def _steps(footprint: Footprint, placement: Placement, kv_dtype: str) -> Iterabl
             index_flops[i],
             numbers[i] - index_numbers[i],
             index_numbers[i],
+            footprint.hit_curve,
         )
 
 

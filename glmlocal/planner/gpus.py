@@ -80,6 +80,8 @@ class Spec:
         )
 
 
+_STRIX_HALO = ("strixhalo", "8060s", "max395", "ryzenmax395", "ryzenmax395w8060s", "0x1586")
+
 # Where two cards share a key the first is meant, unless a size says otherwise. Above each group is the datasheet; in
 # November 2026 these pages were compared with the rows that they name, and agreed but for the RX 9070 XT's bandwidth:
 #   H100 (rates; bandwidth)      glennklockwood.com/garden/processors/h100
@@ -93,6 +95,19 @@ class Spec:
 #   RTX 5060 Ti (PCIe 5.0 x8)    techpowerup.com/review/msi-geforce-rtx-5060-ti-gaming-trio-16-gb/2.html
 #   RTX 5070 Ti (bandwidth)      topcpu.net/fr/news/nvidia-rtx-50-series-specifications-revealed-…
 #   RTX PRO 6000 (1792 GB/s)     gpu.name/posts/nvidia-unveils-rtx-pro-6000-blackwell-gpu-…
+#   RTX PRO 5000, 4500, 4000     technical.city/en/video/RTX-PRO-4500-Blackwell-vs-RTX-PRO-5000-72-GB-Blackwell;
+#     (BF16 as measured, 257)    github.com/xzwgit/gpu-flops-bench
+#   T4                           hmc-tech.com/gpu/nvidia-a16-vs-nvidia-t4 (rates); sysrqmts.com (320 GB/s, PCIe 3.0)
+#   V100 (900 GB/s, 125 TFLOP/s) developer.nvidia.com/programming-tensor-cores-cuda-9-0; elchapuzasinformatico.com
+#   RTX 3080, 3070 (bandwidth)   techpowerup.com/review/nvidia-geforce-ampere-architecture-…
+#   RTX 4070, 4070 Ti            thefpsreview.com/gpu-family/…rtx-4070…; fpsbench.com/compare/gpu/…rtx-4070-ti
+#   memory of H100, A100, A10, L40S, L4, T4 as nvidia-smi says it: modal-labs/modal-client#2797
+#   MI250, MI250X                zexron.com/amd-mi250-x-aldebaran-as-mcm-…; yobitel.com/knowledge-base/amd-mi250
+#   MI355X (288 GB, 8 TB/s)      aiwiki.ai/wiki/amd_instinct_mi355x
+#   MI300X (rates, H200's too)   github.com/alpharomercoma/MI300X-vs-H200
+#   RX 7800 XT (74.6 TFLOP/s)    hmc-tech.com/gpu/amd-radeon-rx-9060-vs-amd-radeon-rx-7800-xt
+#   RX 9060 XT (bandwidth)       pcpartdb.com/gpus/compare/amd-radeon-rx-9060-xt-16-gb--vs--amd-radeon-rx-7900-xtx
+#   Strix Halo (59.4, 256 GB/s)  llm-tracker.info/_TOORG/Strix-Halo
 #   MI300X (bandwidth, memory)   codesota.com/hardware/mi300x
 #   MI325X (6 TB/s, PCIe 5 x16)  wiaix.com/amd-instincttm-mi325x-accelerators
 #   RX 7900 XTX, XT              guru3d.com/review/xfx-radeon-rx-7900-xtx-magair-review/page-4
@@ -116,33 +131,63 @@ SPECS: tuple[Spec, ...] = (
     Spec("A100", ("a100", "a10080"), 80, 81920, 2039, (4, 16), 312, 624, None),
     Spec("A100 PCIe", ("a100pcie",), 80, 81920, 1935, (4, 16), 312, 624, None),
     Spec("A100 40GB", ("a10040", "a100", "a100pcie"), 40, 40960, 1555, (4, 16), 312, 624, None),
+    Spec("A800", ("a800", "a80080"), 80, 81920, 2039, (4, 16), 312, 624, None),
+    Spec("A30", ("a30",), 24, 24576, 933, (4, 16), 165, 330, None),
     # NVIDIA L40S, L40, L4, A40, A10 datasheets.
     Spec("L40S", ("l40s",), 48, 46068, 864, (4, 16), 362, 733, 733),
     Spec("L40", ("l40",), 48, 46068, 864, (4, 16), 181, 362, 362),
     Spec("L4", ("l4",), 24, 23034, 300, (4, 16), 121, 242, 242),
     Spec("A40", ("a40",), 48, 46068, 696, (4, 16), 149.7, 299.3, None),
     Spec("A10", ("a10",), 24, 23028, 600, (4, 16), 125, 250, None),
+    # NVIDIA V100, T4, Titan RTX and Quadro RTX 8000 datasheets, Turing whitepaper: no BF16, the rate is that of FP16.
+    Spec("V100 32GB", ("v100", "v10032", "v100sxm2", "v100pcie"), 32, 32768, 900, (3, 16), 125, None, None),
+    Spec("V100 16GB", ("v100", "v10016", "v100sxm2", "v100pcie"), 16, 16384, 900, (3, 16), 125, None, None),
+    Spec("T4", ("t4",), 16, 15360, 320, (3, 16), 65, 130, None),
+    Spec("Quadro RTX 8000", ("8000", "rtx8000"), 48, 48601, 672, (3, 16), 130.5, 261, None),
+    Spec("Titan RTX", ("titan", "titanrtx"), 24, 24219, 672, (3, 16), 130.5, 261, None),
+    Spec("RTX 2080 Ti", ("2080ti",), 11, 11264, 616, (3, 16), 53.8, 215.2, None),
+    # NVIDIA Tesla P40 datasheet: no tensor cores, and FP16 slower than FP32, whose rate is listed; int8 by dp4a.
+    Spec("P40", ("p40",), 24, 23040, 346, (3, 16), 11.8, 47, None),
     # NVIDIA RTX A6000, A5000, A4000 and RTX 6000 Ada datasheets (tensor rates without sparsity).
     Spec("RTX A6000", ("a6000",), 48, 49140, 768, (4, 16), 154.8, 309.7, None),
     Spec("RTX A5000", ("a5000",), 24, 24564, 768, (4, 16), 111.1, 222.2, None),
     Spec("RTX A4000", ("a4000",), 16, 16376, 448, (4, 16), 76.7, 153.4, None),
     Spec("RTX 6000 Ada", ("6000ada",), 48, 49140, 960, (4, 16), 364.2, 728.5, 728.5),
-    # NVIDIA RTX PRO 6000 Blackwell datasheet (Workstation and Server Edition).
+    # NVIDIA RTX 5000, 4500, 4000 Ada datasheets.
+    Spec("RTX 5000 Ada", ("5000ada",), 32, 32760, 576, (4, 16), 261.1, 522.1, 522.1),
+    Spec("RTX 4500 Ada", ("4500ada",), 24, 24570, 432, (4, 16), 158.5, 317, 317),
+    Spec("RTX 4000 Ada", ("4000ada",), 20, 20475, 360, (4, 16), 106.9, 213.8, 213.8),
+    # NVIDIA RTX PRO Blackwell datasheets (6000: Workstation and Server Edition): an eighth of "AI TOPS" in BF16.
     Spec("RTX PRO 6000", ("pro6000",), 96, 97887, 1792, (5, 16), 503.8, 1007.6, 1007.6),
+    Spec("RTX PRO 5000", ("pro5000", "pro500048"), 48, 48935, 1344, (5, 16), 258, 516, 516),
+    Spec("RTX PRO 5000 72GB", ("pro5000", "pro500072"), 72, 73415, 1344, (5, 16), 258, 516, 516),
+    Spec("RTX PRO 4500", ("pro4500",), 32, 32623, 896, (5, 16), 210.9, 421.8, 421.8),
+    Spec("RTX PRO 4000", ("pro4000",), 24, 24467, 672, (5, 16), 147.3, 294.5, 294.5),
     # NVIDIA Ampere GA102 whitepaper, appendix A, and the product pages.
     Spec("RTX 3060 12GB", ("3060", "306012"), 12, 12288, 360, (4, 16), 25.5, 101.9, None),
+    Spec("RTX 3060 Ti", ("3060ti",), 8, 8192, 448, (4, 16), 32.4, 129.6, None),
+    Spec("RTX 3070", ("3070",), 8, 8192, 448, (4, 16), 40.6, 162.6, None),
+    Spec("RTX 3070 Ti", ("3070ti",), 8, 8192, 608, (4, 16), 43.5, 174, None),
     Spec("RTX 3080", ("3080",), 10, 10240, 760, (4, 16), 59.5, 238, None),
+    Spec("RTX 3080 12GB", ("3080", "308012"), 12, 12288, 912, (4, 16), 61.3, 245.1, None),
+    Spec("RTX 3080 Ti", ("3080ti",), 12, 12288, 912, (4, 16), 68.2, 272.8, None),
     Spec("RTX 3090", ("3090",), 24, 24576, 936, (4, 16), 71, 284, None),
     Spec("RTX 3090 Ti", ("3090ti",), 24, 24564, 1008, (4, 16), 80, 320, None),
     # NVIDIA Ada GPU architecture whitepaper, appendix A.
     Spec("RTX 4060 Ti 16GB", ("4060ti", "4060ti16"), 16, 16380, 288, (4, 8), 44.1, 176.5, 88.2),
+    Spec("RTX 4060", ("4060",), 8, 8188, 272, (4, 8), 30.2, 120.9, 60.5),
+    Spec("RTX 4060 Ti 8GB", ("4060ti", "4060ti8"), 8, 8188, 288, (4, 8), 44.1, 176.5, 88.2),
     Spec("RTX 4070", ("4070",), 12, 12282, 504, (4, 16), 58.3, 233.2, 116.6),
+    Spec("RTX 4070 SUPER", ("4070super", "4070s"), 12, 12282, 504, (4, 16), 71, 283.9, 141.9),
+    Spec("RTX 4070 Ti", ("4070ti",), 12, 12282, 504, (4, 16), 80.2, 320.7, 160.4),
     Spec("RTX 4070 Ti SUPER", ("4070tisuper", "4070tis"), 16, 16376, 672, (4, 16), 88.2, 352.8, 176.4),
     Spec("RTX 4080", ("4080",), 16, 16376, 717, (4, 16), 97.5, 389.9, 194.9),
     Spec("RTX 4080 SUPER", ("4080super", "4080s"), 16, 16376, 736, (4, 16), 104.4, 417.6, 208.8),
     Spec("RTX 4090", ("4090",), 24, 24564, 1008, (4, 16), 165.2, 660.6, 330.3),
     # NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A.
     Spec("RTX 5060 Ti 16GB", ("5060ti", "5060ti16"), 16, 16311, 448, (5, 8), 47.4, 189.9, 94.9),
+    Spec("RTX 5060", ("5060",), 8, 8151, 448, (5, 8), 38.4, 153.5, 76.8),
+    Spec("RTX 5060 Ti 8GB", ("5060ti", "5060ti8"), 8, 8151, 448, (5, 8), 47.4, 189.9, 94.9),
     Spec("RTX 5070", ("5070",), 12, 12227, 672, (5, 16), 61.7, 246.9, 123.5),
     Spec("RTX 5070 Ti", ("5070ti",), 16, 16303, 896, (5, 16), 87.9, 351.5, 175.8),
     Spec("RTX 5080", ("5080",), 16, 16303, 960, (5, 16), 112.6, 450.2, 225.1),
@@ -150,17 +195,33 @@ SPECS: tuple[Spec, ...] = (
     # NVIDIA DGX Spark datasheet: 128 GB LPDDR5X shared with the CPU, 273 GB/s; 1 PFLOP/s FP4 with sparsity, so 125 in
     # BF16 without. 119.7 GiB is what its Linux reports.
     Spec("DGX Spark GB10", ("gb10", "dgxspark", "dgxsparkgb10", "spark"), 128, 122570, 273, None, 125, 250, 250),
-    # AMD Instinct datasheets (MI50, MI100, MI210, MI300X, MI325X). The MI50 has no matrix cores: packed FP16 and dot4.
+    # AMD Instinct datasheets (MI50 to MI355X). The MI50 has no matrix cores: packed FP16 and dot4. An MI250 is two GPUs
+    # of 64 GB to its driver: here it is one of both memories, read at the rate of one, since layers run in turn.
     Spec("MI50 32GB", ("mi50", "mi60", "0x66a1"), 32, 32752, 1024, (4, 16), 26.5, 53, None),
     Spec("MI50 16GB", ("mi5016", "mi50", "0x66a1"), 16, 16368, 1024, (4, 16), 26.5, 53, None),
     Spec("MI100", ("mi100",), 32, 32752, 1229, (4, 16), 92.3, 184.6, None),
     Spec("MI210", ("mi210", "0x740f"), 64, 65520, 1638, (4, 16), 181, 181, None),
+    Spec("MI250", ("mi250", "0x740c"), 128, 131040, 1638, (4, 16), 181, 181, None),
+    Spec("MI250X", ("mi250x", "0x7408"), 128, 131040, 1638, (4, 16), 191.5, 191.5, None),
+    Spec("MI300A", ("mi300a", "0x74a0"), 128, 131072, 5300, None, 980.6, 1961, 1961),
     Spec("MI300X", ("mi300x", "0x74a1"), 192, 196592, 5300, (5, 16), 1307, 2615, 2615),
     Spec("MI325X", ("mi325x", "0x74a5"), 256, 262128, 6000, (5, 16), 1307, 2615, 2615),
-    # AMD product pages of the RX 7900, RX 9070, PRO W7900 and AI PRO R9700: "peak half precision (matrix)".
+    Spec("MI350X", ("mi350x", "0x75a0"), 288, 294896, 8000, (5, 16), 2306.9, 4613.7, 4613.7),
+    Spec("MI355X", ("mi355x", "0x75a3"), 288, 294896, 8000, (5, 16), 2516.6, 5033.2, 5033.2),
+    # AMD Ryzen AI Max+ 395: 40 units of 512 FP16 operations per cycle at 2.9 GHz; of 128 GB its driver can map 120 GiB.
+    Spec("Strix Halo", _STRIX_HALO, 128, 122880, 256, None, 59.4, 59.4, None),
+    # AMD product pages of the RX 6000, 7000 and 9000, PRO W7800, W7900, AI PRO R9700: "peak half precision (matrix)".
     Spec("RX 7900 XTX", ("7900xtx", "0x744c"), 24, 24560, 960, (4, 16), 122.8, 122.8, None),
     Spec("RX 7900 XT", ("7900xt", "0x744c"), 20, 20464, 800, (4, 16), 103, 103, None),
+    Spec("RX 7900 GRE", ("7900gre",), 16, 16368, 576, (4, 16), 92, 92, None),
+    Spec("RX 7800 XT", ("7800xt", "0x747e"), 16, 16368, 624, (4, 16), 74.6, 74.6, None),
+    Spec("RX 7600 XT", ("7600xt",), 16, 16368, 288, (4, 8), 45.1, 45.1, None),
+    Spec("RX 6800 XT", ("6800xt", "0x73bf"), 16, 16368, 512, (4, 16), 41.5, 82.9, None),
+    Spec("RX 6900 XT", ("6900xt", "0x73bf"), 16, 16368, 512, (4, 16), 46.1, 92.2, None),
+    Spec("PRO W7800", ("w7800", "prow7800"), 32, 32752, 576, (4, 16), 90.5, 90.5, None),
     Spec("PRO W7900", ("w7900", "prow7900"), 48, 49136, 864, (4, 16), 122.6, 122.6, None),
+    Spec("RX 9060 XT 16GB", ("9060xt", "0x7590"), 16, 16304, 320, (5, 16), 103, 205, 205),
+    Spec("RX 9070", ("9070",), 16, 16304, 640, (5, 16), 144.5, 289, 289),
     Spec("RX 9070 XT", ("9070xt", "0x7550"), 16, 16304, 640, (5, 16), 194.6, 389, 389),
     Spec("AI PRO R9700", ("r9700", "pror9700", "0x7551"), 32, 32624, 640, (5, 16), 191, 383, 383),
 )
@@ -180,7 +241,9 @@ def find(name: str, memory_bytes: int | None = None) -> Gpu:
     if not found and not word and size_gb is not None:
         raise ConfigError(f"a GPU that is only described needs its memory's GB/s too: {name.strip()[:80]}@1008")
     if not found:
-        raise ConfigError(f"there is no GPU {name[:80]!r} in the table{_near(word)}, or describe it as 24GiB@1008")
+        raise ConfigError(
+            f"there is no GPU {name[:80]!r} in the table{_near(name, word)}, or describe it as 24GiB@1008"
+        )
     return found[0].gpu(memory_bytes)
 
 
@@ -201,6 +264,10 @@ def _words(name: str) -> tuple[str, int | None]:
     return key, size_gb
 
 
+def _joined(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.casefold())
+
+
 def _refuse_size(name: str, found: list[Spec]) -> list[Spec]:
     if found:
         sizes = ", ".join(f"{spec.name} with {spec.size_gb} GB" for spec in found)
@@ -208,8 +275,12 @@ def _refuse_size(name: str, found: list[Spec]) -> list[Spec]:
     return []
 
 
-def _near(word: str) -> str:
-    """``: did you mean RTX 4090?`` or the beginning of the list."""
+def _near(name: str, word: str) -> str:
+    """``: did you mean RTX 4090?`` or the beginning of the list; names as typed first, which tell RTX from RX."""
+    names = {_joined(spec.name): spec.name for spec in SPECS}
     keys = {key: spec.name for spec in SPECS for key in spec.keys}
-    near = difflib.get_close_matches(word, keys, n=1, cutoff=0.5)
-    return f": did you mean {keys[near[0]]}?" if near else ", which has for example H100, RTX 4090 and MI300X; try one"
+    near = difflib.get_close_matches(_joined(name), names, n=1, cutoff=0.7)
+    found = names[near[0]] if near else None
+    if found is None and (near := difflib.get_close_matches(word, keys, n=1, cutoff=0.5)):
+        found = keys[near[0]]
+    return f": did you mean {found}?" if found else ", which has for example H100, RTX 4090 and MI300X; try one"

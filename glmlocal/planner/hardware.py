@@ -26,7 +26,7 @@ RESERVE_FRACTION = 0.06
 DEFAULT_RAM_GB_PER_S = 60.0
 DEFAULT_NVME_GB_PER_S = 5.0
 
-_COUNT = re.compile(r"([0-9]{1,3})\s*[x×*]\s*(.+)", re.IGNORECASE | re.DOTALL)
+_COUNT = re.compile(r"(-?[0-9]{1,3})\s*[x×*]\s*(.+)", re.IGNORECASE | re.DOTALL)
 _RATE = re.compile(r"\s*([0-9]{1,7}(?:\.[0-9]{1,6})?)\s*(?:GB/s)?\s*", re.IGNORECASE)
 _GPUS_EXAMPLES = "write for example 2xH100, 1xRTX4090,2xL40S, 24GiB@1008, auto or none"
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 from functools import lru_cache
 from math import ceil, comb
 
+from glmlocal.planner import routes
+from glmlocal.planner.routes import Curve
+
 KIND_BELOW = 0.10  # the fit was made above this fraction and is too kind below: a straight line to 0 instead
 
 
-def hit_rate(fraction: float) -> float:
+def hit_rate(fraction: float, curve: Curve | None = None) -> float:
     """Of the routed experts that tokens ask for, the part that is there when ``fraction`` of them is.
+
+    From the model's own ``curve`` where it has a route trace, else from a fit:
 
     1 − (1 − f^0.52)^1.675: a fit over hosts and eviction policies (design.md §8). Rises from 0 to 1, never steeper.
     """
+    if curve is not None:
+        return routes.at(curve, fraction)
     if fraction < KIND_BELOW:
         return max(fraction, 0.0) / KIND_BELOW * _fit(KIND_BELOW)
     return _fit(min(fraction, 1.0))

@@ -28,6 +28,23 @@ EXPERT_STAGING = 2  # slots of a GPU that holds experts only, through which othe
 PACK_ALIGNMENT = 4096  # of an expert's record on NVMe (design.md §3)
 
 
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    """The chain in bytes. ``resident``: weights outside the routed experts and the KV pool; the last with the head."""
+
+    resident: list[int]
+    expert: list[int]  # of one routed expert
+    num_experts: list[int]
+
+    @property
+    def full(self) -> list[int]:
+        return [r + e * n for r, e, n in zip(self.resident, self.expert, self.num_experts, strict=True)]
+
+    @property
+    def all_experts(self) -> int:
+        return sum(e * n for e, n in zip(self.expert, self.num_experts, strict=True))
+
+
 @dataclass(frozen=True)
 class Demand:
     """What is to be placed. ``num_drafts`` > 0 loads the MTP layer. Without slots: what is derived is kept."""
@@ -52,10 +69,26 @@ class Demand:
         return (*layers, *([self.footprint.mtp_kv_bytes[self.kv_dtype]] if has_mtp else []))
 
     @cached_property
+    def weights(self) -> _Bytes:
+        """The chain without a KV pool."""
+        resident = [layer.resident_bytes for layer in self.chain]
+        resident[-1] += sum(part.nbytes for part in self.footprint.top if part.component != "embeddings")
+        expert = [layer.expert.nbytes if layer.expert else 0 for layer in self.chain]
+        return _Bytes(resident, expert, [layer.num_experts if layer.expert else 0 for layer in self.chain])
+
+    @cached_property
     def gpus(self) -> list[tuple[int, Gpu]]:
         """Those that can hold something, with their numbers; the fastest first, equal ones in their order."""
         usable = [(i, gpu) for i, gpu in enumerate(self.machine.gpus) if self.gpu_free_bytes(gpu) > 0]
         return sorted(usable, key=lambda item: -item[1].read_gb_per_s)
+
+    @cached_property
+    def is_hopeless(self) -> bool:
+        """Are the weights alone more than all memory together? Then no layout needs to be tried."""
+        if self.machine.nvme is not None and self.wants.offload:
+            return False
+        memory = sum(self.gpu_free_bytes(gpu) for _, gpu in self.gpus) + self.ram_bytes
+        return sum(self.weights.full) > memory
 
     @property
     def needs_gpus(self) -> bool:
@@ -127,29 +160,10 @@ class Layout:
         return all(device.used_bytes <= device.capacity_bytes for device in self.devices)
 
 
-@dataclass(frozen=True, slots=True)
-class _Bytes:
-    """The chain in bytes. ``resident``: weights outside the routed experts and the KV pool; the last with the head."""
-
-    resident: list[int]
-    expert: list[int]  # of one routed expert
-    num_experts: list[int]
-
-    @property
-    def full(self) -> list[int]:
-        return [r + e * n for r, e, n in zip(self.resident, self.expert, self.num_experts, strict=True)]
-
-    @property
-    def all_experts(self) -> int:
-        return sum(e * n for e, n in zip(self.expert, self.num_experts, strict=True))
-
-
 def _bytes(demand: Demand, kv_tokens: int) -> _Bytes:
-    chain = demand.chain
-    resident = [layer.resident_bytes + kv * kv_tokens for layer, kv in zip(chain, demand.kv_bytes, strict=True)]
-    resident[-1] += sum(part.nbytes for part in demand.footprint.top if part.component != "embeddings")
-    expert = [layer.expert.nbytes if layer.expert else 0 for layer in chain]
-    return _Bytes(resident, expert, [layer.num_experts if layer.expert else 0 for layer in chain])
+    weights = demand.weights
+    resident = [nbytes + kv * kv_tokens for nbytes, kv in zip(weights.resident, demand.kv_bytes, strict=True)]
+    return _Bytes(resident, weights.expert, weights.num_experts)
 
 
 def holds(demand: Demand, kv_tokens: int, kv_fraction: float = 1.0) -> bool:
@@ -182,8 +196,13 @@ def pace(demand: Demand, kv_tokens: int) -> float:
 
 def lay_out(demand: Demand, kv_tokens: int) -> Layout:
     """Place everything beside a KV pool of so many tokens. What does not fit shows as a device with too much."""
-    found = list(layouts(demand, kv_tokens))
-    return next((layout for layout in found if layout.fits), found[0])
+    first: Layout | None = None
+    for layout in layouts(demand, kv_tokens):  # the others are not made where one fits
+        if layout.fits:
+            return layout
+        first = first or layout
+    assert first is not None, "there is always one"
+    return first
 
 
 def layouts(demand: Demand, kv_tokens: int) -> Iterator[Layout]:
@@ -193,6 +212,8 @@ def layouts(demand: Demand, kv_tokens: int) -> Iterator[Layout]:
     """
     layout = _lay_out(demand, kv_tokens, demand.gpus)
     yield layout
+    if demand.is_hopeless:
+        return
     if demand.gpus and not demand.needs_gpus and not (layout.fits and layout.is_fast):
         for other in (_lay_out(demand, kv_tokens, demand.gpus, whole=True), _lay_out(demand, kv_tokens, [])):
             yield replace(other, is_fast=False)

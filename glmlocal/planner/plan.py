@@ -104,6 +104,7 @@ class Forecast:
     time_to_first_token_s: Mapping[int, Rate]  # prompt tokens → seconds
     hit_rate: float | None  # of routed experts in the fastest tier; None where all are there
     drafts_tokens_per_s: Mapping[int, Rate]  # MTP drafts per step → decode at context 0; empty without an MTP layer
+    hit_rate_basis: Basis = "modelled"  # measured: from a route trace that was recorded here
 
 
 @dataclass(frozen=True, slots=True)

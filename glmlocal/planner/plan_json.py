@@ -10,7 +10,8 @@
                         basis "exact"|"measured"|"modelled", note}]}]
     forecast            null, or {decode_tokens_per_s {context: value}, prefill_tokens_per_s, bound_by (of decode at
                         the shortest context), time_to_first_token_s {prompt tokens: seconds},
-                        drafts_tokens_per_s {MTP drafts per step: value}, hit_rate or null,
+                        drafts_tokens_per_s {MTP drafts per step: value}, hit_rate or null, hit_rate_basis
+                        ("measured": from a route trace of this model, "modelled": from a formula),
                         rates {the same four keys, each value as {value, low, high, basis, bound_by, note}}}
     shortfall           null, or {device, bytes, text}
     advice              [{text, option or null}], the smallest change first
@@ -94,6 +95,7 @@ def _forecast(forecast: Forecast) -> dict[str, Any]:
         "time_to_first_token_s": _values(rates["time_to_first_token_s"]),
         "drafts_tokens_per_s": _values(rates["drafts_tokens_per_s"]),
         "hit_rate": forecast.hit_rate,
+        "hit_rate_basis": forecast.hit_rate_basis,
         "rates": rates,
     }
 
@@ -135,6 +137,8 @@ def from_json(text: str | bytes) -> Plan:
         values = json.loads(text)
         if values["schema"] != SCHEMA:
             raise PlanError(f"the plan has schema {str(values['schema'])[:40]!r}, this version reads {SCHEMA}; {again}")
+        if values["forecast"] is not None:
+            values["forecast"].setdefault("hit_rate_basis", "modelled")  # which older plans did not say
         plan = _plan(values)
         _check(plan)
         if as_json(plan) != values:
@@ -164,7 +168,8 @@ def _read_device(values: Mapping[str, Any]) -> Device:
 
 def _read_forecast(values: Mapping[str, Any]) -> Forecast:
     rates = {name: _read(_HINTS[Forecast][name], values["rates"][name]) for name in _RATES}
-    return Forecast(**rates, hit_rate=_read(_HINTS[Forecast]["hit_rate"], values["hit_rate"]))
+    rest = {name: _read(_HINTS[Forecast][name], values[name]) for name in ("hit_rate", "hit_rate_basis")}
+    return Forecast(**rates, **rest)
 
 
 def _read(hint: Any, value: Any) -> Any:

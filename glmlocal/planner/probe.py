@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
 from glmlocal import memory
 from glmlocal.errors import ConfigError
 from glmlocal.machine import cgroups, measurements
@@ -47,6 +45,7 @@ _DDR5_GB_PER_S, _DDR4_GB_PER_S = 30.0, 18.0
 _SERVER_CORES, _SERVER_CHANNELS, _DESKTOP_CHANNELS = 24, 8, 2
 
 UNKNOWN_GPU_GB_PER_S = 300.0  # of a card that is not in the table: as the slowest there
+_LEAST_GPU_BYTES = 2 * GIB  # what a processor's own graphics are given by default is less
 _HOST_SHARE_BYTES = 4 * GIB  # of memory shared with a GPU, what the host's side gets: interpreter, torch, staging
 
 
@@ -131,7 +130,7 @@ def _runs(isa: str) -> bool:
 
 def _ram(facts: cpu_probe.Cpu, measured: Measurements | None, root: Path = Path("/")) -> Ram:
     """A control group's memory belongs to this process; of a whole machine the system keeps a part."""
-    total, limit = int(psutil.virtual_memory().total), cgroups.memory_limit(root)
+    (total, _), limit = memory.system_bytes(), cgroups.memory_limit(root)
     free = memory.available_bytes(root)
     if limit is not None and limit.limit_bytes < total:
         total, available = limit.limit_bytes, free
@@ -165,6 +164,9 @@ def _gpus(link: float | None) -> tuple[tuple[Gpu, ...], list[str]]:
     """Those that drivers show, and a note on each kind that the table does not know."""
     found, notes = [], []
     for gpu in gpu_probe.probe():
+        if 0 < gpu.memory_bytes < _LEAST_GPU_BYTES:
+            notes.append(f"{gpu.name} is left out: {format_bytes(gpu.memory_bytes)} hold nothing worth the way there")
+            continue
         try:
             card = known.find(gpu.name, gpu.memory_bytes or None)
         except ConfigError:

@@ -45,13 +45,12 @@ def plan(
     ``alternatives``: the same model quantized further, finest first, for advice. Raises ConfigError for wishes that no
     machine could meet. ``with_advice`` False: for tables of many plans, since what would fit takes the longest to find.
     """
-    found = _with_max_context(_solve(footprint, machine, wants, efficiency), footprint)
+    found = _with_max_context(*_solve(footprint, machine, wants, efficiency))
     return _advised(found, footprint, alternatives) if with_advice else found
 
 
-def _with_max_context(found: Plan, footprint: Footprint) -> Plan:
+def _with_max_context(found: Plan, demand: Demand, layout: Layout) -> Plan:
     """With the largest context, which only the plan that is chosen needs."""
-    demand, _, _, layout = _resolve(footprint, found.machine, found.wants)
     return replace(found, max_context=_max_context(demand, layout))
 
 
@@ -69,13 +68,14 @@ def choose(footprints: Sequence[Footprint], machine: Machine, wants: Wants) -> P
     """
     if not footprints:
         raise PlanError("no quantization to choose from")
-    plans: list[Plan] = []
+    solved: list[tuple[Plan, Demand, Layout]] = []
     for footprint in footprints:
-        plans.append(_solve(footprint, machine, wants, DEFAULT))
-        if _needs_no_nvme(plans[-1]):
+        solved.append(_solve(footprint, machine, wants, DEFAULT))
+        if _needs_no_nvme(solved[-1][0]):
             break  # those after it are only smaller
+    plans = [each for each, _, _ in solved]
     chosen = plans.index(_best(plans))
-    found = _with_max_context(plans[chosen], footprints[chosen])
+    found = _with_max_context(*solved[chosen])
     return _advised(found, footprints[chosen], footprints[chosen + 1 :])
 
 
@@ -93,8 +93,8 @@ def _best(plans: Sequence[Plan]) -> Plan:
     return min(plans, key=lambda each: sum(device.used_bytes for device in each.devices))
 
 
-def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Efficiency) -> Plan:
-    """A plan without its largest context and advice."""
+def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Efficiency) -> tuple[Plan, Demand, Layout]:
+    """A plan without its largest context and advice, and what it was made of."""
     _check(footprint, wants)
     demand, context, kv_tokens, layout = _resolve(footprint, machine, wants)
     resolved = Resolved(
@@ -108,11 +108,12 @@ def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Eff
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         threads=wants.threads or machine.cpu.threads,
     )
+    tried = layout  # whose tiers the largest context is of
     if layout.fits and not layout.is_fast:
         layout = _fastest(demand, resolved, efficiency)
     fits = layout.fits
     pack_bytes = sum(device.used_bytes for device in layout.devices if device.kind == "nvme")
-    return Plan(
+    found = Plan(
         name=footprint.name,
         quant=footprint.quant,
         fits=fits,
@@ -132,6 +133,7 @@ def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Eff
         shortfall=None if fits else advise.shortfall(footprint, layout),
         advice=(),
     )
+    return found, demand, tried
 
 
 def _fastest(demand: Demand, resolved: Resolved, efficiency: Efficiency) -> Layout:
@@ -187,9 +189,11 @@ def _with_context(demand: Demand, most_pace: float) -> tuple[int, int, Layout]:
         if fast < least:
             fast = largest(least, lambda kv_tokens: holds(demand, kv_tokens))
     if fast < (wanted or least):
-        spilled = wanted or largest(min(limit, SPILL_CONTEXT), lambda kv_tokens: lay_out(demand, kv_tokens).fits)
+        spilled = wanted or _largest(
+            min(limit, SPILL_CONTEXT), lambda most: lay_out(demand, _shared_pool(demand, most)).fits
+        )
         context = spilled if spilled >= least else wanted or least
-        kv_tokens = _least_pool(demand, context)
+        kv_tokens = _shared_pool(demand, context)
         return context, kv_tokens, lay_out(demand, kv_tokens)
     most_pace = pace(demand, _least_pool(demand, fast))  # from here on, KV is not to push layers to slower GPUs
     if wanted is None:
@@ -204,6 +208,14 @@ def _least_pool(demand: Demand, context: int) -> int:
     return max(_blocks(context), demand.wants.batch * _blocks(min(context, POOL_CONTEXT)))
 
 
+def _shared_pool(demand: Demand, context: int) -> int:
+    """Where experts leave the fastest tier: one context, which all sequences share. More would push out more experts.
+
+    Where they may not leave, the batch is what was asked for.
+    """
+    return _blocks(context) if demand.wants.offload else _least_pool(demand, context)
+
+
 def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE) * BLOCK_SIZE
 
@@ -213,7 +225,7 @@ def _max_context(demand: Demand, layout: Layout) -> int:
     limit = demand.footprint.max_position_embeddings
     if layout.is_fast:
         return _largest(limit, lambda context: holds(demand, _least_pool(demand, context)))
-    return _largest(limit, lambda context: lay_out(demand, _least_pool(demand, context)).fits)
+    return _largest(limit, lambda context: lay_out(demand, _shared_pool(demand, context)).fits)
 
 
 def _largest(limit: int, accepts: Callable[[int], bool]) -> int:

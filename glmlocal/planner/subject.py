@@ -1,16 +1,26 @@
-"""MODEL → what there is to plan for: footprints, finest first. Reads the catalogue, or a checkpoint's headers."""
+"""MODEL → what there is to plan for: footprints, finest first. Reads the catalogue, or a checkpoint's headers.
+
+A checkpoint that is on no disk here is asked for at its hub: some hundred KB of each file, never weights.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glmlocal import catalogue
 from glmlocal.catalogue import Family, Release
-from glmlocal.errors import ConfigError
+from glmlocal.errors import ConfigError, DownloadError
 from glmlocal.models.footprint import Footprint
 from glmlocal.models.footprints import of_checkpoint, of_release
+from glmlocal.planner import routes
+
+if TYPE_CHECKING:
+    from glmlocal.formats.index import Checkpoint
+    from glmlocal.opened import Opened
 
 _OFFICIAL = ("bf16", "fp8_channel", "fp8_block128")  # formats whose weights loading can still quantize
 # Of the many files of a GGUF repository, those that are tried for a family: beyond 4 bits, what int4 does not reach.
@@ -28,9 +38,9 @@ class Subject:
 def subject(model: str, quant: str = "auto") -> Subject:
     """A family, a release, a hub id, a checkpoint directory, a ``.gguf`` file or ``demo``.
 
-    What exists as a file counts before names do, as for every command. ``quant`` keep, int8 and int4 leave no choice;
-    for a family they mean its BF16 release, or the smallest that can be quantized while loading. Raises ConfigError for
-    an unknown name, CheckpointError for a bad file.
+    What exists as a file counts before names do, as for every command; a hub id that is in no catalogue is looked up on
+    its hub. ``quant`` keep, int8 and int4 leave no choice; for a family they mean its BF16 release, or the smallest
+    that can be quantized while loading. Raises ConfigError for an unknown name, CheckpointError for a bad file.
     """
     found = None if model == "demo" or Path(model).exists() else catalogue.find(model)
     if isinstance(found, Family):
@@ -38,9 +48,7 @@ def subject(model: str, quant: str = "auto") -> Subject:
     if isinstance(found, Release):
         forms = _ways_to_load(found) if quant == "auto" else (quant,)
         return Subject(tuple(of_release(found, form) for form in forms), _not_run([found]))
-    if near := () if Path(model).exists() else catalogue.near_misses(model):
-        raise ConfigError(f"there is no model {model[:80]!r}; did you mean {' or '.join(near)}?")
-    return Subject(_of_files(model, quant), ("its files are on this machine: there is nothing to download",))
+    return _of_files(model, quant)
 
 
 def all_forms(model: str) -> Subject:
@@ -81,19 +89,60 @@ def _of_family(family: Family, quant: str) -> Subject:
     return Subject(_finest_first(footprints), (note, *_not_run(official)))
 
 
-def _of_files(model: str, quant: str) -> tuple[Footprint, ...]:
-    from glmlocal.formats.index import open_checkpoint  # brings numpy in
+def _of_files(model: str, quant: str) -> Subject:
+    from glmlocal.opened import opened  # brings numpy in
+
+    near = () if Path(model).exists() else catalogue.near_misses(model)
+    if near and "/" not in model:
+        _check_is_here(model, near)  # what was mistyped is not asked for at a hub
+    try:
+        with opened(model) as found:
+            forms = ("keep", "int8", "int4") if quant == "auto" else (quant,)
+            name = _name(model, found)
+            footprints = [of_checkpoint(found.checkpoint, form, name) for form in forms]
+            curve = _hit_curve(found.checkpoint)
+    except DownloadError as error:
+        if not near:
+            raise
+        raise DownloadError(f"{error}; did you mean {' or '.join(near)}, which need no network?") from error
+    footprints = [replace(footprint, hit_curve=curve) for footprint in footprints]
+    # What is quantized already stays as it is: then all forms are one.
+    kept = [footprint for i, footprint in enumerate(footprints) if i == 0 or _held(footprint) != _held(footprints[0])]
+    if found.is_remote:
+        return Subject(tuple(kept), (f"planned from the headers of {found.where}: no weights were downloaded",))
+    return Subject(tuple(kept), ("its files are on this machine: there is nothing to download",))
+
+
+def _hit_curve(checkpoint: Checkpoint) -> routes.Curve | None:
+    """Of a packed model that was run before: its experts' uses in those runs."""
+    from glmlocal.offload import trace  # brings numpy in
+
+    pack = checkpoint.tensors.experts
+    found = None if pack is None else trace.load(pack)
+    if pack is None or found is None or found.num_tokens < routes.LEAST_TOKENS:
+        return None
+    layers: dict[int, list[float]] = {}
+    for key, heat in found.heats.items():
+        layers.setdefault(key.layer, []).append(heat)
+    with suppress(ValueError):  # a trace is a hint and no more
+        return routes.curve_of(layers, pack.num_experts)
+    return None
+
+
+def _check_is_here(model: str, near: Sequence[str]) -> None:
+    """Raises ConfigError unless a packed or pulled model has that name."""
     from glmlocal.resolve import resolve
 
-    checkpoint = open_checkpoint(resolve(model))
     try:
-        forms = ("keep", "int8", "int4") if quant == "auto" else (quant,)
-        name = model if model == "demo" else None  # else the checkpoint's own
-        found = [of_checkpoint(checkpoint, form, name) for form in forms]
-    finally:
-        checkpoint.tensors.close()
-    # What is quantized already stays as it is: then all forms are one.
-    return tuple(footprint for i, footprint in enumerate(found) if i == 0 or _held(footprint) != _held(found[0]))
+        resolve(model)
+    except ConfigError:
+        raise ConfigError(f"there is no model {model[:80]!r}; did you mean {' or '.join(near)}?") from None
+
+
+def _name(model: str, found: Opened) -> str | None:
+    """Where the file's or directory's own is not what a person would say: a snapshot's is its commit."""
+    is_snapshot = found.is_remote and found.checkpoint.path.suffix != ".gguf"
+    return model if model == "demo" or is_snapshot else None
 
 
 def _releases(family: Family) -> list[Release]:

@@ -17,10 +17,12 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import tiny
+import tiny_gguf
 from glmlocal.cli import plan_content as content
 from glmlocal.cli import plan_markdown, plan_report, plan_svg
 from glmlocal.cli.main import main
 from glmlocal.cli.plan_content import Bar
+from glmlocal.hub import pull
 from glmlocal.planner.machine import Cpu, Gpu, Machine, Ram
 from glmlocal.planner.plan import (
     Advice,
@@ -36,6 +38,8 @@ from glmlocal.planner.plan import (
 )
 from glmlocal.planner.subject import subject
 from glmlocal.units import GIB, MIB
+from hub.pulling import huggingface
+from hub.server import HubServer
 
 CARD = Gpu("RTX 4090", 24 * GIB, 1008, 26, 165, 660, 330)
 MACHINE = Machine((CARD,), Cpu("CPU", 8, 400, 800), Ram(64 * GIB, 60 * GIB, 60), None, notes=("modelled: run doctor",))
@@ -487,10 +491,44 @@ def test_what_this_version_does_not_run_is_planned_and_noted(capsys: pytest.Capt
     assert "does not run it" not in capsys.readouterr().out
 
 
+def test_the_demo_is_called_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gguf = tmp_path / "demo-glm4moe.gguf"
+    tiny_gguf.convert(tiny.save(tiny.build_model(), tmp_path / "source"), gguf, "F32")
+    monkeypatch.setattr("glmlocal.demo.cache.ensure_demo", lambda **_: gguf)
+    assert [footprint.name for footprint in subject("demo").footprints][:1] == ["demo"]
+    assert subject(str(gguf)).footprints[0].name == "demo-glm4moe.gguf"
+
+
 def test_a_checkpoint_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     directory = tiny.save(tiny.build_model(), tmp_path / "模型 1")
     assert main(["plan", str(directory), "--gpus", "none", "--ram", "8GiB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"]["name"] == "模型 1"
+
+
+def test_a_model_that_is_on_its_hub_only_is_planned_from_its_headers(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tiny.save(tiny.build_model(), tmp_path / "own")
+    with HubServer() as server:
+        # Its name is near to a release's: what exists on a hub is not a mistake for that.
+        server.add("somebody/GLM-4.5-Air-tuned", {path.name: path.read_bytes() for path in own.iterdir()})
+        monkeypatch.setattr(pull, "connect", lambda name, *_: huggingface(server, tmp_path / "cache"))
+        here = ["--gpus", "none", "--ram", "8GiB"]
+        assert main(["plan", "somebody/GLM-4.5-Air-tuned", *here, "--json"]) == 0
+        remote = json.loads(capsys.readouterr().out)
+        assert main(["plan", "somebody/GLM-4.5-Air-tuned", *here]) == 0
+        assert "no weights were downloaded" in " ".join(capsys.readouterr().out.split())
+        assert main(["plan", "zai-org/GLM-4.5-Airr", *here]) == 2
+        refused = capsys.readouterr().err
+        assert main(["plan", "GLM-4.5-Airr", *here]) == 2  # no hub id: nobody is asked
+        assert "there is no model 'GLM-4.5-Airr'; did you mean" in capsys.readouterr().err
+    assert main(["plan", str(own), *here, "--json"]) == 0
+    local = json.loads(capsys.readouterr().out)
+    assert remote["model"].pop("name") == "somebody/GLM-4.5-Air-tuned"
+    assert local["model"].pop("name") == "own"
+    assert (remote["model"], remote["devices"]) == (local["model"], local["devices"])
+    assert "did you mean GLM-4.5-Air-BF16" in refused
+    assert not list(tmp_path.glob("cache/**/*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -516,6 +554,15 @@ def test_engines(words: tuple[str, ...], beginning: str, capsys: pytest.CaptureF
         (("GLM-4.5-Ari",), "did you mean GLM-4.5-Air"),
         (("GLM-4.5-Air", "--gpus", "2xFOO"), "no GPU 'FOO'"),
         (("GLM-4.5-Air", "--gpus", "0xH100"), "1 to 64"),
+        (("GLM-4.5-Air", "--gpus", "-1xH100"), "--gpus '-1xH100' asks for -1 GPUs; give 1 to 64, or none"),
+        (("GLM-4.5-Air", "--ram", "-4GiB"), "'-4GiB' is negative for --ram; write for example 24GiB"),
+        (("GLM-4.5-Air", "--ram=-4GiB"), "'-4GiB' is negative for --ram"),
+        (("GLM-4.5-Air", "--nvme", "-2TB@7"), "'-2TB' is negative for --nvme"),
+        (("GLM-4.5-Air", "--nvme", "2TB@-7"), "cannot read '-7' as GB/s for --nvme"),
+        (("GLM-4.5-Air", "--vram", "-1GiB"), "'-1GiB' is negative"),
+        (("GLM-4.5-Air", "--context", "-5K"), "wanted a whole number of at least 1"),
+        (("GLM-4.5-Air", "--context", "256K"), "--context is 262144, wanted 2 to 131072"),
+        (("GLM-4.5-Air", "--ram", "--json"), "expected one argument"),
         (("GLM-4.5-Air", "--ram", "nan@inf"), "--ram"),
         (("GLM-4.5-Air", "--nvme", "1e99TB"), "--nvme"),
         (("GLM-4.5-Air", "--link", "pcie9x9"), "pcie4x16"),

@@ -64,7 +64,7 @@ def test_json_has_the_documented_keys(measured: list[Any], tmp_path: Path, capsy
     facts = json.loads(captured.out)
     documented = set(re.findall(r"`(\w+)`", (DOCS / "doctor.md").read_text("utf-8")))
     assert keys(facts) - {"NVIDIA", "AMD"} <= documented
-    assert facts["schema"] == 3
+    assert facts["schema"] == 4
     assert facts["kernel_rates"]["products"][0] == {
         "scheme": "Q4_0", "activations": "int8", "weights_per_s": {"1": 16e9, "512": 0.1e9}
     }  # fmt: skip

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import pairwise
 
 import pytest
+import torch
 
 from glmlocal import calibrate
 from glmlocal.formats.forms import FORMS
@@ -80,6 +81,7 @@ def test_measuring_finds_every_rate_and_survives_json(monkeypatch: pytest.Monkey
     assert set(rates.layer_s) == {"int8", "fp32"}
     assert all(1e-7 <= seconds < 0.1 for seconds in rates.layer_s.values())
     assert rates.token_s < 1
+    assert set(rates.row_s) == {"int8", "fp32"}
     assert len(steps) == 4
     again = kernel_rates.from_json(json.loads(json.dumps(kernel_rates.as_json(rates))))
     assert again == rates
@@ -153,6 +155,67 @@ def test_attention_is_measured_over_pages_that_were_written(monkeypatch: pytest.
     copies = min(64, 1 + 2 * (1 << 20) // (64 * 2 * 2 * 64)) if new == 1 else 1
     assert len(set(blocks)) == min(copies, len(blocks))
     assert all(one == other or not one & other for one in blocks for other in blocks)
+
+
+def test_short_calls_take_more_turns() -> None:
+    """What disturbs the first milliseconds (threads that have not gone to sleep) must not be half of what is seen."""
+    found, called = _turns([*[3e-4] * 60, *[1e-4] * 400], most=1)
+    assert found == pytest.approx(1e-4)
+    assert 100 < len(called) <= calibrate._MOST_TURNS + 1
+
+
+def test_rounds_subtract_what_a_slower_while_adds() -> None:
+    now, pace = [0.0], [1.0]
+    paces = iter([1.0, 1.0, 1.0, 5.0, 5.0, 1.0, 1.0])
+
+    def first() -> None:
+        pace[0] = next(paces)
+        now[0] += 2.0 * pace[0]
+
+    def second() -> None:
+        now[0] += 3.0 * pace[0]
+
+    rounds = calibrate._Turns(lambda: now[0], most=1).rounds([first, second], 6)
+    assert [round(b - a, 9) for a, b in rounds] == [1.0, 1.0, 5.0, 5.0, 1.0, 1.0]
+
+
+def test_fp8_weights_that_are_measured_are_as_real_ones() -> None:
+    """Codes drawn evenly are of numbers down to 2^-9 of the largest 448: a twentieth of them subnormal."""
+    matrix = calibrate._matrix("fp8_block128", 64, 512)
+    values = torch.from_numpy(matrix.codes).view(torch.float8_e4m3fn).float().abs()  # type: ignore[union-attr]
+    assert float(values.max()) == 448.0
+    assert 40 < float(values.std()) < 120
+    assert float((values < 2**-6).float().mean()) < 1e-3
+
+
+@pytest.mark.skipif(not cpu.available, reason="measures native kernels")
+def test_what_a_chunk_costs_is_what_is_left_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, real = [0.0], calibrate.Skeleton
+
+    class Fake:
+        """Two seconds a layer."""
+
+        attention_work, layer_weights = staticmethod(real.attention_work), staticmethod(real.layer_weights)
+
+        def __init__(self, layers: int, *rest: object) -> None:
+            self.layers = layers
+
+        def chunk(self, tokens: int) -> None:
+            now[0] += 2.0 * self.layers
+
+    monkeypatch.setattr(calibrate, "SMALL_HIDDEN", 64)
+    monkeypatch.setattr(calibrate, "CHUNK", 16)
+    monkeypatch.setattr(calibrate, "Skeleton", Fake)
+    weights = real.layer_weights(64)
+
+    def found(product_s: float, attention_s: float) -> float:
+        rate = ProductRate((1, 16), (weights / product_s,) * 2)
+        attention = AttentionCost(0.0, max(attention_s, 1e-9) / (4 * 64 * 16 * 17 / 2))
+        return calibrate._row_s("int8", calibrate._Turns(lambda: now[0], most=1), {"Q4_0 int8": rate}, attention)
+
+    assert found(0.5, 0.0) == pytest.approx(1.5 / (16 * 64))
+    assert found(0.5, 1.0) == pytest.approx(0.5 / (16 * 64))
+    assert found(9.0, 0.0) == 0.0  # never negative
 
 
 def test_floats_meet_fp32_whatever_is_asked() -> None:

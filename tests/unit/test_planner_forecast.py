@@ -290,6 +290,13 @@ def test_a_layer_costs_what_it_does_with_the_activations_that_are_used():
         assert times[1] - times[0] == pytest.approx(more, abs=1e-9)
 
 
+def test_a_chunk_costs_by_its_hidden_states():
+    model, hardware, tokens = air(**Q4), measured_machine(), 1024
+    costly = measured_machine(row_s={"int8": 1e-9, "fp32": 9.0})
+    times = [plan(model, each, Wants()).forecast.time_to_first_token_s[tokens].value for each in (hardware, costly)]
+    assert times[1] - times[0] == pytest.approx(46 * tokens * 4096 * 1e-9)
+
+
 def test_prefill_interpolates_by_the_rows_that_each_expert_gets():
     model, tokens = air(**Q4), 512
     found = plan(model, measured_machine(), Wants(kv_dtype="bf16", context=tokens))
