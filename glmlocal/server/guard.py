@@ -107,7 +107,9 @@ class Guard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1003})
             return
-        start_s, answer = time.perf_counter(), _Answer(send)
+        start_s, answer, asked = time.perf_counter(), _Answer(send), scope["method"]
+        if asked == "HEAD":  # what GET answers; uvicorn, which has the scope as it was, sends no body
+            scope = {**scope, "method": "GET"}
         body = None
         try:
             headers = _Headers.of(scope)
@@ -128,7 +130,7 @@ class Guard:
             await answer.error(api_error(error), scope["path"], close=True)
         finally:
             self._answered(scope.get("glmlocal.route", "other"), answer.status)
-            _log(scope, answer.status, time.perf_counter() - start_s)
+            _log(asked, scope["path"], answer.status, time.perf_counter() - start_s)
 
     def _check_origin(self, headers: _Headers) -> str:
         host, origin = headers.get("host"), headers.get("origin")
@@ -258,10 +260,9 @@ class _Answer:
         await self.send({"type": "http.response.body", "body": b""})
 
 
-def _log(scope: Scope, status: int, seconds: float) -> None:
-    path = printable(scope["path"])
-    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status in (200, 503) else logging.INFO
-    log.log(level, "%s %s %s in %.3f s", printable(scope["method"]), path, status or "cut off", seconds)
+def _log(method: str, path: str, status: int, seconds: float) -> None:
+    level = logging.DEBUG if path in _QUIET_PATHS and status in (200, 503) else logging.INFO
+    log.log(level, "%s %s %s in %.3f s", printable(method), printable(path), status or "cut off", seconds)
 
 
 def printable(text: str, limit: int = 200) -> str:

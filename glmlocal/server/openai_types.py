@@ -153,8 +153,11 @@ class ChatRequest(Sampling):
     thinking: Thinking | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     user: str | None = None
+    functions: list[Any] | None = None  # of 2023: refused, as ignoring them would leave an agent without its tools
 
     def sampling(self) -> dict[str, Any]:
+        if self.functions:
+            raise bad_request("functions is the old name of tools; send those, and tool_choice", "functions")
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         given = super().sampling()
