@@ -193,3 +193,12 @@ def test_a_refusal_of_another_model_is_text(server: Running) -> None:
     body = {"messages": [*user("a"), refusal, *user("b")]}
     assert server.post("/v1/chat/completions", body).status_code == 200
     assert "never ever" in scripted.tokenizer().decode(server.client.requests[-1].prompt_token_ids)
+
+
+def test_every_answer_has_a_number_that_the_log_has_too(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "glmlocal.server"):
+        answers = [server.http.get("/nothing"), server.post("/v1/messages/count_tokens", {"messages": user("x")})]
+    numbers = [answer.headers["x-request-id"] for answer in answers]
+    assert numbers == [answer.headers["request-id"] for answer in answers]
+    assert len(set(numbers)) == 2
+    assert all(number in caplog.text for number in numbers)
