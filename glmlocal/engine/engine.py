@@ -14,8 +14,8 @@ from glmlocal.engine.grammar import Constraint, GrammarCompiler
 from glmlocal.engine.model_runner import ModelRunner
 from glmlocal.engine.placing import ALL_IN_RAM, Offloads
 from glmlocal.engine.rates import StepRates
-from glmlocal.engine.request import Request, RequestOutput, SamplingParams
-from glmlocal.engine.sampler import Sampler
+from glmlocal.engine.request import Request, RequestOutput, SamplingParams, TokenLogprob
+from glmlocal.engine.sampler import Sampler, prompt_logprobs
 from glmlocal.engine.scheduler import Scheduler
 from glmlocal.errors import GlmlocalError, RequestError
 from glmlocal.layers.context import StepCancelled
@@ -109,8 +109,9 @@ class Engine:
             known = isinstance(error, GlmlocalError)  # a fault of the disk, say: no bug of ours
             log.error("a step of %d requests failed: %s", len(batch.requests), error, exc_info=not known)
             return [output for item in batch.requests if (output := self._fail(item, error)) is not None]
+        scored, logits = _scored(batch, logits)
         sampled, failed = self._sample(logits, [item for item in batch.requests if item.needs_sample])
-        return [*self.scheduler.update(batch, sampled), *failed]
+        return [*self.scheduler.update(batch, sampled, scored), *failed]
 
     def _sample(
         self, logits: Tensor, items: Sequence[ScheduledRequest]
@@ -168,6 +169,20 @@ class Engine:
             return out
         finally:
             pool.free(blocks)
+
+
+def _scored(batch: Batch, logits: Tensor) -> tuple[dict[str, tuple[TokenLogprob, ...]], Tensor]:
+    """logits fp32 [sum of num_logits, vocab] → how likely prompts were, and the rows that choose a token."""
+    if not any(item.needs_all_logits for item in batch.requests):
+        return {}, logits
+    scored, chosen, end = {}, [], 0
+    for item in batch.requests:
+        start, end = end, end + item.num_logits
+        if item.needs_all_logits:
+            scored[item.request.request_id] = prompt_logprobs(logits[start:end], item)
+        if item.needs_sample:
+            chosen.append(end - 1)
+    return scored, logits[chosen]
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:

@@ -187,6 +187,14 @@ def _in_nucleus(reached: Tensor, wanted: Tensor) -> Tensor:
     return before < wanted
 
 
+def prompt_logprobs(logits: Tensor, scheduled: ScheduledRequest) -> tuple[TokenLogprob, ...]:
+    """logits fp32 [tokens, vocab] of a piece of a prompt → of each token that follows one of them in the prompt."""
+    request, first = scheduled.request, scheduled.start + 1
+    following = request.prompt_token_ids[first : first + len(logits)]
+    num_top = request.params.prompt_logprobs or 0
+    return tuple(logprob_of(row, token, num_top) for row, token in zip(logits, following, strict=False))
+
+
 def logprob_of(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:
     """Log-probability of the chosen token and of the ``num_top`` likeliest, from unmodified logits fp32 [vocab]."""
     logprobs = logits.log_softmax(-1)

@@ -178,6 +178,8 @@ class CompletionRequest(Sampling):
     suffix: str | None = None
     best_of: int | None = None
     user: str | None = None
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)  # 0: to have the prompt echoed with its logprobs
 
     def sampling(self) -> dict[str, Any]:
-        return {**super().sampling(), "logprobs": self.logprobs}
+        prompt_logprobs = self.logprobs if self.echo else None
+        return {**super().sampling(), "logprobs": self.logprobs, "prompt_logprobs": prompt_logprobs}
