@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from glmlocal.server.anthropic_types import CountRequest, MessagesRequest
 from glmlocal.server.chat import chat_completions
 from glmlocal.server.completions import completions
 from glmlocal.server.context import ServerContext, StreamTimes
+from glmlocal.server.document import document
 from glmlocal.server.errors import ApiError, api_error, bad_request, error_body, speaks_anthropic
 from glmlocal.server.guard import Door, Guard
 from glmlocal.server.limits import parse_body
@@ -51,6 +53,7 @@ def create_app(state: ServerState, door: Door | None = None, times: StreamTimes 
     _add_info(app, context)
     _add_openai(app, context)
     _add_anthropic(app, context)
+    app.openapi = functools.cache(lambda: document(app))  # type: ignore[method-assign]
     return Guard(app, door or Door(), context.metrics.answered)
 
 
