@@ -229,6 +229,10 @@ def test_bad_requests_are_refused_by_the_call(engine: Engine) -> None:
             for token_ids, words in (([], "empty"), ([999], "token 0 is 999"), (tokens(0, 256), "context holds 256")):
                 with pytest.raises(RequestError, match=words):
                     client.submit(request("bad", token_ids))
+            last = engine.runner.model.config.vocab_size - 1
+            with pytest.raises(RequestError, match=f"logit_bias names token {last + 1}; the vocabulary ends at {last}"):
+                client.submit(request("bad", [1], logit_bias={5: 1.0, last + 1: 1.0}))
+            await client.submit(request("biased", [1], logit_bias={last: 1.0})).aclose()
             stream = client.submit(request("a", [1]))
             with pytest.raises(RequestError, match="already in use"):
                 client.submit(request("a", [1]))
