@@ -157,7 +157,7 @@ def test_messages(server: Running, name: str) -> None:
 
 
 def test_completions_and_models(server: Running) -> None:
-    answer = server.post("/v1/completions", {"prompt": ["ab", "c"], "n": 2, "logprobs": 2, "echo": True, "seed": 1})
+    answer = server.post("/v1/completions", {"prompt": ["ab", "c"], "n": 2, "logprobs": 2, "seed": 1})
     assert len(check(Completion, answer.content).choices) == 4
     listed = server.http.get("/v1/models").json()
     for kind in (Model, ModelInfo):
