@@ -1,27 +1,27 @@
-"""A running server (`glmlocal serve demo`) asked over HTTP: thinking on and off, a stream, a tool.
-
-python examples/api_request.py [URL [KEY]]
-"""
+"""A running server (`glmlocal serve demo`) asked over HTTP: thinking on and off, a stream, a tool."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from typing import Any
 
 import httpx
 
-url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000"
-key = sys.argv[2] if len(sys.argv) > 2 else "local"
-http = httpx.Client(base_url=f"{url}/v1", headers={"Authorization": f"Bearer {key}"}, timeout=600)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000")
+parser.add_argument("key", nargs="?", default="local")
+args = parser.parse_args()
+http = httpx.Client(base_url=f"{args.url}/v1", headers={"Authorization": f"Bearer {args.key}"}, timeout=600)
 
 
 def chat(messages: list[dict[str, Any]], **options: Any) -> dict[str, Any]:
     """The first choice of an answer."""
     try:
         answer = http.post("/chat/completions", json={"messages": messages, "max_tokens": 300, **options})
-    except httpx.ConnectError:
-        sys.exit(f"there is no server at {url}; start one with `glmlocal serve demo`")
+    except (httpx.ConnectError, httpx.UnsupportedProtocol):
+        sys.exit(f"there is no server at {args.url}; start one with `glmlocal serve demo`")
     body = answer.json()
     if answer.status_code != 200:
         sys.exit(body["error"]["message"])

@@ -67,6 +67,7 @@ class CompletionDelta:
     reasoning: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt from its second token on, where they were asked for
     prefill_progress: float | None = None  # 0 … 1 while the prompt is processed
     events: tuple[Event, ...] = ()
     completion: Completion | None = None
@@ -103,7 +104,8 @@ class CompletionBuilder:
     def push(self, output: RequestOutput) -> CompletionDelta:
         """Take one step's output. A delta with ``completion`` set is the last: the request is to be dropped."""
         if not output.token_ids and output.finish_reason is None:
-            return CompletionDelta(prefill_progress=output.num_computed_tokens / output.num_prompt_tokens)
+            progress = output.num_computed_tokens / output.num_prompt_tokens
+            return CompletionDelta(prompt_logprobs=output.prompt_logprobs, prefill_progress=progress)
         if self._first_token_s is None and output.token_ids:
             self._first_token_s = time.perf_counter()
         self._token_ids += output.token_ids
@@ -126,7 +128,13 @@ class CompletionBuilder:
         self._reasoning.append(reasoning)
         completion = None if finish_reason is None else self._completion(finish_reason, output)
         return CompletionDelta(
-            text, reasoning, output.token_ids, output.logprobs, events=tuple(events), completion=completion
+            text,
+            reasoning,
+            output.token_ids,
+            output.logprobs,
+            output.prompt_logprobs,
+            events=tuple(events),
+            completion=completion,
         )
 
     def _decode(self, output: RequestOutput) -> str:

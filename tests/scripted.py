@@ -219,8 +219,16 @@ class ScriptedClient:
         num_prompt, params = len(request.prompt_token_ids), request.params
         cached = self._cached(request.prompt_token_ids)
         half = num_prompt // 2
+        scored: tuple[TokenLogprob, ...] = ()
+        if params.prompt_logprobs is not None:
+            scored = tuple(_logprob(token, params.prompt_logprobs) for token in request.prompt_token_ids[1:])
+        name = request.request_id
         if half:
-            yield RequestOutput(request.request_id, (), num_prompt, half, num_cached_tokens=cached)
+            yield RequestOutput(name, (), num_prompt, half, None, None, (), cached, None, scored[:half])
+        if params.max_tokens == 0:
+            reason = FinishReason.LENGTH
+            yield RequestOutput(name, (), num_prompt, num_prompt, reason, None, (), cached, None, scored[half:])
+            return
         sampled = random.Random(params.seed)
         text = re.sub(WILD, lambda found: sampled.choice("abcdefgh"), self.script(prompt, request))
         ids = tokenizer().encode(text)
@@ -243,6 +251,8 @@ class ScriptedClient:
                 token if stops else None,
                 logprobs,
                 cached,
+                None,
+                scored[half:] if number == 1 else (),
             )
             if reason is not None:
                 return

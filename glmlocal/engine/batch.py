@@ -18,6 +18,11 @@ class ScheduledRequest:
     block_ids: Sequence[int]  # all blocks of the request, in order; not to be kept beyond the step
     output_token_ids: tuple[int, ...]  # generated so far, where the sampling parameters look back; else empty
     needs_sample: bool  # the last token known is among token_ids, so its logits choose the next one
+    needs_all_logits: bool = False  # of every token, to say how likely the prompt was
+
+    @property
+    def num_logits(self) -> int:
+        return len(self.token_ids) if self.needs_all_logits else int(self.needs_sample)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from glmlocal.engine.grammar import Constraint, GrammarCompiler
 from glmlocal.engine.model_runner import ModelRunner
 from glmlocal.engine.placing import ALL_IN_RAM, Offloads
 from glmlocal.engine.rates import StepRates
-from glmlocal.engine.request import Request, RequestOutput, SamplingParams
-from glmlocal.engine.sampler import Sampler
+from glmlocal.engine.request import Request, RequestOutput, SamplingParams, TokenLogprob
+from glmlocal.engine.sampler import Sampler, prompt_logprobs
 from glmlocal.engine.scheduler import Scheduler
 from glmlocal.errors import GlmlocalError, RequestError
 from glmlocal.layers.context import StepCancelled
@@ -41,7 +41,10 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises RequestError for a request that cannot run or names tokens that do not exist."""
-        check_token_ids(request.prompt_token_ids, self.runner.model.config.vocab_size)
+        vocab_size = self.runner.model.config.vocab_size
+        check_token_ids(request.prompt_token_ids, vocab_size)
+        if request.params.logit_bias and (last := max(request.params.logit_bias)) >= vocab_size:
+            raise RequestError(f"logit_bias names token {last}; the vocabulary ends at {vocab_size - 1}")
         self.scheduler.check(request)
         if request.params.grammar is not None and self.grammars is None:
             raise RequestError("this model has no tokenizer, so an answer cannot be held to a grammar; drop it")
@@ -106,15 +109,27 @@ class Engine:
             known = isinstance(error, GlmlocalError)  # a fault of the disk, say: no bug of ours
             log.error("a step of %d requests failed: %s", len(batch.requests), error, exc_info=not known)
             return [output for item in batch.requests if (output := self._fail(item, error)) is not None]
+        scored, logits = _scored(batch, logits)
+        sampled, failed = self._sample(logits, [item for item in batch.requests if item.needs_sample])
+        return [*self.scheduler.update(batch, sampled, scored), *failed]
+
+    def _sample(
+        self, logits: Tensor, items: Sequence[ScheduledRequest]
+    ) -> tuple[dict[str, SampledToken], list[RequestOutput]]:
+        """logits fp32 [items, vocab] → a token of each, and the ends of those for which that failed."""
+        tokens = self.sampler.greedy(logits, items)
+        if tokens is not None:
+            return {item.request.request_id: token for item, token in zip(items, tokens, strict=True)}, []
         sampled: dict[str, SampledToken] = {}
-        failed: list[RequestOutput | None] = []
-        for row, item in zip(logits, [item for item in batch.requests if item.needs_sample], strict=True):
+        failed: list[RequestOutput] = []
+        for row, item in zip(logits, items, strict=True):
             try:
                 sampled[item.request.request_id] = self.sampler.sample(row, item)
             except Exception as error:
                 log.exception("choosing a token for request %s failed", item.request.request_id)
-                failed.append(self._fail(item, error))
-        return [*self.scheduler.update(batch, sampled), *(output for output in failed if output is not None)]
+                output = self._fail(item, error)
+                failed += [] if output is None else [output]
+        return sampled, failed
 
     def _fail(self, item: ScheduledRequest, error: Exception) -> RequestOutput | None:
         message = str(error).strip() or type(error).__name__
@@ -154,6 +169,20 @@ class Engine:
             return out
         finally:
             pool.free(blocks)
+
+
+def _scored(batch: Batch, logits: Tensor) -> tuple[dict[str, tuple[TokenLogprob, ...]], Tensor]:
+    """logits fp32 [sum of num_logits, vocab] → how likely prompts were, and the rows that choose a token."""
+    if not any(item.needs_all_logits for item in batch.requests):
+        return {}, logits
+    scored, chosen, end = {}, [], 0
+    for item in batch.requests:
+        start, end = end, end + item.num_logits
+        if item.needs_all_logits:
+            scored[item.request.request_id] = prompt_logprobs(logits[start:end], item)
+        if item.needs_sample:
+            chosen.append(end - 1)
+    return scored, logits[chosen]
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int) -> None:

@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import llguidance
 import numpy as np
@@ -19,6 +20,9 @@ from glmlocal.errors import EngineError, RequestError
 from glmlocal.text.tokenizer import Tokenizer
 from glmlocal.units import MIB
 
+# Between the parts of JSON: a space, or a new line that is indented. llguidance's own limit is none, and a small model
+# that may write line after line does so until its tokens are used up.
+JSON_SPACE: Any = {"whitespace_pattern": r" |\n[ ]{0,40}"}
 _STACK_SIZE = threading.Lock()  # Python's setting for new threads is one for the process
 
 
@@ -180,7 +184,7 @@ def _definition(grammar: Grammar, limits: GrammarLimits) -> str:
     if references > limits.max_references:
         raise RequestError(f"the {kind} has {references:,} references, more than {limits.max_references:,}; shorten it")
     if kind == "json_object":
-        return llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}')
+        return llguidance.LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_SPACE)
     if kind == "lark":
         return llguidance.LLMatcher.grammar_from_lark(source)
     if kind == "regex":
@@ -192,7 +196,7 @@ def _definition(grammar: Grammar, limits: GrammarLimits) -> str:
         return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(each) for each in value))
     if not isinstance(value, dict | bool):
         raise RequestError(f"the json_schema is {type(value).__name__}, wanted an object")
-    return llguidance.LLMatcher.grammar_from_json_schema(source)
+    return llguidance.LLMatcher.grammar_from_json_schema(source, overrides=JSON_SPACE)
 
 
 def _parse_json(kind: str, source: str) -> object:

@@ -24,10 +24,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch, is_cancelled: Callable[[], bool] = never) -> Tensor:
-        """Compute the batch; logits fp32 [requests that need a sample, vocab], in batch order. Raises StepCancelled."""
+        """Compute the batch; logits fp32 [sum of num_logits, vocab], in batch order. Raises StepCancelled."""
         hidden_states = self._forward(batch, is_cancelled)
         ends = accumulate(len(scheduled.token_ids) for scheduled in batch.requests)
-        rows = [end - 1 for end, scheduled in zip(ends, batch.requests, strict=True) if scheduled.needs_sample]
+        spans = [(end - item.num_logits, end) for end, item in zip(ends, batch.requests, strict=True)]
+        rows = [row for start, end in spans for row in range(start, end)]
         if len(rows) == len(hidden_states):  # all decode: nothing to pick
             return self.model.compute_logits(hidden_states)
         return self.model.compute_logits(hidden_states[rows])

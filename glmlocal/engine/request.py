@@ -71,12 +71,13 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # over the output
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
-    max_tokens: int | None = None  # None: until the context is full
+    max_tokens: int | None = None  # None: until the context is full; 0: the prompt is computed, and that is all
     min_tokens: int = 0  # no EOS or stop token before that many
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report per token; 0 reports the chosen one alone
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, which are all computed then, cached or not
     grammar: Grammar | None = None  # what may follow; EOS only where it may end
 
     def __post_init__(self) -> None:
@@ -116,6 +117,7 @@ class SamplingParams:
             ("max_tokens", self.max_tokens, 0, 2**31 - 1),
             ("seed", self.seed, -(2**63), 2**64 - 1),
             ("logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            ("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS),
         )
         for name, value, least, most in checks:
             if value is not None and not (_is_integer(value) and least <= value <= most):
@@ -179,3 +181,4 @@ class RequestOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0  # of the prompt: found in the prefix cache, not computed
     error: str | None = None  # with FinishReason.ERROR
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt from its second token on, as far as is new

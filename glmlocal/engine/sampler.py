@@ -11,6 +11,8 @@ from glmlocal.engine.batch import SampledToken, ScheduledRequest
 from glmlocal.engine.grammar import Constraint
 from glmlocal.engine.request import Request, SamplingParams, TokenLogprob
 
+_CUTOFFS = (2.0**-8, 2.0**-13, 2.0**-18)  # of the largest probability: where likely tokens are looked for first
+
 
 class Sampler:
     """Chooses tokens and owns what a request's choices depend on besides its logits: one random generator per request,
@@ -25,6 +27,23 @@ class Sampler:
         """Hold a request to a grammar from its first token on."""
         self._constraints[request_id] = constraint
 
+    def greedy(self, logits: Tensor, batch: Sequence[ScheduledRequest]) -> list[SampledToken] | None:
+        """logits fp32 [requests, vocab] → what ``sample`` would choose, in one pass over all rows; None where one of
+        the requests wants more than its largest logit."""
+        if not batch or not all(self._is_plain(item.request) for item in batch):
+            return None
+        return [SampledToken(token_id) for token_id in logits.numpy().argmax(axis=1).tolist()]
+
+    def _is_plain(self, request: Request) -> bool:
+        params = request.params
+        return (
+            params.temperature == 0
+            and params.logprobs is None
+            and not params.logit_bias
+            and not params.looks_back
+            and request.request_id not in self._constraints
+        )
+
     def sample(self, logits: Tensor, scheduled: ScheduledRequest) -> SampledToken:
         """logits fp32 [vocab] of the request's last token → its next. Raises EngineError for a grammar that cannot be
         followed further."""
@@ -33,10 +52,8 @@ class Sampler:
         adjusted = apply_penalties(logits, request, scheduled.output_token_ids)
         if constraint is not None:
             adjusted = _constrained(adjusted, logits, constraint)
-        if params.temperature == 0:
-            token_id = int(adjusted.numpy().argmax())  # numpy's is several times as fast as torch's
-        else:
-            token_id = self._draw(truncated_probs(adjusted, params), request)
+        # numpy's argmax is several times as fast as torch's
+        token_id = int(adjusted.numpy().argmax()) if params.temperature == 0 else self._draw(adjusted, request)
         ends = constraint is not None and constraint.accept(token_id)
         logprob = None if params.logprobs is None else logprob_of(logits, token_id, params.logprobs)
         return SampledToken(token_id, logprob, ends)
@@ -46,7 +63,9 @@ class Sampler:
         self._generators.pop(request_id, None)
         self._constraints.pop(request_id, None)
 
-    def _draw(self, probs: Tensor, request: Request) -> int:
+    def _draw(self, logits: Tensor, request: Request) -> int:
+        likely = likely_probs(logits, request.params)
+        token_ids, probs = likely or (None, truncated_probs(logits, request.params))
         generator = self._generators.get(request.request_id)
         if generator is None:
             generator = torch.Generator()
@@ -59,7 +78,8 @@ class Sampler:
         # torch.multinomial, defined in terms that a test can recompute.
         cumulative = probs.double().cumsum(0)
         threshold = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
-        return int(torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(probs) - 1))
+        place = torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(probs) - 1)
+        return int(place if token_ids is None else token_ids[place])
 
 
 def _constrained(adjusted: Tensor, logits: Tensor, constraint: Constraint) -> Tensor:
@@ -111,13 +131,68 @@ def truncated_probs(logits: Tensor, params: SamplingParams) -> Tensor:
     probs = (logits / params.temperature).softmax(-1)
     if params.min_p > 0:
         probs = probs.where(probs >= params.min_p * probs.max(), 0.0)
-    if 0 < params.top_k < len(probs):
+    has_top_k = 0 < params.top_k < len(probs)
+    if has_top_k:
         probs = probs.where(probs >= probs.topk(params.top_k).values[-1], 0.0)
     if params.top_p < 1:
         ordered, order = probs.sort(descending=True, stable=True)
-        before = ordered.cumsum(0) - ordered  # mass of the more likely ones
-        probs[order[before >= params.top_p * ordered.sum()]] = 0.0
+        reached = ordered.double().cumsum(0)
+        total = reached[-1] if has_top_k else probs.sum(dtype=torch.float64)
+        probs[order[~_in_nucleus(reached, params.top_p * total)]] = 0.0
     return probs
+
+
+def likely_probs(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor] | None:
+    """``truncated_probs`` without sorting a whole vocabulary, which takes as long as a step of a small model: (ids of
+    the tokens that are left, ascending; their probabilities fp32). None where top-k and top-p are off, or where the
+    distribution is so flat that few tokens are not enough. A draw from either is the same token.
+    """
+    if not (params.top_p < 1 or 0 < params.top_k < len(logits)):
+        return None
+    probs = (logits / params.temperature).softmax(-1)
+    largest = probs.max()
+    if params.min_p > 0:
+        probs = probs.where(probs >= params.min_p * largest, 0.0)
+    for cutoff in _CUTOFFS:
+        token_ids = (probs >= cutoff * largest).nonzero().flatten()
+        likely = _truncated(probs[token_ids], probs, params, is_all=params.min_p >= cutoff)
+        if likely is not None:
+            left = likely > 0
+            return token_ids[left], likely[left]
+    return None
+
+
+def _truncated(likely: Tensor, probs: Tensor, params: SamplingParams, *, is_all: bool) -> Tensor | None:
+    """top-k and top-p of ``probs`` fp32 [vocab], of which ``likely`` has all above some limit, which is all that is not
+    0 if ``is_all``. None: too few."""
+    has_top_k = 0 < params.top_k < len(probs)
+    if has_top_k and len(likely) < params.top_k and not is_all:
+        return None
+    if has_top_k and len(likely) > params.top_k:
+        likely = likely.where(likely >= likely.topk(params.top_k).values[-1], 0.0)
+    if params.top_p < 1:
+        ordered, order = likely.sort(descending=True, stable=True)
+        reached = ordered.double().cumsum(0)
+        total = reached[-1] if has_top_k else probs.sum(dtype=torch.float64)
+        if reached[-1] < params.top_p * total:
+            return None
+        likely[order[~_in_nucleus(reached, params.top_p * total)]] = 0.0
+    return likely
+
+
+def _in_nucleus(reached: Tensor, wanted: Tensor) -> Tensor:
+    """Which tokens, likeliest first, have more likely ones that do not reach ``wanted`` together; ``reached`` is the
+    running sum in fp64, so that it does not matter how many unlikely ones stand behind."""
+    before = torch.cat([reached.new_zeros(1), reached[:-1]])
+    return before < wanted
+
+
+def prompt_logprobs(logits: Tensor, scheduled: ScheduledRequest) -> tuple[TokenLogprob, ...]:
+    """logits fp32 [tokens, vocab] of a piece of a prompt → of each token that follows one of them in the prompt."""
+    request, first = scheduled.request, scheduled.start + 1
+    following = request.prompt_token_ids[first : first + len(logits)]
+    num_top = request.params.prompt_logprobs or 0
+    return tuple(logprob_of(row, token, num_top) for row, token in zip(logits, following, strict=False))
 
 
 def logprob_of(logits: Tensor, token_id: int, num_top: int) -> TokenLogprob:

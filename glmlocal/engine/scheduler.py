@@ -10,15 +10,17 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from glmlocal.engine.batch import Batch, SampledToken, ScheduledRequest, prefill_shares
 from glmlocal.engine.block_pool import BlockPool
-from glmlocal.engine.request import FinishReason, Request, RequestOutput
+from glmlocal.engine.request import FinishReason, Request, RequestOutput, TokenLogprob
 from glmlocal.engine.sequence import Sequence
 from glmlocal.engine.waiting import WaitingQueue
 from glmlocal.errors import RequestError
 
+SCORED_CHUNK = 64  # tokens of a prompt per step whose logits are all wanted: 40 MB of GLM's vocabulary
 CHUNK_BESIDE_DECODE = 256  # prompt tokens per step while others decode; benchmarks/serve_engine.py measures it
 
 
@@ -133,14 +135,20 @@ class Scheduler:
         if budget:
             self._admit()
             prompts = self._prompts(decoding)
-            shares = prefill_shares([each.num_missing_tokens for each in prompts], budget, self.block_pool.block_size)
+            shares = prefill_shares([_chunk(each) for each in prompts], budget, self.block_pool.block_size)
             for sequence, share in zip(prompts, shares, strict=True):
                 if share and sequence in self.running and self._reserve(sequence, share, scheduled):
                     scheduled[sequence] = _take(sequence, share)
         return Batch(tuple(scheduled.values())) if scheduled else None
 
-    def update(self, batch: Batch, sampled: Mapping[str, SampledToken]) -> list[RequestOutput]:
-        """Record what a step computed and chose; finished requests leave and free their blocks."""
+    def update(
+        self,
+        batch: Batch,
+        sampled: Mapping[str, SampledToken],
+        scored: Mapping[str, tuple[TokenLogprob, ...]] = MappingProxyType({}),
+    ) -> list[RequestOutput]:
+        """Record what a step computed and chose; finished requests leave and free their blocks. ``scored``: logprobs of
+        the prompt tokens after those that were computed."""
         outputs = []
         for scheduled in batch.requests:
             sequence = self._by_id.get(scheduled.request.request_id)
@@ -148,14 +156,17 @@ class Scheduler:
                 continue  # aborted while the step ran
             self._computed(sequence, len(scheduled.token_ids))
             token = sampled.get(scheduled.request.request_id)
+            scores = _news(sequence, scheduled.start, scored.get(scheduled.request.request_id, ()))
             if token is None:
-                outputs.append(_output(sequence, ()))
-                continue
-            sequence.token_ids.append(token.token_id)
-            finish_reason, stop_token_id = self._finish(sequence, token)
+                is_over = scheduled.request.params.max_tokens == 0 and sequence.num_missing_tokens == 0
+                finish_reason, stop_token_id = FinishReason.LENGTH if is_over else None, None
+            else:
+                sequence.token_ids.append(token.token_id)
+                finish_reason, stop_token_id = self._finish(sequence, token)
             if finish_reason is not None:
                 self._leave(sequence)
-            outputs.append(_output(sequence, (token,), finish_reason, stop_token_id))
+            tokens = () if token is None else (token,)
+            outputs.append(_output(sequence, tokens, finish_reason, stop_token_id, prompt_logprobs=scores))
         return outputs
 
     def check_integrity(self) -> None:
@@ -190,7 +201,7 @@ class Scheduler:
         if not self.running:
             return True
         wanted, size = pool.blocks_for(len(sequence.token_ids)), pool.block_size
-        for index in range((len(sequence.token_ids) - 1) // size):
+        for index in range((len(sequence.token_ids) - 1) // size if sequence.uses_cache else 0):
             block = pool.find(sequence.block_name(index, size))
             if block is None:
                 break
@@ -241,7 +252,7 @@ class Scheduler:
 
     def _start_restore(self, sequence: Sequence) -> None:
         """Have the blocks that follow read from the disk, where they are there and memory has them not."""
-        if self.store is None:
+        if self.store is None or not sequence.uses_cache:
             return
         size, first = self.block_pool.block_size, len(sequence.block_ids)
         names = [sequence.block_name(i, size) for i in range(first, (len(sequence.token_ids) - 1) // size)]
@@ -345,16 +356,31 @@ class Scheduler:
         return None, None
 
 
+def _chunk(sequence: Sequence) -> int:
+    """The most of its tokens that a step computes."""
+    missing = sequence.num_missing_tokens
+    return missing if sequence.uses_cache else min(missing, SCORED_CHUNK)
+
+
+def _news(sequence: Sequence, start: int, scored: tuple[TokenLogprob, ...]) -> tuple[TokenLogprob, ...]:
+    """Of the logprobs of prompt tokens from ``start`` + 1 on, those that were not reported before a preemption."""
+    news = scored[max(0, sequence.num_scored_tokens - start) :]
+    sequence.num_scored_tokens += len(news)
+    return news
+
+
 def _take(sequence: Sequence, num_tokens: int) -> ScheduledRequest:
     start = sequence.num_computed_tokens
+    request = sequence.request
     token_ids = tuple(sequence.token_ids[start : start + num_tokens])
     return ScheduledRequest(
-        sequence.request,
+        request,
         token_ids,
         start,
         sequence.block_ids,
-        sequence.output_token_ids if sequence.request.params.looks_back else (),
-        start + len(token_ids) == len(sequence.token_ids),
+        sequence.output_token_ids if request.params.looks_back else (),
+        start + len(token_ids) == len(sequence.token_ids) and request.params.max_tokens != 0,
+        not sequence.uses_cache and start + 1 < len(request.prompt_token_ids),
     )
 
 
@@ -364,6 +390,7 @@ def _output(
     finish_reason: FinishReason | None = None,
     stop_token_id: int | None = None,
     error: str | None = None,
+    prompt_logprobs: tuple[TokenLogprob, ...] = (),
 ) -> RequestOutput:
     return RequestOutput(
         sequence.request.request_id,
@@ -375,4 +402,5 @@ def _output(
         tuple(token.logprob for token in tokens if token.logprob is not None),
         sequence.num_cached_tokens,
         error,
+        prompt_logprobs,
     )

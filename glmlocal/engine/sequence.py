@@ -16,6 +16,7 @@ class Sequence:
     token_ids: list[int]  # prompt and output
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    num_scored_tokens: int = 0  # of the prompt, whose logprobs were reported
     was_preempted: bool = False
     block_ids: list[int] = field(default_factory=list)
     _names: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were asked for
@@ -24,6 +25,11 @@ class Sequence:
     def num_missing_tokens(self) -> int:
         """Known and not computed: 1 while it decodes."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def uses_cache(self) -> bool:
+        """Or are the logits of all its tokens wanted, which no cache has?"""
+        return self.request.params.prompt_logprobs is None
 
     @property
     def num_output_tokens(self) -> int:
@@ -43,9 +49,9 @@ class Sequence:
         return names[index]
 
     def next_name(self, block_size: int) -> bytes | None:
-        """The name of the block that its next token belongs to; None where that block is not full, or has the last
-        token in it, whose logits are wanted: such a block is always computed."""
+        """The name of the block that its next token belongs to; None where that block is not full, or has a token in
+        it whose logits are wanted, as those of the last one always are: such a block is computed."""
         index = self.num_computed_tokens // block_size
-        if (index + 1) * block_size >= len(self.token_ids):
+        if not self.uses_cache or (index + 1) * block_size >= len(self.token_ids):
             return None
         return self.block_name(index, block_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Scope
 
 from glmlocal import __version__
 from glmlocal.errors import GlmlocalError
@@ -19,6 +21,7 @@ from glmlocal.server.anthropic_types import CountRequest, MessagesRequest
 from glmlocal.server.chat import chat_completions
 from glmlocal.server.completions import completions
 from glmlocal.server.context import ServerContext, StreamTimes
+from glmlocal.server.document import document
 from glmlocal.server.errors import ApiError, api_error, bad_request, error_body, speaks_anthropic
 from glmlocal.server.guard import Door, Guard
 from glmlocal.server.limits import parse_body
@@ -50,6 +53,7 @@ def create_app(state: ServerState, door: Door | None = None, times: StreamTimes 
     _add_info(app, context)
     _add_openai(app, context)
     _add_anthropic(app, context)
+    app.openapi = functools.cache(lambda: document(app))  # type: ignore[method-assign]
     return Guard(app, door or Door(), context.metrics.answered)
 
 
@@ -86,8 +90,11 @@ def _add_errors(app: FastAPI) -> None:
         path = request.url.path
         if error.status_code == 404:
             return await on_error(request, info.unsupported(path))
-        message = f"{request.method} is not for {path[:100]}" if error.status_code == 405 else str(error.detail)
-        return await on_error(request, ApiError(error.status_code, message))
+        if error.status_code == 405:
+            allowed = ", ".join(_allowed(app, request.scope))
+            message = f"{request.method} is not for {path[:100]}; it takes {allowed}"
+            return await on_error(request, ApiError(405, message, headers={"Allow": allowed}))
+        return await on_error(request, ApiError(error.status_code, str(error.detail)))
 
     async def on_gone(request: Request, error: Exception) -> Response:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
@@ -96,6 +103,15 @@ def _add_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(ClientGone, on_gone)
+
+
+def _allowed(app: FastAPI, scope: Scope) -> list[str]:
+    """The methods of all routes with that path; the guard makes a GET of a HEAD."""
+    routes = [route for route in app.routes if isinstance(route, Route | APIRoute)]
+    methods = {
+        method for route in routes if route.matches(scope)[0] is not Match.NONE for method in route.methods or ()
+    }
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
 
 
 def _validation(error: RequestValidationError) -> ApiError:
@@ -124,7 +140,7 @@ def _place(mistake: Mapping[str, Any], body: Any) -> Iterator[str]:
 def _add_info(app: FastAPI, context: ServerContext) -> None:
     state = context.state
 
-    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.get("/", include_in_schema=False)
     async def root() -> dict[str, Any]:
         return {"name": "glmlocal", "version": __version__, "models": list(state.served_names)}
 

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from glmlocal.completion import Completion
+from glmlocal.engine.request import TokenLogprob
 from glmlocal.server import sse
 from glmlocal.server.context import ServerContext
 from glmlocal.server.errors import api_error, bad_request, error_body
@@ -22,6 +23,7 @@ from glmlocal.server.model import ServedModel
 from glmlocal.server.openai_types import CompletionRequest
 from glmlocal.server.prompts import Prompt
 from glmlocal.server.reply import Reply, timings_dict, usage_dict
+from glmlocal.text.detokenizer import IncrementalDetokenizer
 
 
 async def completions(body: CompletionRequest, request: Request, context: ServerContext) -> Response:
@@ -96,12 +98,12 @@ class _Answer:
     response_id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
     replies: list[Reply] = field(init=False)
-    _num_chars: list[int] = field(init=False)  # of each answer so far: where the next token begins
+    _reports: list[_Report] = field(init=False)  # one for each answer
 
     def __post_init__(self) -> None:
         num_answers = len(self.generations) * self.n
         self.replies = [Reply(self.model) for _ in range(num_answers)]
-        self._num_chars = [0] * num_answers
+        self._reports = [_Report(self.model) for _ in range(num_answers)]
 
     def frame(self, **fields: Any) -> dict[str, Any]:
         head = {"id": self.response_id, "object": "text_completion", "created": self.created}
@@ -128,9 +130,7 @@ class _Answer:
         if not self.body.echo:
             return ""
         prompt = self.generations[index // self.n].prompt_token_ids
-        text = self.model.tokenizer.decode(prompt, skip_special_tokens=True)
-        self._num_chars[index] = max(self._num_chars[index], len(text))
-        return text
+        return self.model.tokenizer.decode(prompt, skip_special_tokens=True)
 
     def totals(self) -> dict[str, Any]:
         completions = [reply.completion for reply in self.replies if reply.completion is not None]
@@ -138,29 +138,59 @@ class _Answer:
         return {"usage": usage_dict(num_prompt_tokens, completions), "timings": timings_dict(completions)}
 
     def _logprobs(self, index: int) -> dict[str, Any] | None:
-        """Of the answer's tokens that were not reported yet, in the shape of this old API."""
-        reply = self.replies[index]
-        if self.body.logprobs is None or not reply.logprobs:
+        """Of the tokens that were not reported yet, in the shape of this old API; an echoed prompt's come first."""
+        reply, report = self.replies[index], self._reports[index]
+        if self.body.logprobs is None:
             return None
-        entries, reply.logprobs = reply.logprobs, []
-        tokens = [_token_text(self.model, entry.token_id) for entry in entries]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._num_chars[index])
-            self._num_chars[index] += len(token)
+        if self.body.echo and report.is_empty:
+            prompt = self.generations[index // self.n].prompt_token_ids
+            for token_id, entry in zip(prompt, (None, *reply.prompt_logprobs), strict=False):
+                report.add(token_id, entry)
+        for entry in reply.logprobs:
+            report.add(entry.token_id, entry)
+        reply.logprobs = []
+        return report.taken()
+
+
+class _Report:
+    """Tokens of an answer, with logprobs and the places where they begin in its text."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._tokenizer, self._detokenizer = model.tokenizer, IncrementalDetokenizer(model.tokenizer)
+        self._num_chars = 0
+        self._new: list[tuple[str, TokenLogprob | None, int]] = []
+        self.is_empty = True
+
+    def add(self, token_id: int, entry: TokenLogprob | None) -> None:
+        """``entry`` None: the first token of a prompt, which nothing came before."""
+        self.is_empty = False
+        self._new.append((self._text(token_id), entry, self._num_chars))
+        self._num_chars += len(self._detokenizer.push(token_id))
+
+    def taken(self) -> dict[str, Any] | None:
+        """What was added since the last time."""
+        new, self._new = self._new, []
+        if not new:
+            return None
         return {
-            "tokens": tokens,
-            "token_logprobs": [max(entry.logprob, -9999.0) for entry in entries],
-            "top_logprobs": [
-                {_token_text(self.model, token): max(logprob, -9999.0) for token, logprob in entry.top}
-                for entry in entries
-            ],
-            "text_offset": offsets,
+            "tokens": [token for token, _, _ in new],
+            "token_logprobs": [None if entry is None else max(entry.logprob, -9999.0) for _, entry, _ in new],
+            "top_logprobs": [None if entry is None else self._top(entry) for _, entry, _ in new],
+            "text_offset": [offset for _, _, offset in new],
         }
 
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """The likeliest tokens, and the one that was taken, as OpenAI has it."""
+        pairs = [*entry.top, (entry.token_id, entry.logprob)]
+        return {self._text(token_id): max(logprob, -9999.0) for token_id, logprob in pairs}
 
-def _token_text(model: ServedModel, token_id: int) -> str:
-    return model.tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+    def _text(self, token_id: int) -> str:
+        """Half a character in OpenAI's form, so that two of them are not one key."""
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 async def _chunks(answer: _Answer, group: _Group) -> AsyncIterator[bytes]:
@@ -173,8 +203,8 @@ async def _chunks(answer: _Answer, group: _Group) -> AsyncIterator[bytes]:
             reply = answer.replies[index]
             reply.take(step.delta)
             completion: Completion | None = step.delta.completion
-            text = step.delta.text if index in begun else answer.echoed(index) + step.delta.text
-            if text or completion is not None:
+            if step.delta.text or completion is not None:
+                text = step.delta.text if index in begun else answer.echoed(index) + step.delta.text
                 begun.add(index)
                 finish_reason = None if completion is None else reply.finish_reason
                 yield sse.data(answer.frame(choices=[answer.choice(index, text, finish_reason)]))

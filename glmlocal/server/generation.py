@@ -11,7 +11,7 @@ from typing import Any, Literal
 from glmlocal.completion import Completion, CompletionBuilder, CompletionDelta
 from glmlocal.engine.request import Grammar, Request, SamplingParams
 from glmlocal.errors import RequestError
-from glmlocal.server.errors import ApiError, bad_request
+from glmlocal.server.errors import ApiError
 from glmlocal.server.metrics import Metrics
 from glmlocal.server.model import EngineClient, ServedModel
 from glmlocal.server.prompts import Prompt
@@ -163,10 +163,7 @@ def _params(model: ServedModel, wanted: Wanted) -> SamplingParams:
     tool_use = wanted.tool_use
     if tool_use.tools and tool_use.choice == "none":
         given["logit_bias"] = {**given.get("logit_bias", {}), **_no_calls(model)}
-    params = SamplingParams.from_dict({**model.text.defaults.sampling(), **given, "grammar": wanted.grammar})
-    if params.max_tokens == 0:
-        raise bad_request("max_tokens is 0, wanted at least 1", "max_tokens")
-    return params
+    return SamplingParams.from_dict({**model.text.defaults.sampling(), **given, "grammar": wanted.grammar})
 
 
 def _no_calls(model: ServedModel) -> dict[int, float]:

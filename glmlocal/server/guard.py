@@ -8,10 +8,13 @@ Keys are compared in constant time. Bodies are read here, within limits, and han
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import ipaddress
 import json
 import logging
+import re
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -26,6 +29,7 @@ log = logging.getLogger("glmlocal.server")
 _OPEN_PATHS = ("/health",)  # for load balancers and containers; says nothing but the state
 _QUIET_PATHS = ("/health", "/metrics", "/v1/stats")  # asked for all the time
 _DRAIN_BYTES, _DRAIN_S = 1 << 20, 1.0  # of a request that is refused
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]@/\s]+))(?::\d{1,5})?")
 _CORS_HEADERS = "authorization, content-type, x-api-key, anthropic-version, anthropic-beta"
 
 
@@ -48,18 +52,18 @@ class Door:
         return own or origin in self.origins
 
     def knows_key(self, given: str) -> bool:
-        """Every key is compared, whichever is right, in a time that does not depend on the bytes."""
+        """Every key is compared, whichever is right, in a time that depends on neither bytes nor length of a key."""
+        digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
         found = False
         for key in self.keys:
-            found |= hmac.compare_digest(key.encode(), given.encode("utf-8", "surrogateescape"))
+            found |= hmac.compare_digest(hashlib.sha256(key.encode()).digest(), digest)
         return found
 
 
 def host_name(host: str) -> str:
-    """``[::1]:8000`` → ``::1``; ``Box.lan:80`` → ``box.lan``."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].lower().rstrip(".")
+    """``[::1]:8000`` → ``::1``; ``Box.lan:80`` → ``box.lan``; "" for what is no host and port."""
+    found = _HOST.fullmatch(host)
+    return "" if found is None else (found[1] or found[2].lower().rstrip("."))
 
 
 def _is_address(name: str) -> bool:
@@ -107,7 +111,9 @@ class Guard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1003})
             return
-        start_s, answer = time.perf_counter(), _Answer(send)
+        start_s, answer, asked = time.perf_counter(), _Answer(send), scope["method"]
+        if asked == "HEAD":  # what GET answers; uvicorn, which has the scope as it was, sends no body
+            scope = {**scope, "method": "GET"}
         body = None
         try:
             headers = _Headers.of(scope)
@@ -128,7 +134,7 @@ class Guard:
             await answer.error(api_error(error), scope["path"], close=True)
         finally:
             self._answered(scope.get("glmlocal.route", "other"), answer.status)
-            _log(scope, answer.status, time.perf_counter() - start_s)
+            _log(asked, scope["path"], answer, time.perf_counter() - start_s)
 
     def _check_origin(self, headers: _Headers) -> str:
         host, origin = headers.get("host"), headers.get("origin")
@@ -228,7 +234,10 @@ class _Answer:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.status = 0  # nothing was sent
+        self.request_id = f"req_{secrets.token_hex(12)}"
+        request_id = self.request_id.encode()  # x-request-id as OpenAI names it, request-id as Anthropic does
         self.headers: list[tuple[bytes, bytes]] = [(b"x-content-type-options", b"nosniff")]
+        self.headers += [(b"x-request-id", request_id), (b"request-id", request_id)]
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -258,10 +267,10 @@ class _Answer:
         await self.send({"type": "http.response.body", "body": b""})
 
 
-def _log(scope: Scope, status: int, seconds: float) -> None:
-    path = printable(scope["path"])
-    level = logging.DEBUG if scope["path"] in _QUIET_PATHS and status in (200, 503) else logging.INFO
-    log.log(level, "%s %s %s in %.3f s", printable(scope["method"]), path, status or "cut off", seconds)
+def _log(method: str, path: str, answer: _Answer, seconds: float) -> None:
+    level = logging.DEBUG if path in _QUIET_PATHS and answer.status in (200, 503) else logging.INFO
+    what = f"{printable(method)} {printable(path)} {answer.status or 'cut off'}"
+    log.log(level, "%s in %.3f s (%s)", what, seconds, answer.request_id)
 
 
 def printable(text: str, limit: int = 200) -> str:

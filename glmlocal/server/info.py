@@ -47,15 +47,18 @@ def model(state: ServerState, name: str) -> dict[str, Any]:
             404, f"no model {name[:100]!r} is served, only {', '.join(state.served_names)}", "model", "model_not_found"
         )
     created = datetime.datetime.fromtimestamp(state.created, datetime.UTC)
+    context = None if state.model is None else state.model.facts.context
     return {
         "id": name,
         "object": "model",
         "created": state.created,
         "owned_by": "glmlocal",
         "root": state.model_name,
-        "max_model_len": None if state.model is None else state.model.facts.context,
+        "max_model_len": context,
         "type": "model",
         "display_name": name,
+        "lifecycle": "active",
+        "max_input_tokens": context,
         "created_at": created.isoformat(timespec="seconds").replace("+00:00", "Z"),
     }
 

@@ -153,8 +153,11 @@ class ChatRequest(Sampling):
     thinking: Thinking | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     user: str | None = None
+    functions: list[Any] | None = None  # of 2023: refused, as ignoring them would leave an agent without its tools
 
     def sampling(self) -> dict[str, Any]:
+        if self.functions:
+            raise bad_request("functions is the old name of tools; send those, and tool_choice", "functions")
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         given = super().sampling()
@@ -175,6 +178,8 @@ class CompletionRequest(Sampling):
     suffix: str | None = None
     best_of: int | None = None
     user: str | None = None
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)  # 0: to have the prompt echoed with its logprobs
 
     def sampling(self) -> dict[str, Any]:
-        return {**super().sampling(), "logprobs": self.logprobs}
+        prompt_logprobs = self.logprobs if self.echo else None
+        return {**super().sampling(), "logprobs": self.logprobs, "prompt_logprobs": prompt_logprobs}

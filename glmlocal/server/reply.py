@@ -34,12 +34,14 @@ class Reply:
     calls: list[Call] = field(default_factory=list)
     completion: Completion | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def take(self, delta: CompletionDelta) -> None:
         """Complete calls are remembered as the model wrote them, for the next turn's prompt."""
         self.text += delta.text
         self.reasoning += delta.reasoning
         self.logprobs += delta.logprobs
+        self.prompt_logprobs += delta.prompt_logprobs
         for event in delta.events:
             if isinstance(event, ToolCallStart):
                 self.calls.append(Call(self.id_prefix + secrets.token_hex(12), event.name))

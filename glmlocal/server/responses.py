@@ -21,7 +21,7 @@ from glmlocal.server.reply import Reply, usage_dict
 from glmlocal.server.response_items import Items
 from glmlocal.server.response_store import ResponseStore
 from glmlocal.server.responses_input import conversation, is_probe, text_grammar, use_of_tools
-from glmlocal.server.responses_types import ResponsesRequest
+from glmlocal.server.responses_types import ResponsesRequest, given
 
 
 async def responses(body: ResponsesRequest, request: Request, context: ServerContext) -> Response:
@@ -68,7 +68,12 @@ class _Answer:
 
     def __post_init__(self) -> None:
         self.reply = Reply(self.model)
-        self.items = Items(seals="reasoning.encrypted_content" in (self.body.include or ()))
+        include = self.body.include or ()
+        self.items = Items(
+            self.model,
+            seals="reasoning.encrypted_content" in include,
+            with_logprobs="message.output_text.logprobs" in include,
+        )
 
     def response(self, status: str, **fields: Any) -> dict[str, Any]:
         body = self.body
@@ -89,9 +94,10 @@ class _Answer:
             "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "store": body.store is not False,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": body.tool_choice if isinstance(body.tool_choice, str) else "auto",
-            "tools": [],
+            "text": {"format": given(body.text.format) if body.text and body.text.format else {"type": "text"}},
+            "tool_choice": "auto" if body.tool_choice is None else given(body.tool_choice),
+            "tools": [given(tool) for tool in body.tools or ()],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": body.top_p,
             "truncation": "disabled",
             "usage": None,
@@ -106,7 +112,7 @@ class _Answer:
         usage = usage_dict(num_prompt_tokens, [] if completion is None else [completion])
         return {
             "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": usage["prompt_tokens_details"],
+            "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": usage["completion_tokens_details"],
             "total_tokens": usage["total_tokens"],

@@ -10,6 +10,11 @@ from glmlocal.server.limits import MAX_MESSAGES, MAX_TOKENS, MAX_TOOLS, MAX_TOP_
 from glmlocal.server.openai_types import Count, Effort, Loose, Strict
 
 
+def given(value: str | Loose) -> Any:
+    """A setting of the request, as the response repeats it."""
+    return value if isinstance(value, str) else value.model_dump(by_alias=True, exclude_unset=True, mode="json")
+
+
 class ResponsesTool(Loose):
     type: str
     name: str | None = None
@@ -74,4 +79,5 @@ class ResponsesRequest(Strict):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            "logprobs": (self.top_logprobs or 0) if "message.output_text.logprobs" in (self.include or ()) else None,
         }

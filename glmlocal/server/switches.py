@@ -42,8 +42,17 @@ def message_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
     result = []
     for message in messages:
         fields = message.model_dump(exclude_none=True, mode="json")
+        if message.role == "assistant" and isinstance(message.content, list):
+            fields["content"] = [_said(part) for part in fields["content"]]
         result.append(fields | {"role": "system"} if message.role == "developer" else fields)
     return result
+
+
+def _said(part: Any) -> Any:
+    """A part of an earlier answer; what another model refused in words was text, too."""
+    if isinstance(part, dict) and part.get("type") == "refusal":
+        return {"type": "text", "text": part.get("refusal")}
+    return part
 
 
 def tool_dicts(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:

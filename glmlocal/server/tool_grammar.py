@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from glmlocal.engine.grammar import JSON_SPACE
 from glmlocal.engine.request import MAX_GRAMMAR_CHARS, Grammar
 from glmlocal.server.errors import bad_request
 from glmlocal.server.generation import ToolUse
@@ -48,8 +49,8 @@ def _source(content: Grammar | None, use: ToolUse, *, with_types: bool) -> str:
     more = "(NL? call)*" if use.parallel and use.only is None else ""
     start = f"NL? call {more} NL?"
     if content is not None:
-        schema = content.source if content.kind == "json_schema" else '{"type": "object"}'
-        start = f"({start}) | NL? %json {schema}"
+        schema = json.loads(content.source) if content.kind == "json_schema" else {"type": "object"}
+        start = f"({start}) | NL? {_json(schema)}"
     names = " | ".join(f"call_{number}" for number in range(len(functions)))
     rules = [f"start: {start}", f"call: <tool_call> ({names}) </tool_call>"]
     for number, function in enumerate(functions):
@@ -85,7 +86,11 @@ def _value(key: str, types: ArgumentTypes, schema: object) -> str:
     if isinstance(choices, list) and choices and all(isinstance(choice, str) and choice for choice in choices):
         return _one_of(choices)
     as_json = types.json_schema(key)
-    return "TEXT?" if as_json is None else f"%json {json.dumps(as_json)}"
+    return "TEXT?" if as_json is None else _json(as_json)
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': JSON_SPACE})}"
 
 
 def _one_of(choices: Sequence[str]) -> str:

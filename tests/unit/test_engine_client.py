@@ -229,6 +229,10 @@ def test_bad_requests_are_refused_by_the_call(engine: Engine) -> None:
             for token_ids, words in (([], "empty"), ([999], "token 0 is 999"), (tokens(0, 256), "context holds 256")):
                 with pytest.raises(RequestError, match=words):
                     client.submit(request("bad", token_ids))
+            last = engine.runner.model.config.vocab_size - 1
+            with pytest.raises(RequestError, match=f"logit_bias names token {last + 1}; the vocabulary ends at {last}"):
+                client.submit(request("bad", [1], logit_bias={5: 1.0, last + 1: 1.0}))
+            await client.submit(request("biased", [1], logit_bias={last: 1.0})).aclose()
             stream = client.submit(request("a", [1]))
             with pytest.raises(RequestError, match="already in use"):
                 client.submit(request("a", [1]))
@@ -278,7 +282,7 @@ def test_a_token_that_cannot_be_chosen_fails_one_request_of_the_batch(
         async with running(engine) as client:
             good = asyncio.create_task(answer(client, request("good", tokens(1, 50))))
             with pytest.raises(EngineError, match="ZeroDivisionError"):
-                await answer(client, request("bad", tokens(2, 50)))
+                await answer(client, request("bad", tokens(2, 50), temperature=1))
             assert len((await good).token_ids) == 12
 
     asyncio.run(main())
@@ -347,3 +351,37 @@ def test_stats_count_what_happened(engine: Engine) -> None:
     assert stats["totals"]["decoded_tokens"] == 6
     assert stats["speed"]["decode_tokens_per_s"] > 0
     assert stats["kv_snapshots"] is None
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_a_prompts_logprobs_are_those_of_its_logits(engine: Engine, max_tokens: int) -> None:
+    """In several steps, beside others, whether the prompt is in the cache or not."""
+    prompt = tokens(1, 150)
+    expected = engine.logits(prompt).log_softmax(-1)
+    wanted: dict[str, Any] = {"prompt_logprobs": 2, "max_tokens": max_tokens, "temperature": 0}
+
+    async def scored(client: LocalEngineClient, name: str) -> list[Any]:
+        return [output async for output in client.submit(request(name, prompt, **wanted))]
+
+    async def main() -> list[list[Any]]:
+        async with running(engine) as client:
+            plain = await answer(client, request("plain", prompt))  # fills the cache
+            beside = asyncio.create_task(answer(client, request("beside", tokens(2, 9), max_tokens=40)))
+            found = [await scored(client, "a"), *await asyncio.gather(scored(client, "b"), scored(client, "c"))]
+            alone = (await answer(client, request("alone", tokens(2, 9), max_tokens=40))).token_ids
+            assert (await beside).token_ids == alone
+            if max_tokens:
+                assert [t for output in found[0] for t in output.token_ids] == plain.token_ids[:max_tokens]
+            return found
+
+    for outputs in asyncio.run(main()):
+        entries = [entry for output in outputs for entry in output.prompt_logprobs]
+        assert [entry.token_id for entry in entries] == prompt[1:]
+        for position, entry in enumerate(entries):
+            row = expected[position]
+            assert entry.logprob == float(row[entry.token_id])
+            assert entry.top == tuple(zip(row.topk(2).indices.tolist(), row.topk(2).values.tolist(), strict=True))
+        assert sum(len(output.token_ids) for output in outputs) == max_tokens
+        assert outputs[-1].finish_reason is FinishReason.LENGTH
+        assert outputs[-1].num_cached_tokens == 0
+    assert everything_is_free(engine)

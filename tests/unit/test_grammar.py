@@ -276,3 +276,32 @@ def test_the_scratch_directory_is_not_needed(tmp_path: Path, compiler: GrammarCo
     (tmp_path / "x.json").write_text('{"type": "string"}')
     with pytest.raises(RequestError):
         compiler.compile(Grammar("json_schema", json.dumps({"$ref": (tmp_path / "x.json").as_uri()})))
+
+
+def fits(constraint: Constraint, tokenizer: Tokenizer, text: str) -> bool:
+    for token in tokenizer.encode(text):
+        allowed = constraint.allowed()
+        assert allowed is not None
+        if not allowed[token]:
+            return False
+        constraint.accept(token)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        ("json_schema", json.dumps(SCHEMA)),
+        (
+            "json_schema",
+            json.dumps({**SCHEMA, "x-guidance": {"whitespace_pattern": "[ ]+"}}),
+        ),  # not the client's to say
+        ("json_object", ""),
+    ],
+)
+def test_white_space_in_json_ends(compiler: GrammarCompiler, tokenizer: Tokenizer, kind: str, source: str) -> None:
+    grammar = Grammar(kind, source)
+    for text in ('{"name":"fox"', '{"name": "fox", "age": 1}', '{\n  "name": "fox",\n  "age": 1\n}'):
+        assert fits(compiler.compile(grammar), tokenizer, text), text
+    for text in ('{\n\n"', "{   ", '{"name": "fox"\n\n\n', "{ \n \n"):
+        assert not fits(compiler.compile(grammar), tokenizer, text), text

@@ -6,6 +6,8 @@ import asyncio
 import errno
 import random
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from glmlocal.engine.client import ClientOptions
 from glmlocal.engine.engine import Engine
 from glmlocal.engine.identity import model_identity
 from glmlocal.engine.kv_files import BlockFiles
-from glmlocal.engine.kv_store import KVStoreOptions
+from glmlocal.engine.kv_store import KVStore, KVStoreOptions
 from glmlocal.engine.request import FinishReason
 from glmlocal.engine.stats import EngineStats, SnapshotStats
 from glmlocal.formats.index import open_checkpoint
@@ -201,3 +203,69 @@ def test_a_model_is_known_by_its_weights_and_by_how_it_is_computed(directory: Pa
     }
     assert len(names) == 4
     assert model_identity(open_checkpoint(directory), "keep", "fp32") in names
+
+
+def block_bytes(store: KVStore) -> int:
+    return sum(raw.shape[1] for raw in store._raw)
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_written_or_could_not_be_makes_room_for_the_next(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """One block may wait for the disk: a second one beside it is dropped, one after it is not."""
+    engine, go_on, write = loaded(directory), threading.Event(), BlockFiles.write
+
+    def slow(self: BlockFiles, name: bytes, payload: memoryview) -> None:
+        assert go_on.wait(30)
+        if fails and name == bytes([0] * 16):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, name, payload)
+
+    monkeypatch.setattr(BlockFiles, "write", slow)
+    cache = engine.runner.kv_cache
+    size = block_bytes(KVStore(KVStoreOptions(tmp_path / "sized", "model"), cache))
+    store = KVStore(KVStoreOptions(tmp_path, "model", max_pending_bytes=size), cache)
+    store.save(0, bytes([0] * 16))
+    store.save(1, bytes([1] * 16))
+    assert store.stats().dropped_tokens == 32
+    go_on.set()
+    wait(lambda: store.stats().saved_tokens + store.stats().dropped_tokens == 64)
+    for number in (2, 3):  # each finds the room that the one before it gave back
+        store.save(number, bytes([number] * 16))
+        wait(lambda number=number: store.stats().saved_tokens == (number - 1 if fails else number) * 32)  # type: ignore[misc]
+    store.close(engine.scheduler.block_pool)
+    assert store.num_stored([bytes([number] * 16) for number in (2, 3)]) == 2
+    assert store.num_stored([bytes([1] * 16)]) == 0
+
+
+def test_a_cancelled_restore_reads_no_further(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, read, seen = loaded(directory), BlockFiles.read, []
+    store = KVStore(KVStoreOptions(tmp_path, "model"), engine.runner.kv_cache)
+    names = [bytes([number] * 16) for number in range(4)]
+    for block, name in enumerate(names):
+        store.save(block, name)
+    wait(lambda: store.num_stored(names) == 4)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def slow(self: BlockFiles, name: bytes, into: memoryview) -> bool:
+        seen.append(name)
+        reached.set()
+        assert go_on.wait(30)
+        return read(self, name, into)
+
+    monkeypatch.setattr(BlockFiles, "read", slow)
+    job = store.restore(names, [4, 5, 6, 7])
+    assert reached.wait(30)
+    job.cancel()
+    go_on.set()
+    wait(lambda: job.is_done)
+    assert (seen, job.num_restored) == (names[:1], 1)
+    store.close(engine.scheduler.block_pool)

@@ -8,7 +8,7 @@ import torch
 
 from glmlocal.engine.batch import ScheduledRequest
 from glmlocal.engine.request import Request, SamplingParams, TokenLogprob
-from glmlocal.engine.sampler import Sampler, apply_penalties, logprob_of, truncated_probs
+from glmlocal.engine.sampler import Sampler, apply_penalties, likely_probs, logprob_of, truncated_probs
 from glmlocal.errors import RequestError
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, -2.0])
@@ -146,3 +146,92 @@ def test_bad_values_are_refused_by_name(name: str, value: object) -> None:
 
 def test_a_single_stop_string_need_not_be_wrapped_in_a_list() -> None:
     assert SamplingParams(stop="END").stop == ("END",)
+
+
+SHAPES = {
+    "peaked": lambda noise: noise * 3 + 12.0 * (torch.arange(len(noise)) % 997 == 5),
+    "usual": lambda noise: noise * 4,
+    "flat": lambda noise: noise * 1e-3,
+    "equal": lambda noise: torch.zeros_like(noise),
+    "few": lambda noise: noise.where(torch.arange(len(noise)) % 4001 == 1, -math.inf),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_p": 0.95},
+        {"top_p": 0.5, "temperature": 0.3},
+        {"top_p": 0.9999},
+        {"top_k": 40},
+        {"top_k": 1},
+        {"top_k": 40, "top_p": 0.95},
+        {"top_k": 5000, "top_p": 0.8, "temperature": 2.0},
+        {"min_p": 0.02, "top_p": 0.95},
+        {"min_p": 0.5, "top_k": 50, "top_p": 0.1},
+        {"top_k": 30_000, "top_p": 0.95},
+    ],
+)
+def test_tokens_that_are_likely_are_found_without_sorting_all(shape: str, params: dict[str, float]) -> None:
+    given = SamplingParams.from_dict(params)
+    logits = SHAPES[shape](torch.randn(20_011, generator=torch.Generator().manual_seed(5)))
+    plain = truncated_probs(logits, given)
+    found = likely_probs(logits, given)
+    if shape in ("peaked", "usual") and params.get("top_p") != 0.9999 and params.get("top_k") != 5000:
+        assert found is not None, "the fast way is taken where models are"
+    if found is not None:
+        token_ids, probs = found
+        assert token_ids.tolist() == plain.nonzero().flatten().tolist()
+        assert probs.tolist() == plain[token_ids].tolist()
+
+
+def test_a_draw_among_few_is_the_draw_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(5_000, generator=torch.Generator().manual_seed(1)) * 3
+
+    def draws() -> list[int]:
+        sampler, scheduled = Sampler(5_000), item(SamplingParams(top_p=0.9, seed=3))
+        return [sampler.sample(logits, scheduled).token_id for _ in range(200)]
+
+    fast = draws()
+    monkeypatch.setattr("glmlocal.engine.sampler.likely_probs", lambda *_: None)
+    assert draws() == fast
+    assert len(set(fast)) > 20
+
+
+def test_plain_greedy_requests_are_chosen_together_as_alone() -> None:
+    logits = torch.randn(3, 700, generator=torch.Generator().manual_seed(2))
+    logits[1, 600] = logits[1, 50] = 9.0
+    sampler = Sampler(700)
+    plain = [item(SamplingParams(temperature=0)) for _ in range(3)]
+    together = sampler.greedy(logits, plain)
+    assert together == [sampler.sample(row, each) for row, each in zip(logits, plain, strict=True)]
+    assert together is not None
+    assert together[1].token_id == 50
+    assert sampler.greedy(logits[:0], []) is None
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.5},
+        {"logprobs": 0},
+        {"logit_bias": {3: 1.0}},
+        {"min_tokens": 2},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+    ],
+)
+def test_whoever_wants_more_than_the_largest_logit_is_served_alone(params: dict[str, object]) -> None:
+    wanted = item(SamplingParams.from_dict({"temperature": 0, **params}))
+    plain = item(SamplingParams(temperature=0))
+    assert Sampler(6).greedy(LOGITS.expand(2, 6), [plain, wanted]) is None
+
+
+def test_whoever_keeps_to_a_grammar_is_served_alone() -> None:
+    sampler = Sampler(6)
+    sampler.constrain("r", object())  # type: ignore[arg-type]
+    assert sampler.greedy(LOGITS[None], [item(SamplingParams(temperature=0))]) is None
+    sampler.forget("r")
+    assert sampler.greedy(LOGITS[None], [item(SamplingParams(temperature=0))]) is not None

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from glmlocal.engine.batch import Batch, SampledToken, prefill_shares
 from glmlocal.engine.block_pool import BlockPool
-from glmlocal.engine.request import FinishReason, Request, SamplingParams
-from glmlocal.engine.scheduler import Scheduler
+from glmlocal.engine.request import FinishReason, Request, SamplingParams, TokenLogprob
+from glmlocal.engine.scheduler import SCORED_CHUNK, Scheduler
 from glmlocal.errors import RequestError
 
 EOS = 9
@@ -356,3 +356,60 @@ def test_blocks_that_a_thread_writes_to_are_free_only_when_it_is_done() -> None:
     assert scheduler.schedule() is None
     assert not scheduler.has_work
     assert scheduler.block_pool.num_free_blocks == 16
+
+
+def scored(batch: Batch) -> dict[str, tuple[TokenLogprob, ...]]:
+    """What an engine would say of the prompt tokens after those that were computed."""
+    found = {}
+    for item in batch.requests:
+        if item.needs_all_logits:
+            following = item.request.prompt_token_ids[item.start + 1 : item.start + 1 + item.num_logits]
+            found[item.request.request_id] = tuple(TokenLogprob(token, -1.0) for token in following)
+    return found
+
+
+def test_logprobs_of_a_prompt_are_reported_once_although_it_is_computed_twice() -> None:
+    scheduler = make(num_blocks=4, block_size=4, context=16, budget=100)
+    young = request("young", 8, prompt_logprobs=0)
+    scheduler.add(request("old", 8))
+    scheduler.add(young)
+    reported: list[int] = []
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert [(item.num_logits, item.needs_all_logits) for item in batch.requests] == [(1, False), (8, True)]
+    sampled = {"old": SampledToken(7), "young": SampledToken(7)}
+    for output in scheduler.update(batch, sampled, scored(batch)):
+        reported += [entry.token_id for entry in output.prompt_logprobs]
+    finish(scheduler, scheduler.schedule())  # preempts the young one
+    scheduler.abort("old")
+    batch = scheduler.schedule()
+    assert batch is not None
+    (item,) = batch.requests
+    assert (item.start, len(item.token_ids), item.needs_all_logits) == (0, 9, True), "nothing is taken from the cache"
+    (output,) = scheduler.update(batch, {"young": SampledToken(7)}, scored(batch))
+    assert output.prompt_logprobs == ()
+    assert reported == list(young.prompt_token_ids[1:])
+    (item,) = scheduler.schedule().requests  # type: ignore[union-attr]
+    assert (item.num_logits, item.needs_all_logits) == (1, False)
+
+
+def test_a_prompt_that_is_scored_goes_in_small_chunks_and_may_have_no_answer() -> None:
+    scheduler = make(num_blocks=100, context=400, budget=300)
+    scheduler.add(request("seen", 150, max_tokens=1))
+    run(scheduler)
+    for name in ("a", "b"):  # equal prompts, of which neither waits for the other, nor takes what is cached
+        scheduler.add(
+            Request(name, request("seen", 150).prompt_token_ids, SamplingParams(max_tokens=0, prompt_logprobs=1))
+        )
+    sizes, ends = [], []
+    while (batch := scheduler.schedule()) is not None:
+        sizes.append([(item.request.request_id, item.start, len(item.token_ids)) for item in batch.requests])
+        assert not any(item.needs_sample for item in batch.requests)
+        ends += [output.finish_reason for output in scheduler.update(batch, {}, scored(batch)) if output.finish_reason]
+        scheduler.check_integrity()
+    assert sizes == [
+        [(name, start, size) for name in ("a", "b")]
+        for start, size in ((0, SCORED_CHUNK), (64, SCORED_CHUNK), (128, 22))
+    ]
+    assert ends == [FinishReason.LENGTH] * 2
+    assert scheduler.block_pool.num_free_blocks == 100

@@ -93,3 +93,49 @@ def test_tokenize_and_back(server: Running) -> None:
     }
     assert server.post("/tokenize", {}).status_code == 400
     assert server.post("/detokenize", {"tokens": [-1]}).status_code == 400
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_an_echoed_prompt_has_its_logprobs(server: Running, max_tokens: int) -> None:
+    """As evaluation harnesses ask for them: how likely is this text?"""
+    prompt = "a größer ☂"
+    body = {
+        "prompt": [prompt, "xy"],
+        "echo": True,
+        "logprobs": 1,
+        "max_tokens": max_tokens,
+        "seed": 4,
+    }
+    answer = complete(server, **body)
+    for choice, text in zip(answer["choices"], (prompt, "xy"), strict=True):
+        logprobs, ids = choice["logprobs"], scripted.tokenizer().encode(text)
+        assert choice["text"].startswith(text)
+        assert {len(each) for each in logprobs.values()} == {len(ids) + max_tokens}
+        assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+        assert logprobs["token_logprobs"][1:] == [-0.5] * (len(ids) - 1 + max_tokens)
+        assert all(
+            token in top for token, top in zip(logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=True)
+        )
+        for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+            assert token.startswith("bytes:") or choice["text"][offset : offset + len(token)] == token
+    if max_tokens == 0:
+        assert [choice["text"] for choice in answer["choices"]] == [prompt, "xy"]
+        assert [choice["finish_reason"] for choice in answer["choices"]] == ["length", "length"]
+        assert answer["usage"]["completion_tokens"] == 0
+    pieces = events(server.post("/v1/completions", {**body, "stream": True}).text)[:-1]
+    for choice in answer["choices"]:
+        mine = [data["choices"][0] for _, data in pieces if data["choices"][0]["index"] == choice["index"]]
+        assert "".join(each["text"] for each in mine) == choice["text"]
+        for name, values in choice["logprobs"].items():
+            assert [value for each in mine if each["logprobs"] for value in each["logprobs"][name]] == values
+
+
+def test_bytes_that_are_no_characters_are_told_apart(server: Running) -> None:
+    logprobs = complete(server, prompt="☂", echo=True, logprobs=2, max_tokens=0)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["bytes:\\xe2", "bytes:\\x98", "bytes:\\x82"]
+    assert logprobs["text_offset"] == [0, 0, 0]
+
+
+def test_nothing_may_be_generated(server: Running) -> None:
+    choice = complete(server, prompt="ab", max_tokens=0)["choices"][0]
+    assert (choice["text"], choice["logprobs"], choice["finish_reason"]) == ("", None, "length")

@@ -259,6 +259,8 @@ def test_names_of_hosts_and_lines_of_logs() -> None:
         "a.b",
         "1.2.3.4",
     ]
+    for wrong in ("[::1", "[::1]x", "1.2.3.4:80:80", "localhost@evil", "localhost/", "a b", "localhost:80evil", "::1"):
+        assert host_name(wrong) == ""
     assert printable("a\x1b[31m\nb\u202e") == "a\\x1b[31m\\nb\\u202e"
     assert len(printable("x" * 500)) == 201
     assert read_keys(["# comment", "", " key ", "other"]) == ("key", "other")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -9,10 +10,21 @@ from typing import Any
 import hypothesis
 import pytest
 import schemathesis
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi import checks
 
 import agent_script
 import malformed
 from serving import Running, running
+
+EXAMPLES = int(os.environ.get("GLMLOCAL_FUZZ_EXAMPLES", "6"))  # of each operation; 300 take some minutes
+CHECKS = [
+    not_a_server_error,
+    checks.allow_header_conformance,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +40,7 @@ def test_no_request_of_the_document_is_a_server_error(server: Running) -> None:
     for operation in operations:  # without schemathesis' pytest plugin, which follows pytest's insides
 
         @hypothesis.settings(
-            max_examples=6,
+            max_examples=EXAMPLES,
             deadline=None,
             suppress_health_check=list(hypothesis.HealthCheck),
             database=None,
@@ -36,7 +48,7 @@ def test_no_request_of_the_document_is_a_server_error(server: Running) -> None:
         )
         @hypothesis.given(case=operation.as_strategy())
         def check(case: Any) -> None:
-            case.call_and_validate(checks=[schemathesis.checks.not_a_server_error])
+            case.call_and_validate(checks=CHECKS)
 
         check()
 
@@ -50,6 +62,7 @@ def test_the_document_lists_the_endpoints(server: Running) -> None:
         "/v1/messages",
         "/v1/messages/count_tokens",
     } < set(paths)
+    assert "HTTPValidationError" not in server.http.get("/openapi.json").text
     assert {"/v1/models", "/tokenize", "/detokenize", "/health", "/metrics", "/v1/stats"} < set(paths)
 
 

@@ -328,3 +328,12 @@ def test_a_hostile_schema_is_read_in_no_time() -> None:
 def test_what_a_call_was_is_reported_as_it_was() -> None:
     text = '<tool_call>f\n<arg_key> a</arg_key><arg_value>{ "b":1 }</arg_value>\n\n</tool_call>'
     assert every_way("x" + text, [tool("f")]).raw == (text,)
+
+
+# Where to look for a group of section 6 of the GLM reference: the tests' names begin with its number; the group that
+# has no test of its own is what every test of this module does.
+GROUPS = {number: f"test_{number}_" for number in range(1, 28)} | {16: "test_15_and_16_"}
+
+
+def test_every_group_has_its_test() -> None:
+    assert [number for number, name in GROUPS.items() if not any(test.startswith(name) for test in globals())] == []
