@@ -58,6 +58,9 @@ class Shuffled:
         self._under_way += taken
         return taken
 
+    def cancel(self, token: int) -> bool:
+        return self._inner.cancel(token)
+
     def next(self, timeout_s: float) -> tuple[int, int] | None:
         while self._under_way and (found := self._inner.next(1.0 if not self._done else 0.0)):
             self._done.append(found)

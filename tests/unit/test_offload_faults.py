@@ -320,6 +320,29 @@ def test_reads_in_pieces_bring_the_bytes_of_the_file_and_no_more_than_the_queue_
     assert not pool.view(1).any()
 
 
+def test_a_cancelled_read_leaves_its_place_to_the_next(tmp_path: Path) -> None:
+    records, size = 40, 1 << 20
+    data = os.urandom(size)
+    with open(tmp_path / "file", "wb") as file:
+        for _ in range(records):
+            file.write(data)
+    pool = host.HostPool(records, size)
+    reader = _cpu.NvmeReader(str(tmp_path / "file"), 1, 4096, records)
+    for slot in range(records):
+        assert reader.submit(slot, slot * size, size, pool.address(slot))
+    cancelled = [slot for slot in range(1, records - 1) if reader.cancel(slot)]
+    assert len(cancelled) > records // 2, "in 4 KiB pieces by one thread they cannot be done already"
+    assert not reader.cancel(records), "there is no such read"
+    found = dict(reader.next(10.0) for _ in range(records))  # type: ignore[misc]
+    assert found == {slot: _cpu.CANCELLED if slot in cancelled else 0 for slot in range(records)}
+    assert reader.next(0.0) is None
+    assert bytes(pool.view(records - 1)) == data
+    assert reader.bytes_read < (records - len(cancelled) + 2) * size, "what is cancelled is not read"
+    assert reader.submit(cancelled[0], 0, size, pool.address(cancelled[0])), "its place in the queue is free again"
+    assert reader.next(10.0) == (cancelled[0], 0)
+    assert bytes(pool.view(cancelled[0])) == data
+
+
 def test_stats_of_several_stores_add_up(model: Path) -> None:
     from glmlocal.offload.stats import OffloadStats, bottleneck, merged, since
     from glmlocal.offload.store import StoreStats
