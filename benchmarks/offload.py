@@ -6,9 +6,9 @@ Routing follows fixed traces (so that policies and runs are comparable), everyth
 layer's chosen experts are replaced by the trace's. For each trace it prints
 
 * measured decode over the bound Σ over steps of max(compute, read), where compute is the time of the same step with all
-  experts in their slots (median), and read is the bytes that were read in this step over the disk's O_DIRECT rate,
-  measured before and after with the same reader. It takes for granted that all reads of a step can be overlapped with
-  all of its computing;
+  experts in their slots (median of steps before and after), and read is the bytes that were read in this step over the
+  disk's O_DIRECT rate, measured before and after with the same reader. It takes for granted that all reads of a step
+  can be overlapped with all of its computing;
 * the same over the bound by layer, Σ over steps of (compute outside experts + Σ over layers of max(experts, read)): a
   layer cannot read before its router has chosen, nor the next one begin before this one ends, unless foreseen;
 * where the time of a step went;
@@ -56,6 +56,7 @@ from glmlocal.planner.plan import Wants
 from glmlocal.units import GIB, format_bytes
 
 WARM_UP = 24  # tokens of the trace that fill the slots before anything is timed
+_TOUCH = 14  # the same for few experts that are to be in their slots
 Trace = list[list[list[int]]]  # [token][layer] → experts
 
 
@@ -235,16 +236,16 @@ class Step:
     spent_s: dict[str, float]
 
 
-def decode(engine: Engine, trace: Trace, tokens: int, recall: float | None) -> list[Step]:
+def decode(engine: Engine, trace: Trace, tokens: int, recall: float | None, warm_up: int = WARM_UP) -> list[Step]:
     """Times of ``tokens`` decode steps, after a warm-up that fills the slots."""
     restore = engine.runner.model
-    params = SamplingParams(temperature=0.0, max_tokens=WARM_UP + tokens + 1, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=warm_up + tokens + 1, ignore_eos=True)
     engine.add(Request("bench", (11, 12, 13, 14), params))
     steps = []
     with Spent(engine) as spent:
         following(engine, trace, recall, spent)
         engine.step()
-        for _ in range(WARM_UP + tokens):
+        for _ in range(warm_up + tokens):
             spent.begin_step()
             before, start_s = _read(engine), time.perf_counter()
             engine.step()
@@ -255,7 +256,7 @@ def decode(engine: Engine, trace: Trace, tokens: int, recall: float | None) -> l
         while engine.has_work:
             engine.step()
     engine.runner.model = restore
-    return steps[WARM_UP:]
+    return steps[warm_up:]
 
 
 def ledger(steps: Sequence[Step]) -> dict[str, float]:
@@ -323,30 +324,25 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     offload = engine.offloads.stats()
     assert offload is not None, "everything fits: give less --ram"
     result |= {"slots": offload.slots, "resident": round(offload.slots / (moe_layers * experts), 3)}
-    resident = _resident(engine, offload.slots, moe_layers, top_k, args.tokens)
-    compute = statistics.median(step.seconds for step in resident)
-    in_experts = statistics.median(step.spent_s["experts"] for step in resident)
-    result |= {"compute_ms_per_token": round(compute * 1e3, 2), "compute": ledger(resident)}
-    print("all in slots", json.dumps(result["compute"]), flush=True)
     cpu_s_per_gb = []
+    with_all = _resident(engine, offload.slots, moe_layers, top_k)
     for name, trace in traces.items():
         for recall in args.recall:
-            before = disk_rate(pack, top_k)
-            at_first = engine.offloads.stats()
+            before, at_first = disk_rate(pack, top_k), engine.offloads.stats()
             steps = decode(engine, trace, args.tokens, recall)
-            after = disk_rate(pack, top_k)
+            stats = since(engine.offloads.stats(), at_first)  # type: ignore[arg-type]
+            after, then = disk_rate(pack, top_k), _resident(engine, offload.slots, moe_layers, top_k)
             cpu_s_per_gb += [before["cpu_s_per_gb"], after["cpu_s_per_gb"]]
             rate = (before["gb_per_s"] + after["gb_per_s"]) / 2
-            found = summary(steps, compute, in_experts, rate * 1e9, moe_layers)
-            stats = since(engine.offloads.stats(), at_first)  # type: ignore[arg-type]
-            found |= {
+            found = summary(steps, [*with_all, *then], rate * 1e9, moe_layers) | {
                 "disk_gb_per_s": [round(before["gb_per_s"], 2), round(after["gb_per_s"], 2)],
                 "hit_rate": round(stats.hit_rate, 4),
                 "foreseen_reads": stats.store.prefetched,
                 "foreseen_right": round(stats.store.prefetch_hits / max(1, stats.store.prefetched), 3),
                 "spent_ms": ledger(steps),
+                "spent_ms_with_all_in_slots": [ledger(with_all), ledger(then)],
             }
-            key = name if recall is None else f"{name}, recall {recall:g}"
+            key, with_all = name if recall is None else f"{name}, recall {recall:g}", then
             result.setdefault(key, {}).update(found)
             print(key, json.dumps(found), flush=True)
     result |= {
@@ -356,8 +352,10 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def summary(steps: Sequence[Step], compute: float, in_experts: float, rate: float, layers: int) -> dict[str, float]:
-    """Against the three bounds; ``compute`` and ``in_experts`` are seconds of a step with all experts in slots."""
+def summary(steps: Sequence[Step], resident: Sequence[Step], rate: float, layers: int) -> dict[str, Any]:
+    """Against the three bounds; ``resident`` are steps with all experts in slots, before and after."""
+    compute = statistics.median(step.seconds for step in resident)
+    in_experts = statistics.median(step.spent_s["experts"] for step in resident)
     total = sum(step.seconds for step in steps)
     overlapped = sum(max(compute, step.read_bytes / rate) for step in steps)
     by_layer = sum(
@@ -368,18 +366,19 @@ def summary(steps: Sequence[Step], compute: float, in_experts: float, rate: floa
     return {
         "decode_tokens_per_s": round(len(steps) / total, 3),
         "read_bytes_per_token": round(read_bytes / len(steps)),
+        "compute_ms_per_token": round(compute * 1e3, 2),
         "of_bound": round(overlapped / total, 3),
         "of_layer_bound": round(by_layer / total, 3),
         "of_serial": round((compute * len(steps) + read_bytes / rate) / total, 3),
     }
 
 
-def _resident(engine: Engine, slots: int, layers: int, top_k: int, tokens: int) -> list[Step]:
+def _resident(engine: Engine, slots: int, layers: int, top_k: int, tokens: int = 10) -> list[Step]:
     """Steps whose experts are all in their slots: a trace that repeats few of them."""
-    few = min(3 * top_k, slots // layers - top_k)
+    few = min(2 * top_k, slots // layers - top_k)
     generator = random.Random(5)
-    trace = [[generator.sample(range(few), top_k) for _ in range(layers)] for _ in range(WARM_UP + tokens)]
-    steps = decode(engine, trace, tokens, None)
+    trace = [[generator.sample(range(few), top_k) for _ in range(layers)] for _ in range(_TOUCH + tokens)]
+    steps = decode(engine, trace, tokens, None, _TOUCH)
     assert not any(step.read_bytes for step in steps)
     return steps
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -24,6 +25,7 @@ from glmlocal.units import format_bytes
 log = logging.getLogger(__name__)
 
 OpenReader = Callable[[ExpertPack, int], Reader]
+PIN = "GLMLOCAL_PIN_SLOTS"  # of the environment; 1: the slots are never swapped out
 CHECK_S = 0.5  # how often the memory that is left is looked at
 STALL_WARNS_ABOVE = 0.5  # of the time, waiting for the disk
 _WARN_AFTER_S = 5.0
@@ -62,7 +64,7 @@ class Offload:
                 "give more --ram"
             )
         self._most_reads = max(top_k, 1)
-        self._pool = host.HostPool(num_slots, slot_bytes)
+        self._pool = host.HostPool(num_slots, slot_bytes, pinned=os.environ.get(PIN) == "1")
         self._source = PackSource(pack, self._pool, open_reader(pack, self._most_reads))
         chosen = policy or lfru(num_slots, len(layers) * top_k)
         self.store = ExpertStore(layers, pack.num_experts, num_slots, self._source, chosen, most_reads=self._most_reads)
