@@ -28,7 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -116,7 +116,7 @@ def policies(trace: Trace, experts: int, fraction: float) -> dict[str, float]:
     lfru = eviction.lfru(slots, layers * len(trace[0][0]))
     found = {
         "lfru": eviction.hit_rate(steps, slots, lfru, layers),
-        "lru": eviction.hit_rate(steps, slots, eviction.LRU(), layers),
+        "lru": eviction.hit_rate(steps, slots, eviction.LRU()),
         "belady": eviction.hit_rate(steps, slots, eviction.Belady(uses)),
     }
     return {name: round(value, 4) for name, value in found.items()}
@@ -143,8 +143,8 @@ class Follows:
     def nbytes(self) -> int:
         return self.inner.nbytes
 
-    def foresee(self, route: Route) -> None:
-        if self.recall is None or self.token >= len(self.choices):
+    def foresee(self, num_tokens: int, route: Route) -> None:
+        if self.recall is None or num_tokens > 1 or self.token >= len(self.choices):
             return
         right = [expert for expert in self.choices[self.token] if self._random.random() < self.recall]
         others = self._random.sample(range(self.num_experts), len(self.choices[self.token]) - len(right))
@@ -154,7 +154,7 @@ class Follows:
             route()  # for what it costs
             return guess, torch.linspace(1.0, 0.5, guess.shape[1])[torch.randperm(guess.shape[1])][None]
 
-        self.inner.foresee(guessed)
+        self.inner.foresee(num_tokens, guessed)
 
     def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending:
         if x.shape[0] == 1:
@@ -162,6 +162,51 @@ class Follows:
             self.token += 1
         self.spent.begin_experts()
         return self.inner.submit(x, topk_ids, topk_weights)
+
+
+@dataclass
+class Records:
+    """Experts as the router chooses them, noted, and what was guessed of them before the attention."""
+
+    inner: Experts
+    chosen: list[list[int]] = field(default_factory=list)
+    guessed: list[list[int]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    def foresee(self, num_tokens: int, route: Route) -> None:
+        if num_tokens == 1:
+            self.guessed.append(route()[0][0].tolist())
+        self.inner.foresee(num_tokens, route)
+
+    def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending:
+        if x.shape[0] == 1:
+            self.chosen.append(sorted(topk_ids[0].tolist()))
+        return self.inner.submit(x, topk_ids, topk_weights)
+
+
+def own_router(engine: Engine, tokens: int) -> tuple[Trace, list[float]]:
+    """What the model's own router chooses while it writes, and per layer what part of it was guessed before."""
+    restore, layers = engine.runner.model, []
+    records: list[Records] = []
+    for layer in restore.layers:
+        if layer.experts is not None:
+            records.append(Records(layer.experts))
+            layer = replace(layer, experts=records[-1])
+        layers.append(layer)
+    engine.runner.model = replace(restore, layers=tuple(layers))
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=tokens + 1, ignore_eos=True)
+    engine.add(Request("router", (11, 12, 13, 14), params))
+    while engine.has_work:
+        engine.step()
+    engine.runner.model = restore
+    recalls = [
+        statistics.mean(len(set(one) & set(two)) / len(two) for one, two in zip(each.guessed, each.chosen, strict=True))
+        for each in records
+    ]
+    return [list(step) for step in zip(*(each.chosen for each in records), strict=True)], recalls
 
 
 def following(engine: Engine, trace: Trace, recall: float | None, spent: Spent) -> None:
@@ -312,7 +357,7 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
         "pack_bytes": pack.path.stat().st_size,
         "ram_bytes": sum(device.used_bytes for device in plan.devices if device.kind == "ram"),
     }
-    traces = {name: make(moe_layers, experts, top_k, 512) for name, make in TRACES.items()}
+    traces = {name: make(moe_layers, experts, top_k, 512, args.seed) for name, make in TRACES.items()}
     for name, trace in traces.items():
         result[name] = {"trace": describe(trace, experts)}
         for fraction in (0.10, 0.25, 0.50) if args.simulate else ():
@@ -324,6 +369,13 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     offload = engine.offloads.stats()
     assert offload is not None, "everything fits: give less --ram"
     result |= {"slots": offload.slots, "resident": round(offload.slots / (moe_layers * experts), 3)}
+    if args.own_router:
+        trace, recalls = own_router(engine, args.own_router)
+        result["own router"] = {"recall": [round(recall, 3) for recall in recalls]} | describe(trace, experts)
+        for fraction in (0.10, 0.25, 0.50):
+            result["own router"][f"hit_rate_{fraction:.0%}"] = policies(trace, experts, fraction)
+        print("own router", json.dumps(result["own router"]), flush=True)
+        return result
     cpu_s_per_gb = []
     with_all = _resident(engine, offload.slots, moe_layers, top_k)
     for name, trace in traces.items():
@@ -388,6 +440,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("pack", type=Path, help="a packed model (`glmlocal pack`)")
     parser.add_argument("--ram", default="2.4GiB")
     parser.add_argument("--tokens", type=int, default=48, help="timed decode steps per trace")
+    parser.add_argument("--seed", type=int, default=0, help="of the traces")
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument(
         "--recall",
@@ -395,6 +448,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="*",
         default=[None],
         help="what part of a layer's experts is foreseen; real weights: 0.72 (docs/landscape); none: nothing is",
+    )
+    parser.add_argument(
+        "--own-router", type=int, metavar="TOKENS", help="instead: hit rates and guesses for the model's own routing"
     )
     parser.add_argument("--simulate", action="store_true", help="the policies' hit rates, nothing timed")
     args = parser.parse_args(argv)

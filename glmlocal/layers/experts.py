@@ -34,7 +34,7 @@ class Experts(Protocol):
         """Held in memory."""
         ...
 
-    def foresee(self, route: Route) -> None:
+    def foresee(self, num_tokens: int, route: Route) -> None:
         """Told before the layer's attention is computed; ``route`` guesses what the router will choose after it."""
         ...
 
@@ -62,7 +62,7 @@ class ResidentExperts:
     def nbytes(self) -> int:
         return self.weights.nbytes
 
-    def foresee(self, route: Route) -> None:
+    def foresee(self, num_tokens: int, route: Route) -> None:
         """Nothing is to be fetched."""
 
     def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending:

@@ -40,7 +40,7 @@ class DecoderLayer:
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         """x fp32 [tokens, hidden] → the same; writes this layer's keys and values to the cache."""
         if self.experts is not None:
-            self.experts.foresee(lambda: kernels.route(self.attention, x))
+            self.experts.foresee(x.shape[0], lambda: kernels.route(self.attention, x))
         out = kernels.attention_block(self.attention, x, context.step, context.kv_cache.layers[self.index])
         if self.experts is None:
             return kernels.combine(out.residual, out.hidden, None, self.mlp)

@@ -21,6 +21,8 @@ from glmlocal.offload.host import HostPool
 from glmlocal.offload.store import ExpertStore, Lease
 from glmlocal.offload.tiers import ExpertKey, Residency
 
+FORESEEN_TOKENS = 8  # of a step, for which experts are read ahead
+
 
 class RowBuffer:
     """Memory for the results of single experts, shared by all layers: they run one after another."""
@@ -88,9 +90,10 @@ class OffloadedExperts:
         """Nothing of its own: the slots are everybody's."""
         return 0
 
-    def foresee(self, route: Route) -> None:
-        """Begin to read what ``route`` expects, if it was mostly right of late."""
-        if not self.foresight.wants_guess():
+    def foresee(self, num_tokens: int, route: Route) -> None:
+        """Begin to read what ``route`` expects, if it was mostly right of late. Prompts want nearly all experts, and
+        their attention takes little of the time."""
+        if num_tokens > FORESEEN_TOKENS or not self.foresight.wants_guess():
             return
         start_s = time.perf_counter()
         topk_ids, topk_weights = route()
@@ -112,7 +115,8 @@ class OffloadedExperts:
         num_tokens, top_k = topk_ids.shape
         counts = Counter(topk_ids.flatten().tolist())
         uses = {expert: burst_weight(counts[expert], num_tokens) for expert in sorted(counts)}
-        self.foresight.compare(uses)
+        if num_tokens <= FORESEEN_TOKENS:
+            self.foresight.compare(uses)
         rows = self.buffer.get(num_tokens * top_k, self.slots.row_floats)
         with ExitStack() as held:
             others = uses
@@ -135,7 +139,8 @@ class OffloadedExperts:
         with working.held:
             for wave in working.lease.waves():
                 self._divide(wave, working)
-        self.foresight.waited(self.store.stall_s - stalled_s)
+        if len(working.topk_ids) <= FORESEEN_TOKENS:
+            self.foresight.waited(self.store.stall_s - stalled_s)
         if self.gpu is not None:
             self.gpu.rise(self.layer, working.others)
         return self.slots.weigh(working.rows, working.topk_ids, working.topk_weights)

@@ -452,13 +452,13 @@ class Lease:
             self._missing.pop(0)
 
     def _advance(self) -> None:
-        """Sort out what has arrived, and ask for more."""
+        """Ask for more, and sort out what has arrived: what is asked for may be there, read for another lease."""
         if self._error is not None:
             raise self._error
+        self._request()
         pending, slot_of = self._store._pending, self._store._slot_of
         self._here += [key for key in self._waiting if slot_of[key] not in pending]
         self._waiting = [key for key in self._waiting if slot_of[key] in pending]
-        self._request()
 
     def _lose(self, key: int, error: GlmlocalError | None) -> None:
         """It could not be read; without an error: it was given up before this lease asked for it, and is read again."""

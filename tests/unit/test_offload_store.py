@@ -345,6 +345,7 @@ def test_prefetch_waits_for_an_idle_disk_and_spares_what_is_worth_more() -> None
 def test_expected_experts_are_read_in_time_and_those_in_vain_are_given_up() -> None:
     store, disk = store_of(4)
     run(store, 3, 0, 1)
+    disk.is_stuck = True
     assert store.expect(3, [1, 4, 5, 2], most=2) == 2, "the likeliest that are missing"
     assert [key.expert for key, _ in disk.under_way] == [4, 5]
     assert store.expect(3, [3], most=1) == 0, "the disk is busy"
@@ -359,6 +360,7 @@ def test_expected_experts_are_read_in_time_and_those_in_vain_are_given_up() -> N
 
 def test_an_expected_expert_that_another_lease_waits_for_is_not_given_up() -> None:
     store, disk = store_of(4)
+    disk.is_stuck = True
     assert store.expect(3, [5], most=1) == 1
     with store.acquire(3, uses(5)) as lease:
         store.acquire(3, uses(0)).close()
@@ -368,6 +370,7 @@ def test_an_expected_expert_that_another_lease_waits_for_is_not_given_up() -> No
 
 def test_what_was_given_up_and_is_wanted_after_all_is_read_again() -> None:
     store, disk = store_of(4)
+    disk.is_stuck = True
     store.expect(3, [5], most=1)
     store.acquire(3, uses(0)).close()
     assert disk.cancelled
@@ -391,6 +394,14 @@ def test_expected_experts_take_the_place_of_the_least_worth_but_of_none_that_is_
     assert store.expect(3, [0, 4, 5], most=2) == 1, "the other slot has one of them"
     store.drain()
     assert store.resident() == {ExpertKey(3, 0), ExpertKey(3, 4)}
+
+
+def test_an_expert_that_another_lease_has_read_meanwhile_is_had() -> None:
+    store, _ = store_of(2)
+    first, second = store.acquire(3, uses(0, 1, 2)), store.acquire(3, uses(2))
+    with first, second:
+        assert [expert for wave in first.waves() for expert, _ in wave] == [0, 1, 2]
+        assert [expert for expert, _ in second.take()] == [2]
 
 
 def test_a_pinned_slot_stays_and_one_is_never_pinned() -> None:
