@@ -48,6 +48,7 @@ if TYPE_CHECKING or not cpu.available:
         record_buffer,
         rms_norm,
         rope_store_,
+        route,
         router_topk,
         swiglu_ffn,
     )
@@ -61,6 +62,7 @@ else:
         bind_cache,
         bind_step,
         combine,
+        route,
     )
     from glmlocal.kernels.cpu.linear import PackedExperts as ExpertWeights
     from glmlocal.kernels.cpu.linear import bind_experts, pack_experts
@@ -109,6 +111,7 @@ __all__ = [
     "record_buffer",
     "rms_norm",
     "rope_store_",
+    "route",
     "router_topk",
     "set_num_threads",
     "swiglu_ffn",

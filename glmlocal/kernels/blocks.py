@@ -125,10 +125,14 @@ def attention_block(
     )
     residual = x + ops.linear(context.view(tokens, -1), block.o_proj, None)
     hidden = ops.rms_norm(residual, block.post_attention_layernorm, block.rms_norm_eps)
-    router = block.router
-    if router is None:
+    if block.router is None:
         return BlockOutput(residual, hidden, None, None)
-    topk_ids, topk_weights = ops.router_topk(
+    return BlockOutput(residual, hidden, *choose(ops, block.router, hidden))
+
+
+def choose(ops: ModuleType, router: Router[W], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """topk_ids and topk_weights of ``BlockOutput``."""
+    ids, weights = ops.router_topk(
         ops.linear(hidden, router.weight, None),
         router.e_score_correction_bias,
         top_k=router.num_experts_per_tok,
@@ -137,7 +141,14 @@ def attention_block(
         norm_topk_prob=router.norm_topk_prob,
         routed_scaling_factor=router.routed_scaling_factor,
     )
-    return BlockOutput(residual, hidden, topk_ids, topk_weights)
+    return ids, weights
+
+
+def route(ops: ModuleType, block: AttentionBlock[W], x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the router would choose if attention added nothing to x: a guess, made before attention is computed."""
+    router = block.router
+    assert router is not None
+    return choose(ops, router, ops.rms_norm(x, block.post_attention_layernorm, block.rms_norm_eps))
 
 
 def combine(

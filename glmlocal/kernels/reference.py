@@ -360,6 +360,11 @@ def attention_block(block: BoundAttention, x: Tensor, step: BoundStep, cache: Bo
     return blocks.attention_block(sys.modules[__name__], block, x, step, cache)
 
 
+def route(block: BoundAttention, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the block's router would choose for x fp32 [tokens, hidden] without its attention (see ``blocks.py``)."""
+    return blocks.route(sys.modules[__name__], block, x)
+
+
 def combine(
     residual: Tensor, hidden: Tensor, routed: Tensor | None, ffn: tuple[Weight, Weight, Weight] | None
 ) -> Tensor:

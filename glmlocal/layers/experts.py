@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,9 +10,16 @@ from torch import Tensor
 
 from glmlocal import kernels
 
+Route = Callable[[], tuple[Tensor, Tensor]]  # int32 topk_ids and fp32 topk_weights, [tokens, top_k]
+
 
 class Pending(Protocol):
     """Routed experts at work."""
+
+    @property
+    def is_done(self) -> bool:
+        """``wait`` has nothing to wait for; else the caller does other work first."""
+        ...
 
     def wait(self) -> Tensor:
         """Their weighted sum, fp32 [tokens, hidden]."""
@@ -26,12 +34,19 @@ class Experts(Protocol):
         """Held in memory."""
         ...
 
-    def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending: ...
+    def foresee(self, num_tokens: int, route: Route) -> None:
+        """Told before the layer's attention is computed; ``route`` guesses what the router will choose after it."""
+        ...
+
+    def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending:
+        """Begin; the caller calls ``wait`` before anything else of the layer's, whatever happens."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Done:
     out: Tensor
+    is_done: bool = True
 
     def wait(self) -> Tensor:
         return self.out
@@ -46,6 +61,9 @@ class ResidentExperts:
     @property
     def nbytes(self) -> int:
         return self.weights.nbytes
+
+    def foresee(self, num_tokens: int, route: Route) -> None:
+        """Nothing is to be fetched."""
 
     def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending:
         return _Done(kernels.experts_ffn(x, topk_ids, topk_weights, self.weights))

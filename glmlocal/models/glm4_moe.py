@@ -39,13 +39,21 @@ class DecoderLayer:
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
         """x fp32 [tokens, hidden] → the same; writes this layer's keys and values to the cache."""
-        out = kernels.attention_block(self.attention, x, context.step, context.kv_cache.layers[self.index])
-        routed = None
         if self.experts is not None:
-            assert out.topk_ids is not None
-            assert out.topk_weights is not None
-            routed = self.experts.submit(out.hidden, out.topk_ids, out.topk_weights).wait()
-        return kernels.combine(out.residual, out.hidden, routed, self.mlp or self.shared_experts)
+            self.experts.foresee(x.shape[0], lambda: kernels.route(self.attention, x))
+        out = kernels.attention_block(self.attention, x, context.step, context.kv_cache.layers[self.index])
+        if self.experts is None:
+            return kernels.combine(out.residual, out.hidden, None, self.mlp)
+        assert out.topk_ids is not None
+        assert out.topk_weights is not None
+        routed = self.experts.submit(out.hidden, out.topk_ids, out.topk_weights)
+        if routed.is_done or self.shared_experts is None:
+            return kernels.combine(out.residual, out.hidden, routed.wait(), self.shared_experts)
+        try:
+            shared = kernels.swiglu_ffn(out.hidden, *self.shared_experts)
+        finally:
+            arrived = routed.wait()
+        return out.residual + (shared + arrived)  # as ``combine`` adds them
 
 
 @dataclass(frozen=True, slots=True)

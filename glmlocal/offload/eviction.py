@@ -119,23 +119,27 @@ def hit_rate(steps: Sequence[Sequence[int]], num_slots: int, policy: Policy, ste
     """Of the keys that steps ask for, the part that a cache of ``num_slots`` holds. Starts empty.
 
     Each step's keys are protected while it runs, as by a lease; ``num_slots`` must be at least the longest step.
-    ``steps_per_token``: layers that share the cache, one step each.
+    ``steps_per_token``: layers that share the cache, one step each, every one by its own clock as in ``ExpertStore``;
+    1: one clock for all.
     """
+    clock = [0] * steps_per_token  # tokens that each layer has seen
+    layer_of: dict[int, int] = {}
     known: dict[int, History] = {}
     held: set[int] = set()
     hits = lookups = 0
-    for time, keys in enumerate(steps):
+    for place, keys in enumerate(steps):
+        layer = place % steps_per_token
+        clock[layer] = place // steps_per_token
+        layer_of |= dict.fromkeys(keys, layer)
         lookups += len(keys)
         hits += sum(key in held for key in keys)
         for key in keys:
-            known[key] = policy.touched(key, known.get(key, History()), time / steps_per_token, 1.0)
+            known[key] = policy.touched(key, known.get(key, History()), clock[layer], 1.0)
         asked = set(keys)
         for key in keys:
             if key in held:
                 continue
             if len(held) >= num_slots:
-                held.remove(
-                    min((each for each in held if each not in asked), key=lambda each: (known[each].worth, each))
-                )
+                held.remove(min(held - asked, key=lambda each: (known[each].worth - clock[layer_of[each]], each)))
             held.add(key)
     return hits / lookups if lookups else 0.0

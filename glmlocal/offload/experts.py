@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from glmlocal.kernels.cpu.slots import SlotExperts
-from glmlocal.layers.experts import Pending
+from glmlocal.layers.experts import Pending, Route
 from glmlocal.offload.dispatch import dispatch
 from glmlocal.offload.eviction import burst_weight
+from glmlocal.offload.foresight import Foresight
 from glmlocal.offload.gpu_pool import GpuPool
 from glmlocal.offload.host import HostPool
-from glmlocal.offload.store import ExpertStore
+from glmlocal.offload.store import ExpertStore, Lease
+from glmlocal.offload.tiers import ExpertKey, Residency
+
+FORESEEN_TOKENS = 8  # of a step, for which experts are read ahead
 
 
 class RowBuffer:
@@ -35,14 +41,34 @@ class RowBuffer:
 @dataclass(frozen=True, slots=True)
 class _Done:
     out: Tensor
+    is_done: bool = True
 
     def wait(self) -> Tensor:
         return self.out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Working:
+    """Some experts are computed, the others on their way; ``held`` has their leases."""
+
+    experts: OffloadedExperts
+    lease: Lease
+    held: ExitStack
+    counts: Mapping[int, int]  # expert → tokens
+    others: Mapping[int, float]  # experts that no GPU had
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    rows: Tensor
+    is_done: bool = False
+
+    def wait(self) -> Tensor:
+        return self.experts._finish(self)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class OffloadedExperts:
-    """``submit`` computes what is in slots while the rest is read, then whoever has arrived, until all have been had.
+    """``submit`` computes what is in slots while the rest is read, ``wait`` whoever arrives, until all have been had.
 
     With a GPU, what it holds is computed there meanwhile, and of a long prompt also what is faster uploaded than
     computed here. The order does not show: results are kept apart and added in order of expert id, as
@@ -55,6 +81,8 @@ class OffloadedExperts:
     pool: HostPool  # the store's slots
     buffer: RowBuffer
     before: Callable[[], None]  # called once per step and layer; keeps the memory within its limits
+    foresight: Foresight
+    bytes_per_s: Callable[[], float]  # of the disk
     gpu: GpuPool | None = None  # of the layer
 
     @property
@@ -62,46 +90,75 @@ class OffloadedExperts:
         """Nothing of its own: the slots are everybody's."""
         return 0
 
+    def foresee(self, num_tokens: int, route: Route) -> None:
+        """Begin to read what ``route`` expects, if it was mostly right of late. Prompts want nearly all experts, and
+        their attention takes little of the time."""
+        if num_tokens > FORESEEN_TOKENS or not self.foresight.wants_guess():
+            return
+        start_s = time.perf_counter()
+        topk_ids, topk_weights = route()
+        weight_of: Counter[int] = Counter()
+        for expert, weight in zip(topk_ids.flatten().tolist(), topk_weights.flatten().tolist(), strict=True):
+            weight_of[expert] += weight
+        likeliest = [expert for expert, _ in weight_of.most_common()]
+        if self.gpu is not None:
+            likeliest = self.gpu.without_hits(self.layer, likeliest)
+        missing = [e for e in likeliest if self.store.lookup(ExpertKey(self.layer, e)) is Residency.MISS]
+        most = self.foresight.most_reads(self.bytes_per_s(), self.pool.slot_bytes)
+        self.foresight.guessed(missing[:most], time.perf_counter() - start_s)
+        if self.foresight.is_trusted:
+            self.store.expect(self.layer, likeliest, most)
+
     def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending:
-        """As ``Experts.submit``. Raises CheckpointError when an expert cannot be read; the store stays usable."""
+        """As ``Experts.submit``; ``wait`` raises CheckpointError where an expert cannot be read, and all can go on."""
         self.before()
         num_tokens, top_k = topk_ids.shape
         counts = Counter(topk_ids.flatten().tolist())
         uses = {expert: burst_weight(counts[expert], num_tokens) for expert in sorted(counts)}
+        if num_tokens <= FORESEEN_TOKENS:
+            self.foresight.compare(uses)
         rows = self.buffer.get(num_tokens * top_k, self.slots.row_floats)
-        if self.gpu is None:
-            with self.store.acquire(self.layer, uses, num_tokens) as lease:
-                for wave in lease.waves():
-                    self._compute(wave, x, topk_ids, rows)
-        else:
-            with (
-                self.gpu.hits(self.layer, uses, x, topk_ids, rows) as others,
-                self.store.acquire(self.layer, others, num_tokens) as lease,
-            ):
-                for wave in lease.waves():
-                    self._divide(self.gpu, wave, counts, x, topk_ids, rows)
-            self.gpu.rise(self.layer, others)
-        return _Done(self.slots.weigh(rows, topk_ids, topk_weights))
-
-    def _compute(self, wave: list[tuple[int, int]], x: Tensor, topk_ids: Tensor, rows: Tensor) -> None:
-        addresses = [self.pool.address(slot) for _, slot in wave]
-        self.slots.rows(x, topk_ids, [expert for expert, _ in wave], addresses, rows)
-
-    def _divide(
-        self,
-        gpu: GpuPool,
-        wave: list[tuple[int, int]],
-        counts: Mapping[int, int],
-        x: Tensor,
-        topk_ids: Tensor,
-        rows: Tensor,
-    ) -> None:
-        """A wave between the CPU and the GPU's staging slots, both at once."""
-        slot_of = dict(wave)
-        chosen = dispatch({expert: counts[expert] for expert in slot_of}, gpu.costs)
-        sources = [(expert, self.pool.view(slot_of[expert])) for expert in chosen.streamed]
-        streamed = gpu.stream(self.layer, sources, x, topk_ids, rows)
+        with ExitStack() as held:
+            others = uses
+            if self.gpu is not None:
+                others = held.enter_context(self.gpu.hits(self.layer, uses, x, topk_ids, rows))
+            lease = held.enter_context(self.store.acquire(self.layer, others, num_tokens))
+            working = _Working(self, lease, held.pop_all(), counts, others, x, topk_ids, topk_weights, rows)
+        if lease.is_over:
+            return _Done(working.wait())
         try:
-            self._compute([(expert, slot_of[expert]) for expert in chosen.on_cpu], x, topk_ids, rows)
+            if lease.has_present:
+                self._divide(lease.take(), working)
+        except BaseException:
+            working.held.close()
+            raise
+        return working
+
+    def _finish(self, working: _Working) -> Tensor:
+        stalled_s = self.store.stall_s
+        with working.held:
+            for wave in working.lease.waves():
+                self._divide(wave, working)
+        if len(working.topk_ids) <= FORESEEN_TOKENS:
+            self.foresight.waited(self.store.stall_s - stalled_s)
+        if self.gpu is not None:
+            self.gpu.rise(self.layer, working.others)
+        return self.slots.weigh(working.rows, working.topk_ids, working.topk_weights)
+
+    def _compute(self, wave: list[tuple[int, int]], working: _Working) -> None:
+        addresses = [self.pool.address(slot) for _, slot in wave]
+        self.slots.rows(working.x, working.topk_ids, [expert for expert, _ in wave], addresses, working.rows)
+
+    def _divide(self, wave: list[tuple[int, int]], working: _Working) -> None:
+        """Compute a wave, with a GPU in part in its staging slots, both at once."""
+        if self.gpu is None:
+            self._compute(wave, working)
+            return
+        slot_of = dict(wave)
+        chosen = dispatch({expert: working.counts[expert] for expert in slot_of}, self.gpu.costs)
+        sources = [(expert, self.pool.view(slot_of[expert])) for expert in chosen.streamed]
+        streamed = self.gpu.stream(self.layer, sources, working.x, working.topk_ids, working.rows)
+        try:
+            self._compute([(expert, slot_of[expert]) for expert in chosen.on_cpu], working)
         finally:
             streamed.wait()  # the wave's slots are given back after this

@@ -95,6 +95,10 @@ class GpuPool:
             finally:
                 done.wait()
 
+    def without_hits(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Those that are not here."""
+        return [e for e in experts if self.store.lookup(ExpertKey(layer, e)) is not Residency.HIT]
+
     def stream(
         self, layer: int, sources: Sequence[tuple[int, NDArray[np.uint8]]], x: Tensor, topk_ids: Tensor, rows: Tensor
     ) -> Event:
@@ -158,6 +162,9 @@ class UploadSource:
             return False
         self._under_way[slot] = self._memory.upload(slot, self._view(source)), source
         return True
+
+    def cancel(self, slot: int) -> None:
+        """Uploads go on: they are few."""
 
     def arrival(self, timeout_s: float) -> Arrival | None:
         slot = next((slot for slot, (event, _) in self._under_way.items() if event.is_done()), None)

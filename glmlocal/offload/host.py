@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,10 @@ from numpy.typing import NDArray
 
 from glmlocal import memory
 from glmlocal.errors import PlanError
+from glmlocal.offload import pages
 from glmlocal.units import MIB, format_bytes
+
+log = logging.getLogger(__name__)
 
 HUGE_PAGE = 2 * MIB
 PRESSURE_BYTES = 192 * MIB  # less than this left, and slots are given back
@@ -21,10 +26,11 @@ RELIEF_BYTES = 2 * PRESSURE_BYTES  # so much is to be left then; from twice that
 class HostPool:
     """``num_slots`` slots of ``slot_bytes``, a multiple of the page size, one after another.
 
-    Memory is only reserved here: a slot takes it when it is first filled. Raises PlanError.
+    Memory is only reserved here: a slot takes it when it is first filled, from all NUMA nodes in turns, because all
+    threads read all slots. ``pinned``: it is never swapped out, where the system allows that. Raises PlanError.
     """
 
-    def __init__(self, num_slots: int, slot_bytes: int) -> None:
+    def __init__(self, num_slots: int, slot_bytes: int, *, pinned: bool = False) -> None:
         if slot_bytes % mmap.PAGESIZE:
             raise ValueError(f"slots of {slot_bytes} bytes, wanted a multiple of {mmap.PAGESIZE}")
         self.num_slots, self.slot_bytes = num_slots, slot_bytes
@@ -44,6 +50,9 @@ class HostPool:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without them
                 self._map.madvise(mmap.MADV_HUGEPAGE)
+        if len(nodes := pages.nodes()) > 1 and (code := pages.interleave(self._address, self.nbytes, nodes)):
+            log.info("expert slots are not spread over the NUMA nodes: %s", os.strerror(code))
+        self._is_pinned = pinned and self._pin()
 
     @property
     def nbytes(self) -> int:
@@ -59,8 +68,19 @@ class HostPool:
 
     def release(self, slot: int) -> None:
         """Give the slot's memory back to the system; it reads as zeros until it is filled again."""
+        if self._is_pinned:  # until it is filled again, and is not pinned then
+            pages.unpin(self.address(slot), self.slot_bytes)
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, self._skipped + slot * self.slot_bytes, self.slot_bytes)
+
+    def _pin(self) -> bool:
+        if code := pages.pin(self._address, self.nbytes):
+            log.warning(
+                "expert slots are not pinned (%s); raise the limit of locked memory (`ulimit -l`) to %s",
+                os.strerror(code),
+                format_bytes(self.nbytes),
+            )
+        return not code
 
 
 def slots_to_release(available_bytes: int, slot_bytes: int) -> int:

@@ -19,7 +19,7 @@ from glmlocal.units import MIB
 log = logging.getLogger(__name__)
 
 THREADS = 4
-PIECE_BYTES = 4 * MIB
+PIECE_BYTES = MIB  # 4 MiB are no faster, and a read that is given up ends with its pieces
 
 
 class Reader(Protocol):
@@ -34,8 +34,9 @@ class Reader(Protocol):
     @property
     def busy_s(self) -> float: ...
     def submit(self, token: int, offset: int, num_bytes: int, destination: int) -> bool: ...
+    def cancel(self, token: int) -> bool: ...
     def next(self, timeout_s: float) -> tuple[int, int] | None:
-        """(token, errno or 0 or SHORT_READ) of a read that has ended."""
+        """(token, errno or 0, SHORT_READ or CANCELLED) of a read that has ended."""
         ...
 
 
@@ -98,12 +99,17 @@ class PackSource:
         self._under_way[slot] = record
         return True
 
+    def cancel(self, slot: int) -> None:
+        self._reader.cancel(slot)
+
     def arrival(self, timeout_s: float) -> Arrival | None:
         found = self._reader.next(timeout_s)
         if found is None:
             return None
         slot, code = found
         record = self._under_way.pop(slot)
+        if code == _cpu.CANCELLED:
+            return Arrival(slot, is_cancelled=True)
         return Arrival(slot, self._problem(record, slot, code))
 
     def _problem(self, record: Record, slot: int, code: int) -> CheckpointError | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,7 @@ from glmlocal.kernels.cpu.slots import SlotExperts, bind_layout
 from glmlocal.offload import host, trace
 from glmlocal.offload.eviction import Policy, lfru
 from glmlocal.offload.experts import OffloadedExperts, RowBuffer
+from glmlocal.offload.foresight import Foresight
 from glmlocal.offload.gpu_pool import GpuPool, GpuShare
 from glmlocal.offload.nvme import PackSource, Reader, open_reader
 from glmlocal.offload.stats import OffloadStats, bottleneck, since, together
@@ -23,6 +25,7 @@ from glmlocal.units import format_bytes
 log = logging.getLogger(__name__)
 
 OpenReader = Callable[[ExpertPack, int], Reader]
+PIN = "GLMLOCAL_PIN_SLOTS"  # of the environment; 1: the slots are never swapped out
 CHECK_S = 0.5  # how often the memory that is left is looked at
 STALL_WARNS_ABOVE = 0.5  # of the time, waiting for the disk
 _WARN_AFTER_S = 5.0
@@ -61,11 +64,11 @@ class Offload:
                 "give more --ram"
             )
         self._most_reads = max(top_k, 1)
-        self._pool = host.HostPool(num_slots, slot_bytes)
+        self._pool = host.HostPool(num_slots, slot_bytes, pinned=os.environ.get(PIN) == "1")
         self._source = PackSource(pack, self._pool, open_reader(pack, self._most_reads))
         chosen = policy or lfru(num_slots, len(layers) * top_k)
         self.store = ExpertStore(layers, pack.num_experts, num_slots, self._source, chosen, most_reads=self._most_reads)
-        self._buffer = RowBuffer()
+        self._buffer, self.foresight = RowBuffer(), Foresight()
         self._bound: dict[ExpertLayout, SlotExperts] = {}
         self._available_bytes, self._next_check_s = available_bytes, 0.0
         self._full: tuple[float, OffloadStats] | None = None  # when the slots were full, and what had been by then
@@ -106,7 +109,17 @@ class Offload:
         if slots is None:
             slots = self._bound[layout] = bind_layout(layout, self._pack.num_experts, self._activations)
         gpu = self._gpu_of.get(layer)
-        return OffloadedExperts(layer, slots, self.store, self._pool, self._buffer, self._look_after, gpu)
+        return OffloadedExperts(
+            layer,
+            slots,
+            self.store,
+            self._pool,
+            self._buffer,
+            self._look_after,
+            self.foresight,
+            self._bytes_per_s,
+            gpu,
+        )
 
     def warm(self) -> int:
         """Read the experts that were hottest in earlier runs into the slots, as many as fit, and the hottest of those
@@ -147,6 +160,10 @@ class Offload:
             for gpu in self._gpus:  # which are asked first, and so know of all uses
                 heats |= gpu.store.heats()
             trace.save(self._pack, trace.RouteTrace(earlier + num_tokens, heats))
+
+    def _bytes_per_s(self) -> float:
+        reader = self._source.reader
+        return reader.bytes_read / busy_s if (busy_s := reader.busy_s) else 0.0
 
     def drain(self) -> None:
         """Wait for all reads and uploads that are under way."""

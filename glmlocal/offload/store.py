@@ -26,10 +26,11 @@ _POLL_S = 0.5  # a wait for the disk is in turns of it, so that Ctrl-C is heard
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A read that has ended. ``error`` None: the record is in the slot, whole and checked."""
+    """A read that has ended. ``error`` None and not cancelled: the record is in the slot, whole and checked."""
 
     slot: int
     error: GlmlocalError | None = None
+    is_cancelled: bool = False
 
 
 class Source(Protocol):
@@ -37,6 +38,10 @@ class Source(Protocol):
 
     def start(self, key: ExpertKey, slot: int) -> bool:
         """Begin to read; False: too much is under way already. The slot is the reader's until it has arrived."""
+        ...
+
+    def cancel(self, slot: int) -> None:
+        """Nobody waits for what is read into the slot: it may arrive as cancelled, and soon."""
         ...
 
     def arrival(self, timeout_s: float) -> Arrival | None:
@@ -91,6 +96,7 @@ class ExpertStore:
         self._row_in = np.full(num_slots, _EMPTY)
         self._open: list[Lease] = []
         self._prefetched: set[int] = set()  # keys, until they are used
+        self._expected: set[int] = set()  # keys that are read because the next acquire may ask for them
         self._time = [0.0] * len(layers)  # tokens that the layer has seen
         self._counts = [0] * 5  # lookups, hits, evictions, prefetched, prefetch hits
         self._stall_s = 0.0
@@ -111,6 +117,11 @@ class ExpertStore:
     @property
     def num_pending(self) -> int:
         return len(self._pending)
+
+    @property
+    def stall_s(self) -> float:
+        """As of ``StoreStats``."""
+        return self._stall_s
 
     def lookup(self, key: ExpertKey) -> Residency:
         """Where the expert is; changes nothing."""
@@ -137,10 +148,17 @@ class ExpertStore:
                 self._rank[slot] = self._rank_of(key)
 
     def acquire(self, layer: int, uses: Mapping[int, float], num_tokens: int = 1) -> Lease:
-        """Lease experts of a layer, which counts as using them; reads of those that are missing begin at once."""
+        """Lease experts of a layer, which counts as using them; reads of those that are missing begin at once.
+
+        Reads that were begun for it in vain (``expect``) are given up.
+        """
         self._collect(0.0)
         self.touch(layer, uses, num_tokens)
         base = self._row[layer] * self._num_experts
+        for key in self._expected.difference(base + expert for expert in uses):
+            if (slot := self._slot_of.get(key)) in self._pending and not self._leases[slot]:
+                self._source.cancel(slot)
+        self._expected.clear()
         return Lease(self, [base + expert for expert in uses], base)
 
     def acquire_present(self, layer: int, uses: Mapping[int, float], num_tokens: int = 1) -> Lease:
@@ -188,6 +206,31 @@ class ExpertStore:
             self._prefetched.add(key)
         self._counts[3] += begun
         return begun
+
+    def expect(self, layer: int, experts: Sequence[int], most: int) -> int:
+        """Begin to read what the next ``acquire`` of the layer will probably ask for, likeliest first, while the disk
+        is idle; how many of ``most`` reads have begun. None of these experts leaves for them."""
+        self._collect(0.0)
+        if self._pending:
+            return 0
+        keys = [self._row[layer] * self._num_experts + expert for expert in experts]
+        kept = [slot for slot in map(self._slot_of.get, keys) if slot is not None]
+        ranks, self._rank[kept] = self._rank[kept], np.inf
+        begun: list[int] = []
+        for key in keys:
+            if len(begun) == most:
+                break
+            if key in self._slot_of:
+                continue
+            slot = self._make_room()
+            if slot is None or not self._start(key, slot):
+                break
+            begun.append(key)
+        self._rank[kept] = ranks
+        self._expected.update(begun)
+        self._prefetched.update(begun)
+        self._counts[3] += len(begun)
+        return len(begun)
 
     def shrink(self, num_slots: int) -> list[int]:
         """Give up so many slots, of those worth least; those whose memory may go. Leased ones stay."""
@@ -288,7 +331,7 @@ class ExpertStore:
             found = True
             slot = arrival.slot
             self._pending.discard(slot)
-            if arrival.error is not None:
+            if arrival.error is not None or arrival.is_cancelled:
                 for lease in self._open:
                     lease._lose(self._key_in[slot], arrival.error)
                 self._empty(slot)
@@ -336,6 +379,16 @@ class Lease:
             store._prefetched.discard(key)
         store._counts[0] += len(keys)
         self._request()
+
+    @property
+    def has_present(self) -> bool:
+        """The next ``take`` will not wait for the disk."""
+        return bool(self._here)
+
+    @property
+    def is_over(self) -> bool:
+        """All that are left are present: a ``take`` brings them, and that is all."""
+        return not self._waiting and not self._missing
 
     def waves(self) -> Iterator[list[tuple[int, int]]]:
         """(expert, slot) of all, in waves: first those that are here, then whoever has arrived.
@@ -399,15 +452,17 @@ class Lease:
             self._missing.pop(0)
 
     def _advance(self) -> None:
-        """Sort out what has arrived, and ask for more."""
+        """Ask for more, and sort out what has arrived: what is asked for may be there, read for another lease."""
         if self._error is not None:
             raise self._error
+        self._request()
         pending, slot_of = self._store._pending, self._store._slot_of
         self._here += [key for key in self._waiting if slot_of[key] not in pending]
         self._waiting = [key for key in self._waiting if slot_of[key] in pending]
-        self._request()
 
-    def _lose(self, key: int, error: GlmlocalError) -> None:
+    def _lose(self, key: int, error: GlmlocalError | None) -> None:
+        """It could not be read; without an error: it was given up before this lease asked for it, and is read again."""
         if key in self._waiting:
             self._waiting.remove(key)
-            self._error = error
+            self._missing += [key] if error is None else []
+            self._error = self._error or error

@@ -1,18 +1,23 @@
-"""A model on a hub → a pack, shard by shard: fetch one, make what is complete with it, delete it.
+"""A model on a hub → a pack, shard by shard: fetch one, make what is complete with it while the next comes, delete it.
 
-Never more of the checkpoint is on the disk than the shards whose experts wait for a part in a later one; in releases
-whose tensors are in order that is two. Whatever stops it, the next attempt goes on: the download's journal knows the
-shard that was on its way, the pack's the records that are made, and a shard is deleted only when the pack's journal has
-all that was made of it. A file that a snapshot in the cache refers to is used, and stays.
+Never more of the checkpoint is on the disk than the shards whose experts wait for a part in a later one, and the one
+that is fetched ahead; in releases whose tensors are in order that is three, two where there is no room for more.
+Whatever stops it, the next attempt goes on: the download's journal knows the shard that was on its way, the pack's the
+records that are made, and a shard is deleted only when the pack's journal has all that was made of it. A file that a
+snapshot in the cache refers to is used, and stays.
 """
 
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from types import TracebackType
 
 from glmlocal.errors import DownloadError
 from glmlocal.formats.index import Checkpoint, TensorIndex, TensorRef
@@ -78,15 +83,21 @@ def pull_packed(
         fetch_files(pull, [file for file in texts if not pull.cache.has(file)], options)
         with Maker(job, dense, stream.target, identity, threads=threads, on_bytes=meter.packed) as maker:
             shards = _Shards(stream, maker)
-            check_space({pull.cache.directory: shards.most_bytes(), stream.target: maker.missing_bytes()})
-            for shard in stream.shards:
-                if shards.is_needed(shard):
-                    if not pull.cache.has(shard):
-                        fetch_files(pull, [shard], options, meter.fetching)
+            has_room = _has_room_ahead(shards, stream, maker)
+            with _Fetching(pull, options, meter) as fetching:
+                for shard in stream.shards:
+                    if not shards.is_needed(shard):
+                        meter.fetched(shard)
+                        shards.drop_what_is_not_needed()
+                needed = [shard for shard in stream.shards if shards.is_needed(shard)]
+                for shard, following in zip_longest(needed, needed[1:]):
+                    fetching.begin(shard)
+                    fetching.wait()
+                    if following is not None and has_room:
+                        fetching.begin(following)
                     shards.here.append(shard)
                     maker.make(shards.complete(), shards.index(), stream.quant)
-                meter.fetched(shard)
-                shards.drop_what_is_not_needed()
+                    shards.drop_what_is_not_needed()
             for file in texts:
                 shutil.copyfile(pull.cache.blob(file), maker.directory / file.path)
             maker.finish()
@@ -94,26 +105,85 @@ def pull_packed(
     return stream.target
 
 
+def _has_room_ahead(shards: _Shards, stream: Stream, maker: Maker) -> bool:
+    """Raises DownloadError where there is no room even without a shard that is fetched ahead."""
+
+    def check(ahead: int) -> None:
+        check_space({stream.pull.cache.directory: shards.most_bytes(ahead), stream.target: maker.missing_bytes()})
+
+    try:
+        check(1)
+    except DownloadError:
+        check(0)
+        return False
+    return True
+
+
+class _Fetching:
+    """At most one shard on its way, by a thread of its own. Leaving it gives up what has not arrived."""
+
+    def __init__(self, pull: Pull, options: Options, meter: _Meter) -> None:
+        self._pull, self._options, self._meter = pull, options, meter
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fetch")
+        self._under_way: tuple[HubFile, Future[None]] | None = None
+        self._is_over = False
+
+    def __enter__(self) -> _Fetching:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_over = True
+        self._thread.shutdown(cancel_futures=True)  # within options.report_every_s
+
+    def begin(self, shard: HubFile) -> None:
+        """Unless it is under way; nothing else may be."""
+        if self._under_way is None:
+            self._under_way = shard, self._thread.submit(self._fetch, shard)
+        assert self._under_way[0] == shard
+
+    def wait(self) -> None:
+        """Until it is in the cache. Raises DownloadError, or OSError for ``storing_in``."""
+        assert self._under_way is not None
+        (_, future), self._under_way = self._under_way, None
+        future.result()
+
+    def _fetch(self, shard: HubFile) -> None:
+        if not self._pull.cache.has(shard):
+            fetch_files(self._pull, [shard], self._options, self._report)
+        self._meter.fetched(shard)
+
+    def _report(self, files: Iterable[Progress]) -> None:
+        if self._is_over:
+            raise DownloadError("packing has ended")  # what has arrived is kept; nobody hears of this
+        self._meter.fetching(files)
+
+
 class _Meter:
-    """Bytes fetched plus bytes packed: half of the work each."""
+    """Bytes fetched plus bytes packed: half of the work each. Told by several threads."""
 
     def __init__(self, on_bytes: Callable[[int], None]) -> None:
-        self._on_bytes, self._fetched, self._under_way, self._packed = on_bytes, 0, 0, 0
+        self._on_bytes, self._fetched, self._packed = on_bytes, dict[str, int](), 0
+        self._lock = threading.Lock()
 
     def fetching(self, files: Iterable[Progress]) -> None:
-        self._under_way = sum(file.done_bytes for file in files)
-        self._tell()
+        with self._lock:
+            self._fetched |= {file.path: file.done_bytes for file in files}
+            self._tell()
 
     def fetched(self, file: HubFile) -> None:
-        self._fetched, self._under_way = self._fetched + file.size_bytes, 0
-        self._tell()
+        with self._lock:
+            self._fetched[file.path] = file.size_bytes
+            self._tell()
 
     def packed(self, num_bytes: int) -> None:
-        self._packed = num_bytes
-        self._tell()
+        with self._lock:
+            self._packed = num_bytes
+            self._tell()
 
     def _tell(self) -> None:
-        self._on_bytes(self._fetched + self._under_way + self._packed)
+        self._on_bytes(sum(self._fetched.values()) + self._packed)
 
 
 class _Shards:
@@ -155,8 +225,8 @@ class _Shards:
                 blob.unlink()
         self.here = [shard for shard in self.here if self._pull.cache.has(shard)]
 
-    def most_bytes(self) -> int:
-        """Of the shards that will be here at once, beside those that are and stay."""
+    def most_bytes(self, ahead: int) -> int:
+        """Of the shards that will be here at once, beside those that are and stay; ``ahead`` are fetched early."""
         needs = {piece: shards for piece, shards in self._needs.items() if not self._maker.is_done(piece)}
         last: dict[HubFile, int] = {}  # shard → the place of the last one that it is needed with
         for shards in needs.values():
@@ -164,7 +234,7 @@ class _Shards:
             last |= {shard: max(last.get(shard, 0), end) for shard in shards}
         most = 0
         for step in range(len(self._order)):
-            held = (s for i, s in enumerate(self._order) if s in last and i <= step <= last[s])
+            held = (s for i, s in enumerate(self._order) if s in last and i - ahead <= step <= last[s])
             most = max(most, sum(shard.size_bytes for shard in held if not self._pull.cache.has(shard)))
         return most
 

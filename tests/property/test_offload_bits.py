@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import packed
 import tiny
+from glmlocal import kernels
 from glmlocal.engine.engine import Engine
 from glmlocal.formats.expert_pack import ExpertPack
 from glmlocal.kernels import cpu
@@ -57,6 +58,9 @@ class Shuffled:
         taken = self._inner.submit(token, offset, num_bytes, destination)
         self._under_way += taken
         return taken
+
+    def cancel(self, token: int) -> bool:
+        return self._inner.cancel(token)
 
     def next(self, timeout_s: float) -> tuple[int, int] | None:
         while self._under_way and (found := self._inner.next(1.0 if not self._done else 0.0)):
@@ -190,3 +194,38 @@ def test_with_all_slots_each_expert_is_read_once(directory: Path) -> None:
     assert stats is not None
     assert stats.read_bytes <= stats.slot_bytes
     assert stats.store.evictions == 0
+
+
+def test_shared_experts_are_computed_while_others_are_read(
+    directory: Path, resident: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = packed.engine_with(directory, SLOTS["top-k"])
+    text = texts(5, [7])[0]
+    original, leased = kernels.swiglu_ffn, []
+
+    def swiglu_ffn(x: torch.Tensor, *weights: kernels.Weight) -> torch.Tensor:
+        leased.append(sum(offload.store.num_leased for offload in engine.offloads.all))
+        return original(x, *weights)
+
+    monkeypatch.setattr(kernels, "swiglu_ffn", swiglu_ffn)
+    assert torch.equal(engine.logits(text), resident.logits(text))
+    assert len(leased) == MOE_LAYERS
+    assert min(leased) > 0, "reads were begun before"
+    _nothing_is_leased(engine)
+
+
+def test_what_fails_beside_the_reads_leaves_nothing_leased(
+    directory: Path, resident: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = packed.engine_with(directory, SLOTS["top-k"])
+    text = texts(6, [3])[0]
+
+    def fails(x: torch.Tensor, *weights: kernels.Weight) -> torch.Tensor:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "swiglu_ffn", fails)
+        with pytest.raises(MemoryError):
+            engine.logits(text)
+    _nothing_is_leased(engine)
+    assert torch.equal(engine.logits(text), resident.logits(text))

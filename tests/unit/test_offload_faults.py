@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +249,61 @@ def test_a_read_error_fails_the_requests_of_its_step_and_the_client_answers_on(
     assert list(tmp_path.rglob("*.json")), "the route trace is kept when the client closes"
 
 
+TWO = """
+import sys
+from glmlocal import LLM
+from glmlocal.engine.planning import plan_here
+from glmlocal.formats.index import open_checkpoint
+from glmlocal.planner.plan import Wants
+import packed
+checkpoint = open_checkpoint(sys.argv[1])
+plan = packed.offloaded(plan_here(checkpoint, "keep", Wants()), checkpoint, 3)
+with LLM(sys.argv[1], plan=plan) as llm:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        answer = llm.generate([int(word) for word in line.split()], max_tokens=4, temperature=0.0, ignore_eos=True)
+        print(list(answer.token_ids), flush=True)
+"""
+
+
+def test_two_processes_share_a_pack_and_keep_one_trace(model: Path, tmp_path: Path) -> None:
+    """Both at once, one of which is killed; the other answers on, and what is kept of the routing can be read."""
+    environment = {
+        "GLMLOCAL_HOME": str(tmp_path),
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(Path(packed.__file__).parent),
+    }
+    command = [sys.executable, "-c", TWO, str(model)]
+    pipe = subprocess.PIPE
+    running = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) for _ in range(2)]
+
+    def ask(process: subprocess.Popen[str], text: list[int]) -> str:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(" ".join(map(str, text)) + "\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+
+    try:
+        for process in running:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        answers = [ask(process, TEXT) for _ in range(3) for process in running]
+        assert len(set(answers)) == 1
+        assert answers[0].startswith("[")
+        running[0].kill()
+        running[0].wait()
+        assert ask(running[1], TEXT) == answers[0]
+        running[1].communicate()
+        assert running[1].returncode == 0
+        (kept,) = tmp_path.rglob("*.json")
+        assert json.loads(kept.read_text())["num_tokens"] > 0
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+
+
 def test_a_plan_for_nvme_needs_a_pack(model: Path) -> None:
     source = model.parent / "source"
     from glmlocal.engine.loader import load_engine
@@ -318,6 +376,29 @@ def test_reads_in_pieces_bring_the_bytes_of_the_file_and_no_more_than_the_queue_
         reader.submit(1, 100, 4096, pool.address(0))
     pool.release(1)
     assert not pool.view(1).any()
+
+
+def test_a_cancelled_read_leaves_its_place_to_the_next(tmp_path: Path) -> None:
+    records, size = 40, 1 << 20
+    data = os.urandom(size)
+    with open(tmp_path / "file", "wb") as file:
+        for _ in range(records):
+            file.write(data)
+    pool = host.HostPool(records, size)
+    reader = _cpu.NvmeReader(str(tmp_path / "file"), 1, 4096, records)
+    for slot in range(records):
+        assert reader.submit(slot, slot * size, size, pool.address(slot))
+    cancelled = [slot for slot in range(1, records - 1) if reader.cancel(slot)]
+    assert len(cancelled) > records // 2, "in 4 KiB pieces by one thread they cannot be done already"
+    assert not reader.cancel(records), "there is no such read"
+    found = dict(reader.next(10.0) for _ in range(records))  # type: ignore[misc]
+    assert found == {slot: _cpu.CANCELLED if slot in cancelled else 0 for slot in range(records)}
+    assert reader.next(0.0) is None
+    assert bytes(pool.view(records - 1)) == data
+    assert reader.bytes_read < (records - len(cancelled) + 2) * size, "what is cancelled is not read"
+    assert reader.submit(cancelled[0], 0, size, pool.address(cancelled[0])), "its place in the queue is free again"
+    assert reader.next(10.0) == (cancelled[0], 0)
+    assert bytes(pool.view(cancelled[0])) == data
 
 
 def test_stats_of_several_stores_add_up(model: Path) -> None:

@@ -34,6 +34,8 @@ class Disk:
         self.most = most
         self.is_stuck = False
         self.num_started = 0
+        self.cancelled: set[int] = set()  # slots
+        self.is_deaf = False  # cancelling comes too late
 
     def start(self, key: ExpertKey, slot: int) -> bool:
         if len(self.under_way) >= self.most:
@@ -44,10 +46,18 @@ class Disk:
         self.num_started += 1
         return True
 
+    def cancel(self, slot: int) -> None:
+        assert slot in [other for _, other in self.under_way]
+        if not self.is_deaf:
+            self.cancelled.add(slot)
+
     def arrival(self, timeout_s: float) -> Arrival | None:
         if not self.under_way or (self.is_stuck and timeout_s == 0.0):
             return None
         key, slot = self.under_way.popleft()
+        if slot in self.cancelled:
+            self.cancelled.discard(slot)
+            return Arrival(slot, is_cancelled=True)
         if self.fail_next:
             self.fail_next -= 1
             return Arrival(slot, IO_ERROR)
@@ -151,10 +161,21 @@ class StoreMachine(RuleBasedStateMachine):
     def prefetch(self, layer: int, experts: list[int]) -> None:
         self.store.prefetch([ExpertKey(layer, expert) for expert in experts])
 
-    @rule(seed=st.integers(0, 99), stuck=st.booleans(), failures=st.integers(0, 1))
-    def weather(self, seed: int, stuck: bool, failures: int) -> None:
+    @rule(
+        layer=st.sampled_from(LAYERS),
+        experts=st.lists(st.integers(0, EXPERTS - 1), max_size=4, unique=True),
+        most=st.integers(0, 3),
+    )
+    def expect(self, layer: int, experts: list[int], most: int) -> None:
+        there = {key for key in self.store.resident() if key.layer == layer and key.expert in experts}
+        begun = self.store.expect(layer, experts, most)
+        assert begun <= most
+        assert there <= self.store.resident(), "an expert that is expected left for another"
+
+    @rule(seed=st.integers(0, 99), stuck=st.booleans(), deaf=st.booleans(), failures=st.integers(0, 1))
+    def weather(self, seed: int, stuck: bool, deaf: bool, failures: int) -> None:
         self.disk.shuffle(seed)
-        self.disk.is_stuck, self.disk.fail_next = stuck, failures
+        self.disk.is_stuck, self.disk.is_deaf, self.disk.fail_next = stuck, deaf, failures
 
     @rule(count=st.integers(1, 2))
     def shrink(self, count: int) -> None:
@@ -319,6 +340,68 @@ def test_prefetch_waits_for_an_idle_disk_and_spares_what_is_worth_more() -> None
     assert store.prefetch([ExpertKey(4, 5)]) == 0, "the disk is busy"
     list(lease.waves())
     lease.close()
+
+
+def test_expected_experts_are_read_in_time_and_those_in_vain_are_given_up() -> None:
+    store, disk = store_of(4)
+    run(store, 3, 0, 1)
+    disk.is_stuck = True
+    assert store.expect(3, [1, 4, 5, 2], most=2) == 2, "the likeliest that are missing"
+    assert [key.expert for key, _ in disk.under_way] == [4, 5]
+    assert store.expect(3, [3], most=1) == 0, "the disk is busy"
+    with store.acquire(3, uses(0, 1, 4)) as lease:
+        assert disk.cancelled == {slot for key, slot in disk.under_way if key.expert == 5}
+        assert sorted(expert for wave in lease.waves() for expert, _ in wave) == [0, 1, 4]
+    store.drain()
+    assert store.resident() == {ExpertKey(3, expert) for expert in (0, 1, 4)}
+    stats = store.stats()
+    assert (stats.lookups, stats.hits, stats.prefetched, stats.prefetch_hits) == (5, 2, 2, 1)
+
+
+def test_an_expected_expert_that_another_lease_waits_for_is_not_given_up() -> None:
+    store, disk = store_of(4)
+    disk.is_stuck = True
+    assert store.expect(3, [5], most=1) == 1
+    with store.acquire(3, uses(5)) as lease:
+        store.acquire(3, uses(0)).close()
+        assert not disk.cancelled
+        assert [expert for expert, _ in lease.take()] == [5]
+
+
+def test_what_was_given_up_and_is_wanted_after_all_is_read_again() -> None:
+    store, disk = store_of(4)
+    disk.is_stuck = True
+    store.expect(3, [5], most=1)
+    store.acquire(3, uses(0)).close()
+    assert disk.cancelled
+    with store.acquire(3, uses(0, 5)) as lease:
+        assert sorted(expert for wave in lease.waves() for expert, _ in wave) == [0, 5]
+    assert [disk.slots[slot] for slot in range(4)].count(ExpertKey(3, 5)) == 1
+
+
+def test_an_expected_read_that_fails_is_nobodys_error() -> None:
+    store, disk = store_of(4)
+    disk.fail_next = 1
+    store.expect(3, [5], most=1)
+    store.drain()
+    assert everyone(store, 3, 5) == [5]
+
+
+def test_expected_experts_take_the_place_of_the_least_worth_but_of_none_that_is_expected() -> None:
+    store, _ = store_of(2)
+    run(store, 3, 0)
+    run(store, 3, 1)
+    assert store.expect(3, [0, 4, 5], most=2) == 1, "the other slot has one of them"
+    store.drain()
+    assert store.resident() == {ExpertKey(3, 0), ExpertKey(3, 4)}
+
+
+def test_an_expert_that_another_lease_has_read_meanwhile_is_had() -> None:
+    store, _ = store_of(2)
+    first, second = store.acquire(3, uses(0, 1, 2)), store.acquire(3, uses(2))
+    with first, second:
+        assert [expert for wave in first.waves() for expert, _ in wave] == [0, 1, 2]
+        assert [expert for expert, _ in second.take()] == [2]
 
 
 def test_a_pinned_slot_stays_and_one_is_never_pinned() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,23 @@ def test_a_damaged_trace_counts_as_none(pack: ExpertPack, text: str) -> None:
     file.parent.mkdir(parents=True)
     file.write_text(text, "utf-8")
     assert trace.load(pack) is None
+
+
+@pytest.mark.parametrize("call", ["fdopen", "replace"])
+def test_a_full_disk_costs_no_more_than_what_was_new(
+    pack: ExpertPack, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    trace.save(pack, TRACE)
+    kept = trace.load(pack)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        trace.save(pack, RouteTrace(999, {ExpertKey(1, 3): 1.0}))
+    assert trace.load(pack) == kept
+    assert len(list(trace.trace_file(pack).parent.iterdir())) == 1, "the unfinished file is gone"
 
 
 def test_that_it_cannot_be_kept_is_no_error(pack: ExpertPack) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import releases
 import tiny
 import tiny_gguf
-from glmlocal.errors import DownloadError
+from glmlocal.errors import CheckpointError, DownloadError
 from glmlocal.hub import headers, pull
 from glmlocal.hub.listing import HubFile
 from glmlocal.hub.names import Source
@@ -103,9 +104,83 @@ def test_quantized_matrices_whose_tensors_are_in_several_shards(kind: str, tmp_p
         assert files_of(pulled(hub, tmp_path / "hf", tmp_path / "pack", "keep")) == want
 
 
-def test_no_more_than_two_shards_are_here_at_once(
+def refusing(most_bytes: int) -> Callable[[dict[Path, int]], None]:
+    """A disk of such a size."""
+
+    def check(needs: dict[Path, int]) -> None:
+        if sum(needs.values()) > most_bytes:
+            raise DownloadError(f"no room for {sum(needs.values())} bytes")
+
+    return check
+
+
+def needs_of(server: HubServer, tmp_path: Path) -> list[int]:
+    """What is asked of the disk: with a shard ahead; then without one, where that is too much."""
+    asked: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def check(needs: dict[Path, int]) -> None:
+            asked.append(sum(needs.values()))
+            raise DownloadError("no room")
+
+        patch.setattr(streaming, "check_space", check)
+        with pytest.raises(DownloadError):
+            pulled(server, tmp_path / "hf-needs", tmp_path / "needs")
+    return asked
+
+
+def test_the_next_shard_comes_while_one_is_packed(
     server: HubServer, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Packing waits for the fetch of the next: were they in turns, it would wait in vain."""
+    original_make, original_fetch = streaming.Maker.make, streaming.fetch_files
+    began = [threading.Event() for _ in range(NUM_SHARDS)]
+    names = sorted(path.name for path in release.glob("*.safetensors"))
+    turns: list[int] = []
+
+    def fetch_files(plan: pull.Pull, files: list[HubFile], *rest: Any) -> None:
+        for file in files:
+            if file.path in names:
+                began[names.index(file.path)].set()
+        original_fetch(plan, files, *rest)
+
+    def make(self: streaming.Maker, *args: object) -> None:
+        turns.append(len(turns))
+        if len(turns) < NUM_SHARDS:
+            assert began[len(turns)].wait(10.0), f"shard {len(turns)} is not fetched while the one before is packed"
+        original_make(self, *args)  # type: ignore[arg-type]
+
+    want = files_of(pack(release, tmp_path / "local", "int4"))
+    monkeypatch.setattr(streaming.Maker, "make", make)
+    monkeypatch.setattr(streaming, "fetch_files", fetch_files)
+    assert files_of(pulled(server, tmp_path / "hf", tmp_path / "pack")) == want
+    assert len(turns) == NUM_SHARDS
+
+
+def test_packing_that_fails_gives_up_the_fetch_and_keeps_what_came(
+    server: HubServer, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(self: streaming.Maker, *args: object) -> None:
+        raise CheckpointError("a bad tensor")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming.Maker, "make", make)
+        with pytest.raises(CheckpointError, match="a bad tensor"):
+            pulled(server, tmp_path / "hf", tmp_path / "pack")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch")]
+    server.forget_served()
+    want = files_of(pack(release, tmp_path / "local", "int4"))
+    assert files_of(pulled(server, tmp_path / "hf", tmp_path / "pack")) == want
+    first = min(path for path in release.glob("*.safetensors"))
+    assert server.served_bytes(first.name) < 0.4 * first.stat().st_size
+
+
+def test_a_small_disk_has_no_more_than_two_shards_at_once(
+    server: HubServer, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead, without = needs_of(server, tmp_path)
+    assert without < ahead
+    monkeypatch.setattr(streaming, "check_space", refusing(without))
     seen: list[int] = []
     original = streaming.Maker.make
 

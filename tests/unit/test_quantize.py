@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -42,6 +44,45 @@ def test_the_error_is_below_that_of_the_largest_weight(heavy_tails: bool) -> Non
     wanted = weights(64, 1024, heavy_tails=heavy_tails)
     assert squared_error(quantize(wanted, INT4), wanted) < 0.95 * by_largest_weight(wanted, INT4)
     assert squared_error(quantize(wanted, INT8), wanted) < 0.97 * by_largest_weight(wanted, INT8)
+
+
+def rounded_by_largest(wanted: Floats, scheme: QuantScheme, *, both_ends: bool) -> Floats:
+    """The other usual roundings: the largest weight becomes -2^(bits - 1), or its size 2^(bits - 1) - 1."""
+    groups, end = wanted.reshape(-1, scheme.group_size), 1 << (scheme.bits - 1)
+    largest = groups[np.arange(len(groups)), np.abs(groups).argmax(axis=1)][:, None]
+    scale = np.abs(largest) / (end - 1) if both_ends else largest / -end
+    scale = scale.astype(np.float16).astype(np.float32)
+    return np.asarray(np.clip(np.rint(groups / scale), -end, end - 1) * scale, np.float32).reshape(wanted.shape)
+
+
+ROWS: dict[str, Callable[[np.random.Generator, tuple[int, int]], NDArray[np.float64]]] = {
+    "gaussian": lambda rng, shape: rng.standard_normal(shape),
+    "heavy tails": lambda rng, shape: rng.standard_t(3, shape),
+    "laplace": lambda rng, shape: rng.laplace(size=shape),
+    "single outliers": lambda rng, shape: rng.standard_normal(shape) * np.where(rng.random(shape) < 0.005, 20, 1),
+    "outlier rows": lambda rng, shape: rng.standard_normal(shape) * np.where(rng.random((shape[0], 1)) < 0.05, 20, 1),
+    "outlier columns": lambda rng, shape: (
+        rng.standard_normal(shape) * np.where(rng.random((1, shape[1])) < 0.02, 10, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("both_ends", [False, True])
+def test_rmse_plain_and_weighted_by_inputs_is_below_that_of_the_largest_weight(
+    kind: str, scheme: QuantScheme, both_ends: bool
+) -> None:
+    """Weighted by the mean square of each column's input, as an output's error is: what no weight knows of."""
+    rng = np.random.default_rng(0)
+    wanted = (ROWS[kind](rng, (192, 1024)) * 0.02).astype(np.float32)
+    ours = np.square(quantize(wanted, scheme).dequantize() - wanted)
+    theirs = np.square(rounded_by_largest(wanted, scheme, both_ends=both_ends) - wanted)
+    for weight in (np.ones(1024), rng.lognormal(0.0, 1.0, 1024)):
+        ratio = np.sqrt((ours * weight).sum() / (theirs * weight).sum())
+        assert ratio < 0.995, f"{ratio:.4f}"
+        if kind == "gaussian":
+            assert ratio < 0.96
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

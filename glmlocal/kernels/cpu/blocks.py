@@ -166,6 +166,10 @@ def attention_block(block: BoundAttention, x: Tensor, step: BoundStep, cache: Bo
     return BlockOutput(residual, hidden, topk_ids, topk_weights)
 
 
+def route(block: BoundAttention, x: Tensor) -> tuple[Tensor, Tensor]:
+    return blocks.route(ops, block.weights, x)
+
+
 def combine(
     residual: Tensor,
     hidden: Tensor,

@@ -141,6 +141,7 @@ void bind_offload(nb::module_& m) {
 
   m.attr("SECTOR_BYTES") = kSectorBytes;
   m.attr("SHORT_READ") = kShortRead;
+  m.attr("CANCELLED") = kCancelled;
   nb::class_<NvmeReader>(m, "NvmeReader")
       .def("__init__", [](NvmeReader* self, const std::string& path, int threads, int64_t piece_bytes, int max_queued, bool direct) {
         try {
@@ -154,6 +155,7 @@ void bind_offload(nb::module_& m) {
       .def("submit", [](NvmeReader& self, int64_t token, int64_t offset, int64_t num_bytes, Address destination) {
         return self.submit(token, offset, num_bytes, pointer<std::byte>(destination, "destination"));
       }, "token"_a, "offset"_a, "num_bytes"_a, "destination"_a)
+      .def("cancel", &NvmeReader::cancel, "token"_a)
       .def("next", [](NvmeReader& self, double timeout_s) -> std::optional<std::tuple<int64_t, int>> {
         std::optional<ReadDone> done;
         {

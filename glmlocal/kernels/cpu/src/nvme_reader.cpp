@@ -79,6 +79,23 @@ bool NvmeReader::submit(int64_t token, int64_t offset, int64_t num_bytes, std::b
   return true;
 }
 
+bool NvmeReader::cancel(int64_t token) {
+  bool begun;
+  {
+    std::lock_guard lock(mutex_);
+    const auto found = std::find_if(records_.begin(), records_.end(),
+                                    [&](const Record& each) { return each.token == token && each.next < each.num_bytes; });
+    if (found == records_.end()) return false;
+    found->error = kCancelled;
+    found->done += found->num_bytes - found->next;
+    found->next = found->num_bytes;
+    begun = found->done < found->num_bytes;  // the thread that ends its last piece says that the record is done
+    if (!begun) finish(*found);
+  }
+  if (!begun) finished_.notify_all();
+  return true;
+}
+
 std::optional<ReadDone> NvmeReader::next(double timeout_s) {
   std::unique_lock lock(mutex_);
   const auto ready = [this] { return !done_.empty() || unfinished_ == 0; };
@@ -124,14 +141,18 @@ void NvmeReader::run() {
     if (error != 0 && record.error == 0) record.error = error;
     record.done += size;
     if (record.done == record.num_bytes) {
-      done_.push_back({record.token, record.error});
-      --unfinished_;
-      // Later records may finish first: a deque keeps references valid only where it is popped at its ends.
-      record.num_bytes = record.next = 0;
-      while (!records_.empty() && records_.front().num_bytes == 0) records_.pop_front();
+      finish(record);
       finished_.notify_all();
     }
   }
+}
+
+void NvmeReader::finish(Record& record) {
+  done_.push_back({record.token, record.error});
+  --unfinished_;
+  // Later records may finish first: a deque keeps references valid only where it is popped at its ends.
+  record.num_bytes = record.next = 0;
+  while (!records_.empty() && records_.front().num_bytes == 0) records_.pop_front();
 }
 
 int NvmeReader::read_piece(int64_t offset, int64_t num_bytes, std::byte* destination) {

@@ -2,7 +2,7 @@
 //
 // submit() queues one record; its pieces are read by whichever threads are free, records in the order of submission. next()
 // returns finished ones in the order in which they finish. The destination belongs to the reader from submit() until its
-// completion has been returned. A mutex guards the queues; a completion is pushed after the last byte has been written and
+// completion has been returned, also where the record was cancelled meanwhile. A mutex guards the queues; a completion is pushed after the last byte has been written and
 // popped under the same mutex, so whoever pops it sees the bytes.
 #pragma once
 
@@ -23,9 +23,10 @@ inline constexpr int64_t kSectorBytes = 4096;  // offsets, sizes and addresses a
 
 struct ReadDone {
   int64_t token;  // as submitted
-  int error;      // 0; an errno; or kShortRead
+  int error;      // 0; an errno; kShortRead or kCancelled
 };
 inline constexpr int kShortRead = -1;  // the file ends before the record does
+inline constexpr int kCancelled = -2;
 
 class NvmeReader {
  public:
@@ -37,6 +38,9 @@ class NvmeReader {
 
   // Queues `num_bytes` at `offset` into `destination`. False, and nothing is queued, while max_queued records are unfinished.
   bool submit(int64_t token, int64_t offset, int64_t num_bytes, std::byte* destination);
+  // Pieces of the record that no thread has begun are not read any more, so that what is queued behind it comes first. False,
+  // and it is read as ever, where there are none of them.
+  bool cancel(int64_t token);
   // The next finished record, waiting for it if there is any unfinished one; nothing if there is none or time is up.
   std::optional<ReadDone> next(double timeout_s);
 
@@ -56,6 +60,7 @@ class NvmeReader {
   };
 
   void run();
+  void finish(Record& record);  // under the mutex; the reference is gone afterwards
   int read_piece(int64_t offset, int64_t num_bytes, std::byte* destination);
 
   int descriptor_ = -1;
