@@ -4,15 +4,8 @@
 #include <memory>
 #include <vector>
 
-#include "int8_rows.h"
-#include "packed_matrix.h"
-
-namespace glmlocal::GLM_ISA {
-void quantize_row(const float* x, int blocks, Int8Block* out);
-void panel_product_int8(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
-                        const std::byte* next);
-void panel_product(const PackedMatrix& w, int panel, const float* const* rows, int num_rows, float* out, ptrdiff_t out_stride);
-}  // namespace glmlocal::GLM_ISA
+#include "activations.h"
+#include "isa.h"
 
 namespace glmlocal {
 int run_blocks();  // sanitize_blocks.cpp
@@ -40,15 +33,23 @@ int multiply(const PackedMatrix& w, int num_rows) {
   for (std::vector<float>& row : floats) {
     for (float& x : row) x = float(rand() % 2001 - 1000) / 100;
     integers.push_back(allocate<Int8Block>(alignof(Int8Block), blocks));
-    GLM_ISA::quantize_row(row.data(), int(blocks), integers.back().get());
+    kernels().quantize_row(row.data(), int(blocks), integers.back().get());
     float_rows.push_back(row.data());
     integer_rows.push_back(integers.back().get());
+  }
+  Exact<Int8Group> groups{nullptr, std::free};
+  if (kernels().takes_groups && num_rows > kFewRows) {
+    std::vector<const Int8Block*> rows;
+    append_run(rows, num_rows, [&](int64_t m) { return integer_rows[size_t(m)]; });
+    const size_t count = rows.size() / kGroupRows * blocks;
+    groups = allocate<Int8Group>(alignof(Int8Group), count);
+    std::copy_n(gather_groups(Scratch::groups, rows, int64_t(blocks)), count, groups.get());
   }
   for (int panel = 0; panel < w.panels(); ++panel) {
     const int width = w.tiles_in(panel) * kTileRows;
     std::vector<float> out(size_t(num_rows) * width);
-    GLM_ISA::panel_product_int8(w, panel, integer_rows.data(), num_rows, out.data(), width, nullptr);
-    GLM_ISA::panel_product(w, panel, float_rows.data(), num_rows, out.data(), width);
+    kernels().panel_product_int8(w, panel, integer_rows.data(), groups.get(), num_rows, out.data(), width, nullptr);
+    kernels().panel_product(w, panel, float_rows.data(), num_rows, out.data(), width);
   }
   return w.panels();
 }
@@ -62,7 +63,7 @@ int multiply(const MatrixFormat& format, bool codebook, int64_t out, int64_t in)
   PackedMatrix w = make_packed_matrix(layout, format, data.get(), 2, values);
   if (!use_int8_activations(w)) std::abort();
   int products = 0;
-  for (int num_rows : {1, 2, 3, 4, 5, 6, 7, 13}) products += multiply(w, num_rows);
+  for (int num_rows : {1, 2, 3, 4, 5, 6, 7, 13, 16, 37}) products += multiply(w, num_rows);
   return products;
 }
 
