@@ -27,14 +27,16 @@ _MARKS = ("U32", "I32", "I8")  # dtypes of codes
 
 def joined(config: Mapping[str, Any], refs: Refs) -> tuple[Refs, dict[str, str]]:
     """The tensors with those of quantized matrices joined, and why others are not: X.weight → one sentence."""
-    modules = list(_modules(refs))
+    modules = dict(_modules(refs))
     if not modules:
         return refs, {}
     method, settings = _quantization(config)
     try:
         read = _READERS[method](settings) if method in _READERS else _unknown(method)
     except CheckpointError as error:
-        return refs, dict.fromkeys((f"{module}.weight" for module in modules), str(error))
+        return refs, {
+            f"{module}.weight": f"{quoted(ref.name)} is {ref.dtype}: {error}" for module, ref in modules.items()
+        }
     made: dict[str, TensorRef] = {}  # by the names of their codes
     used: set[str] = set()
     unreadable: dict[str, str] = {}
@@ -60,12 +62,12 @@ def joined(config: Mapping[str, Any], refs: Refs) -> tuple[Refs, dict[str, str]]
     return result, unreadable
 
 
-def _modules(refs: Refs) -> Iterator[str]:
-    """Of matrices whose codes are in a tensor that no plain or FP8 release has."""
+def _modules(refs: Refs) -> Iterator[tuple[str, TensorRef]]:
+    """Modules whose codes are in a tensor that no plain or FP8 release has, and that tensor."""
     for name, ref in refs.items():
         module, _, kind = name.rpartition(".")
         if (ref.dtype in _MARKS and kind in ("qweight", "weight_packed", "weight")) or kind == "weight_packed":
-            yield module
+            yield module, ref
 
 
 def _quantization(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -211,9 +211,10 @@ def _least_pool(demand: Demand, context: int) -> int:
 def _shared_pool(demand: Demand, context: int) -> int:
     """Where experts leave the fastest tier: one context, which all sequences share. More would push out more experts.
 
-    Where they may not leave, or there are none, the batch is what was asked for.
+    Where they may not leave, or there is nowhere to, the batch is what was asked for.
     """
-    may_leave = demand.wants.offload and demand.weights.all_experts > 0
+    has_tier_below = bool(demand.gpus) or demand.machine.nvme is not None
+    may_leave = demand.wants.offload and has_tier_below and demand.weights.all_experts > 0
     return _blocks(context) if may_leave else _least_pool(demand, context)
 
 
