@@ -68,7 +68,7 @@ def test_glm_5_2_from_a_slow_disk() -> None:
 
 
 def test_air_on_four_3090_is_promised_more_than_exllamav3_reached() -> None:
-    """29 tok/s, 4 bits per weight; "not optimized for Ampere", says another user. We promise about three times it at most."""
+    """29 tok/s, 4 bits per weight; "not optimized for Ampere", says another user. We promise about three times it."""
     rate = decode(placed("GLM-4.5-Air-MLX-4bit", 8192, gpus="4xRTX3090"), 0)
     assert rate.low > 29
     assert rate.high < 3.1 * 29
