@@ -83,6 +83,7 @@ class AnswerRunner:
             await asyncio.shield(showing)
         self._done(finished)
         await transcript.let_go()
+        await transcript.make_ready()
         await app.show_sessions()
 
     async def _keys_first(self) -> None:

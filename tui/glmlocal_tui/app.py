@@ -129,6 +129,7 @@ class ChatApp(App[int]):
         self.query_one(Prompt).use_history(await self.keeper.open())
         self.run_worker(self.keeper.run(), group="life")
         await self.show_sessions()
+        await self.query_one(Transcript).make_ready()
         await asyncio.to_thread(warm_up)
 
     # -- the server
@@ -206,7 +207,9 @@ class ChatApp(App[int]):
             return
         text = event.text[1:] if event.text.startswith("//") else event.text
         try:
-            attachments = await asyncio.to_thread(self._attachments, text, prompt.pastes())
+            pastes = prompt.pastes()
+            files = "@" in text
+            attachments = await asyncio.to_thread(self._attachments, text, pastes) if files else _pasted(pastes)
         except ValueError as error:
             self.say(str(error), problem=True)
             return
@@ -227,7 +230,7 @@ class ChatApp(App[int]):
         """The files and pastes of a text. Raises ValueError for a file that cannot be sent."""
         found = mentions.find(text, self.options.root)
         files = [mentions.read(mention, self.options.root) for mention in found]
-        return files + [Attachment("paste", token, paste) for token, paste in pastes.items()]
+        return files + _pasted(pastes)
 
     # -- what is on the screen
 
@@ -409,3 +412,7 @@ class ChatApp(App[int]):
             error = self._exception
             path.write_text("".join(traceback.format_exception(error)) if error else "", encoding="utf-8")
         return path
+
+
+def _pasted(pastes: dict[str, str]) -> list[Attachment]:
+    return [Attachment("paste", token, text) for token, text in pastes.items()]

@@ -11,6 +11,7 @@ from glmlocal_tui.store import CORRUPT, Store, StoreError
 
 T = TypeVar("T")
 _SAVE_EVERY_S, _RETRY_EVERY_S = 1.0, 5.0
+_SAVE_AFTER_S = 0.3  # not in the moment in which the answer is waited for
 
 
 class Keeper:
@@ -49,6 +50,7 @@ class Keeper:
         """Save until cancelled."""
         while True:
             await self._wake.wait()
+            await asyncio.sleep(_SAVE_AFTER_S)
             self._wake.clear()
             if not await self.flush():
                 await asyncio.sleep(_RETRY_EVERY_S)

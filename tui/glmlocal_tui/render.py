@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.style import Style
+from rich.text import Text
 from rich.theme import Theme
 from textual.strip import Strip
 
@@ -51,6 +52,11 @@ def block_lines(block: Block, look: Look, number: int) -> list[Strip]:
     while lines and not lines[0].text.strip():
         lines.pop(0)
     return [*lines, Strip.blank(look.width)] if lines else []
+
+
+def plain_lines(text: str, look: Look) -> list[Strip]:
+    """A muted text without Markdown."""
+    return _lines(Text(text, Style.parse(look.muted)), look)
 
 
 def warm_up() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import sys
 from pathlib import Path
 
 from glmlocal_tui.options import Options
@@ -27,7 +28,8 @@ def run(options: Options) -> int:
     from glmlocal_tui.app import ChatApp
 
     gc.freeze()  # code and styles stay for good: a full collection among them would hold a key up for 0.1 s
-    gc.set_threshold(20_000, 50, 100)
+    gc.set_threshold(5_000, 5, 100)  # 20,000 were 4 to 12 ms at a time
+    sys.setswitchinterval(0.001)  # a thread that saves or imports must not hold the screen up for Python's 5 ms
 
     async def live() -> int:
         app = ChatApp(options)

@@ -34,7 +34,7 @@ class AnswerView(MessageView):
     ) -> None:
         super().__init__(message, position, count)
         self._keep_open = keep_thinking_open
-        self._thinking: Thinking | None = None
+        self._thinking = Thinking(message.reasoning)
         self._thinks = False  # the thinking is still going on
         self._since_s: float | None = None  # when the first of the answer was there
         self._text = MarkdownText(message.content)
@@ -43,14 +43,18 @@ class AnswerView(MessageView):
 
     def compose(self) -> ComposeResult:
         yield from self.branches()
-        if self.message.reasoning:
-            self._thinking = Thinking(self.message.reasoning)
-            yield self._thinking
+        yield self._thinking
         yield self._text
         self._cards = [ToolCard(call) for call in self.message.tool_calls]
         yield from self._cards
         yield self._note
         self._tell(self.message)
+
+    def begin(self, message: Message, *, keep_thinking_open: bool) -> None:
+        """An empty answer in the place of the one it was made with. Its first line is kept free from now on, so that
+        the first token is drawn where nothing else moves."""
+        self.message, self._keep_open = message, keep_thinking_open
+        self.waiting("…")
 
     async def show(self, message: Message) -> None:
         """The same message with more of everything: only what is new is drawn."""
@@ -61,13 +65,14 @@ class AnswerView(MessageView):
         self._since_s = self._since_s or time.monotonic()
         more = message.reasoning[len(old.reasoning) :]
         if more:
-            await self._think(more)
+            self._think(more)
         text = message.content[len(old.content) :]
         if text:
             self._stop_thinking()
             self._text.append(text)
         for number, call in enumerate(message.tool_calls):
             self._stop_thinking()
+            self._text.hold("")
             if number < len(self._cards):
                 if call != old.tool_calls[number]:
                     self._cards[number].show(call)
@@ -81,8 +86,7 @@ class AnswerView(MessageView):
 
     def waiting(self, text: str) -> None:
         """What happens before the first token: prompt progress, or a queue."""
-        self._note.update(Content(text))
-        self._note.display = True
+        self._text.hold(text)
 
     def action_regenerate(self) -> None:
         self.post_message(RegenerateRequested(self.message.id))
@@ -97,14 +101,15 @@ class AnswerView(MessageView):
         else:
             self.app.notify("this answer has no code block", markup=False)
 
-    async def _think(self, text: str) -> None:
-        if self._thinking is None:
-            self._thinking, self._thinks = Thinking(live=True, since_s=self._since_s), True
-            await self.mount(self._thinking, before=self._text)
+    def _think(self, text: str) -> None:
+        if not self._thinking.display:
+            self._text.hold("")
+            self._thinking.begin(self._since_s or time.monotonic())
+            self._thinks = True
         self._thinking.append(text)
 
     def _stop_thinking(self) -> None:
-        if self._thinking is not None and self._thinks:
+        if self._thinks:
             self._thinks = False
             self._thinking.finish(fold=not self._keep_open)
 

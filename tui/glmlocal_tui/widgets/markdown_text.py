@@ -13,7 +13,7 @@ from textual.widget import Widget
 
 from glmlocal_tui.markdown_blocks import Block, Blocks
 from glmlocal_tui.messages import CopyRequested
-from glmlocal_tui.render import GrowingCode, Look, block_lines
+from glmlocal_tui.render import GrowingCode, Look, block_lines, plain_lines
 from glmlocal_tui.widgets.laid_out import LaidOutOnce
 
 
@@ -28,6 +28,7 @@ class MarkdownText(LaidOutOnce, Widget):
     def __init__(self, text: str = "", *, dim: bool = False, id: str | None = None) -> None:
         super().__init__(id=id, classes="-dim" if dim else "")
         self._blocks = Blocks()
+        self._held = ""
         self._look: Look | None = None
         self._closed_lines: list[Strip] = []
         self._drawn = 0  # closed blocks that are in _closed_lines
@@ -51,8 +52,18 @@ class MarkdownText(LaidOutOnce, Widget):
         """Add text at the end; only what it changes is drawn."""
         if not text:
             return
-        self._finished = False
+        self._finished, self._held = False, ""
         self._blocks.append(text)
+        self._update()
+
+    def hold(self, text: str) -> None:
+        """What stands here, muted, until the first of the text comes: its line is there already. Empty: nothing."""
+        if text != self._held and not self._blocks.source:
+            self._held = text
+            self._update()
+
+    def _update(self) -> None:
+        """Draw the last block anew."""
         if self._look is None:
             self._relayout()
             return
@@ -71,18 +82,15 @@ class MarkdownText(LaidOutOnce, Widget):
 
     def clear(self) -> None:
         """No text any more; another one may follow."""
-        self._blocks, self._look, self._finished = Blocks(), None, False
+        self._blocks, self._held, self._look, self._finished = Blocks(), "", None, False
         self._relayout()
 
     def finish(self) -> None:
         """No more text comes: the last block is drawn as a finished one."""
         if self._finished:
             return
-        self._finished = True
-        if self._look is not None:
-            self._draw(self._look)
-            self._painted.clear()
-        self._relayout()
+        self._finished, self._held = True, ""
+        self._update()
 
     def notify_style_update(self) -> None:
         self._look = None
@@ -179,6 +187,8 @@ class MarkdownText(LaidOutOnce, Widget):
             self._closed_lines += block_lines(closed[number], look, number)
         self._drawn = len(closed)
         self._tail_lines = [line for block in self._blocks.tail for line in self._tail(block, look, len(closed))]
+        if self._held:
+            self._tail_lines = [*plain_lines(self._held, look), Strip.blank(look.width)]
 
     def _tail(self, block: Block, look: Look, number: int) -> list[Strip]:
         grows = block.code is not None and not self._finished

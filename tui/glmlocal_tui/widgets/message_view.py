@@ -51,7 +51,7 @@ class MessageView(Column, can_focus=True):
     ]
 
     def __init__(self, message: Message, position: int = 1, count: int = 1) -> None:
-        super().__init__(id=f"m{message.id}")
+        super().__init__()
         self.message = message
         self._position, self._count = position, count
 
@@ -87,13 +87,23 @@ class UserView(MessageView):
     """
     BINDINGS: ClassVar[list[BindingType]] = [Binding("e", "edit", "Edit and resend")]
 
+    def __init__(self, message: Message, position: int = 1, count: int = 1) -> None:
+        super().__init__(message, position, count)
+        self._text = Static(classes="text", markup=False)
+        self._chips = Static(classes="chips", markup=False)
+        self.show_message(message)
+
     def compose(self) -> ComposeResult:
         yield from self.branches()
-        yield Static(Content(self.message.content), classes="text", markup=False)
-        if self.message.attachments:
-            yield Static(
-                Content(" ".join(chip(item) for item in self.message.attachments)), classes="chips", markup=False
-            )
+        yield self._text
+        yield self._chips
+
+    def show_message(self, message: Message) -> None:
+        """Another message in the place of the one it was made with."""
+        self.message = message
+        self._text.update(Content(message.content))
+        self._chips.update(Content(" ".join(chip(item) for item in message.attachments)))
+        self._chips.display = bool(message.attachments)
 
     def action_edit(self) -> None:
         self.post_message(EditRequested(self.message.id))

@@ -10,17 +10,25 @@ from glmlocal_tui.widgets.markdown_text import MarkdownText
 
 
 class Thinking(Collapsible):
+    """Without a text it is out of sight until ``begin``."""
+
     DEFAULT_CSS = """
     Thinking { border: none; background: transparent; padding: 0; margin: 0 0 1 0; }
     Thinking > CollapsibleTitle { color: $text-muted; padding: 0; }
     Thinking > Contents { padding: 0 0 0 2; }
     """
 
-    def __init__(self, text: str = "", *, live: bool = False, since_s: float | None = None) -> None:
+    def __init__(self, text: str = "") -> None:
         self._text = MarkdownText(text, dim=True)
-        self._since_s = since_s or time.monotonic()
-        super().__init__(self._text, title="Thinking…" if live else "Thought", collapsed=not live)
+        self._since_s = 0.0
+        super().__init__(self._text, title="Thought" if text else "Thinking…", collapsed=bool(text))
+        self.display = bool(text)
         self._title.focus_on_click = lambda: False  # type: ignore[method-assign]
+
+    def begin(self, since_s: float) -> None:
+        """It goes on since then, and is seen."""
+        self._since_s = since_s
+        self.display = True
 
     def append(self, text: str) -> None:
         self._text.append(text)

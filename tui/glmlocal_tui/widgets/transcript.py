@@ -43,6 +43,7 @@ class Transcript(LaidOutOnce, VerticalScroll, can_focus=False):
     def __init__(self) -> None:
         super().__init__()
         self._box = Column()
+        self._ready: tuple[UserView, AnswerView] | None = None  # the next question and its answer, out of sight
 
     def compose(self) -> ComposeResult:
         yield self._box
@@ -60,12 +61,31 @@ class Transcript(LaidOutOnce, VerticalScroll, can_focus=False):
         first = max(len(path) - SHOWN, 0) if first is None else max(first, 0)
         views = [self._view(conversation, message) for message in path[first:]]
         with self.app.batch_update():
+            self._ready = None
             await self._box.remove_children()
             await self._box.mount_all([*([Earlier(first)] if first else []), *views])
 
+    async def make_ready(self) -> None:
+        """Make the widgets of the next question and its answer: that takes longer than filling them."""
+        if self._ready is None and self._box.is_attached:
+            nothing = Message("", None, "", "")
+            self._ready = UserView(nothing), AnswerView(nothing)
+            for view in self._ready:
+                view.display = False
+            await self._box.mount_all(self._ready)
+
     async def add(self, conversation: Conversation, messages: Sequence[Message]) -> None:
         """Draw messages at the end, and follow them."""
-        await self._box.mount_all([self._view(conversation, message) for message in messages])
+        ready, self._ready = self._ready, None
+        if ready is not None and [message.role for message in messages] == ["user", "assistant"]:
+            question, answer = ready
+            question.show_message(messages[0])
+            answer.begin(messages[1], keep_thinking_open=self.keep_thinking_open)
+            question.display = answer.display = True
+        else:
+            if ready is not None:
+                await self._box.remove_children(ready)
+            await self._box.mount_all([self._view(conversation, message) for message in messages])
         self.follow()
 
     async def let_go(self) -> None:
@@ -103,11 +123,15 @@ class Transcript(LaidOutOnce, VerticalScroll, can_focus=False):
         return len(self._views())
 
     def _views(self) -> list[MessageView]:
-        return [view for view in self._box.children if isinstance(view, MessageView)]
+        ready = self._ready or ()
+        return [view for view in self._box.children if isinstance(view, MessageView) and view not in ready]
 
     def _view(self, conversation: Conversation, message: Message) -> MessageView:
         siblings = conversation.siblings(message.id)
         position, count = siblings.index(message.id) + 1, len(siblings)
         if message.role == "user":
             return UserView(message, position, count)
-        return AnswerView(message, position, count, keep_thinking_open=self.keep_thinking_open)
+        view = AnswerView(message, position, count, keep_thinking_open=self.keep_thinking_open)
+        if not message.ending:
+            view.waiting("…")
+        return view
