@@ -82,9 +82,24 @@ def expert_layout(hidden: int, width: int, kinds: tuple[str | QuantScheme, ...])
 
 def layout_to_json(layout: ExpertLayout) -> dict[str, Any]:
     return {
-        name: {"shape": list(matrix.shape), "kind": matrix.kind if matrix.scheme is None else asdict(matrix.scheme)}
+        name: {
+            "shape": list(matrix.shape),
+            "kind": matrix.kind if matrix.scheme is None else _scheme_to_json(matrix.scheme),
+        }
         for name, matrix in zip(MATRICES, layout.matrices, strict=True)
     }
+
+
+def _scheme_to_json(scheme: QuantScheme) -> dict[str, Any]:
+    """All fields, and the type of scales where it is not the usual one, so that packs from before others stay valid."""
+    fields = asdict(scheme)
+    if scheme.scale_type == _usual_scale_type(scheme.code_type):
+        del fields["scale_type"]
+    return fields
+
+
+def _usual_scale_type(code_type: object) -> str:
+    return "f32" if code_type == "e4m3" else "f16"
 
 
 def layout_from_json(value: Any, where: str) -> ExpertLayout:
@@ -115,6 +130,8 @@ def _kind(value: Any, where: str) -> str | QuantScheme:
     if isinstance(value, str) and value in DENSE_KINDS:
         return value
     fields = QuantScheme.__dataclass_fields__
+    if isinstance(value, dict) and fields.keys() - value.keys() == {"scale_type"}:
+        value = {**value, "scale_type": _usual_scale_type(value["code_type"])}
     if not isinstance(value, dict) or value.keys() != fields.keys():
         raise CheckpointError(f"{where} is stored as {quoted(value)}, which this version does not know")
     codebook = value["codebook"]

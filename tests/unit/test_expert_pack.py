@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from glmlocal.formats.expert_pack import PACK_FILE, PackHeader, checksum, header
 from glmlocal.formats.expert_pack_layout import PAGE, expert_layout, layout_from_json, layout_to_json
 from glmlocal.formats.forms import FORMS
 from glmlocal.formats.packed_size import packed_bytes
-from glmlocal.formats.schemes import INT4, INT8
+from glmlocal.formats.schemes import FP8_CHANNEL, INT4, INT8
 
 SMALL, LARGE = expert_layout(64, 48, (INT4, INT4, INT8)), expert_layout(64, 48, ("bf16", "bf16", "f32"))
 HEADER = PackHeader("tiny", "int4", "org/tiny", 3, 2, {1: SMALL, 2: LARGE, 7: SMALL})
@@ -68,6 +69,15 @@ def test_records_are_where_the_pack_says_and_start_at_pages(file: Path) -> None:
     for layer, expert in ((0, 0), (1, 3), (1, -1), (3, 0)):
         with pytest.raises(KeyError):
             pack.record(layer, expert)
+
+
+def test_the_usual_type_of_scales_is_not_written_and_another_is() -> None:
+    """Packs from before scales could be bf16 have no such field, and their headers are compared to the letter."""
+    bf16 = replace(INT4, scale_type="bf16")
+    written = layout_to_json(expert_layout(256, 80, (INT4, bf16, FP8_CHANNEL)))
+    kinds = [written[name]["kind"] for name in ("gate", "up", "down")]
+    assert [kind.get("scale_type") for kind in kinds] == [None, "bf16", None]
+    assert kinds[0].keys() == set(asdict(INT4)) - {"scale_type"}
 
 
 @pytest.mark.parametrize("kind", sorted(FORMS))
