@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--warm", type=float, default=5.0, help="seconds of the answer before the first key")
     parser.add_argument("--keys", type=int, default=60, help="keys typed while it streams, and while nothing happens")
     parser.add_argument("--starts", type=int, default=5, help="starts of the app for the first paint")
-    parser.add_argument("--asks", type=int, default=10, help="questions for the time to the first token")
+    parser.add_argument("--asks", type=int, default=40, help="questions for the time to the first token")
     args = parser.parse_args()
     with scripted(stats=stats()) as server, tempfile.TemporaryDirectory() as home:
         result = measure(server, home, args)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmlocal_tui import commands, export, mentions, settings, sse, stats
+from glmlocal_tui import client, commands, export, mentions, settings, sse, stats
 from glmlocal_tui.cleaning import clean, one_line
-from glmlocal_tui.conversation import Attachment, Conversation, Message, ToolCall, user_message
+from glmlocal_tui.conversation import Attachment, Conversation, Message, ToolCall, user_message, with_piece
 from glmlocal_tui.inline_thinking import InlineThinking
 from glmlocal_tui.markdown_blocks import Block, Blocks
 from glmlocal_tui.widgets.bars import bar, fit, sparkline
@@ -64,7 +64,38 @@ def test_a_stream_is_read_the_same_however_it_is_cut(cuts: list[int]) -> None:
     assert reader.done
 
 
-@pytest.mark.parametrize("payload", ["{", "[1]", '"text"', "1"])
+def test_lines_end_with_cr_lf_or_both_wherever_they_are_cut() -> None:
+    for end in (b"\r", b"\n", b"\r\n"):
+        data = end.join([b": ping", b'data: {"a": 1}', b"", b'data: {"b": 2}', b"", b"data: [DONE]", b"", b""])
+        for at in range(len(data)):
+            reader = sse.Lines()
+            assert [*reader.feed(data[:at]), *reader.feed(data[at:])] == ['{"a": 1}', '{"b": 2}'], (end, at)
+            assert reader.done
+
+
+def test_calls_without_an_index_are_told_apart_by_their_ids() -> None:
+    pieces = [("a", "f", "{"), ("", "", "}"), ("b", "g", "{"), ("b", "", "}"), ("", "", " ")]
+    calls: tuple[ToolCall, ...] = ()
+    for id_, name, arguments in pieces:
+        call = {"id": id_, "function": {"name": name, "arguments": arguments}}
+        (piece,) = sse.events(json.dumps({"choices": [{"delta": {"tool_calls": [call]}}]}))
+        assert isinstance(piece, sse.ToolDelta)
+        calls = with_piece(calls, piece.index, piece.id, piece.name, piece.arguments)
+    assert calls == (ToolCall("a", "f", "{}"), ToolCall("b", "g", "{} "))
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "-1" + "0" * 400, "1e999", "NaN"])
+def test_numbers_that_nothing_can_be_are_none(value: str) -> None:
+    payload = f'{{"usage": {{"prompt_tokens": {value}}}, "timings": {{"decode_tokens_per_s": {value}}}}}'
+    assert list(sse.events(payload)) == [sse.Usage(0, 0)]
+
+
+@pytest.mark.parametrize(("said", "wait_s"), [("2", 2.0), ("-5", None), ("0", None), ("nan", None), ("soon", None)])
+def test_a_server_says_when_to_try_again(said: str, wait_s: float | None) -> None:
+    assert client._retry_after({"retry-after": said}) == wait_s
+
+
+@pytest.mark.parametrize("payload", ["{", "[1]", '"text"', "1", "[" * 200_000])
 def test_what_is_no_chunk_is_refused(payload: str) -> None:
     with pytest.raises(sse.ProtocolError):
         list(sse.events(payload))

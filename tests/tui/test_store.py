@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import stat
 import time
@@ -169,3 +170,30 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(StoreError) as caught:
         Store(tmp_path / "file" / "sessions.db").open()
     assert caught.value.kind == stores.UNUSABLE
+
+
+def test_what_others_wrote_into_the_file_comes_out_clean(store: Store) -> None:
+    saved = talk("escape \x1b[31m red")
+    saved.title = "title\x1b]0;x\x07"
+    save(store, saved)
+    store.remember_prompt("typed\x1b[2J")
+    loaded = store.load(saved.id)
+    assert loaded is not None
+    assert [loaded.title, *(message.content for message in loaded.messages.values())] == [
+        "title␛]0;x␇", "escape ␛[31m red",
+    ]  # fmt: skip
+    assert store.sessions()[0].title == "title␛]0;x␇"
+    assert "\x1b" not in store.search("escape")[0].excerpt + store.prompts()[0]
+
+
+@pytest.mark.parametrize("data", ['{"odd": 1}', "[]", "7", "{", '{"attachments": 1, "tool_calls": [], "usage": null}'])
+def test_a_message_that_cannot_be_read_does_not_cost_the_file(store: Store, data: str) -> None:
+    bad, good = talk("one"), talk("two")
+    save(store, bad)
+    save(store, good)
+    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
+        db.execute("UPDATE messages SET data = ? WHERE session = ?", (data, bad.id))
+    with pytest.raises(StoreError, match="cannot be read") as caught:
+        store.load(bad.id)
+    assert caught.value.kind == stores.UNUSABLE
+    assert store.load(good.id) == good

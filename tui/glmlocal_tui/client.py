@@ -186,9 +186,10 @@ def context_full(said: str) -> str:
 
 def _retry_after(headers: Any) -> float | None:
     try:
-        return float(headers.get("retry-after", ""))
+        wait_s = float(headers.get("retry-after", ""))
     except ValueError:
         return None
+    return wait_s if wait_s > 0 else None  # neither nan nor a wish to be asked without a pause
 
 
 def _json(response: httpx.Response) -> Any:

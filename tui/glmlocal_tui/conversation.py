@@ -143,8 +143,13 @@ def title_of(content: str) -> str:
     return line if len(line) <= 60 else line[:59] + "…"
 
 
-def with_piece(calls: tuple[ToolCall, ...], index: int, id_: str, name: str, arguments: str) -> tuple[ToolCall, ...]:
-    """Tool calls with one more piece of the ``index``-th."""
+def with_piece(
+    calls: tuple[ToolCall, ...], index: int | None, id_: str, name: str, arguments: str
+) -> tuple[ToolCall, ...]:
+    """Tool calls with one more piece of the ``index``-th; without an index of the last, unless the id is another."""
+    if index is None:
+        begins = not calls or (id_ and id_ != calls[-1].id)
+        index = len(calls) if begins else len(calls) - 1
     if not 0 <= index <= len(calls):
         index = len(calls)
     if index == len(calls):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class ToolDelta:
-    """A piece of the ``index``-th tool call; id and name come with its first piece."""
+    """A piece of the ``index``-th tool call; id and name come with its first piece. None: the server did not say which;
+    a new id begins another one."""
 
-    index: int
+    index: int | None
     id: str
     name: str
     arguments: str
@@ -75,7 +77,8 @@ class Lines:
     """Bytes, cut anywhere → the data of each event; comments and other fields are skipped. ``[DONE]`` ends it."""
 
     def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = io.IncrementalNewlineDecoder(utf8, translate=True)  # a line ends with CR, LF or both
         self._rest = ""
         self.done = False
 
@@ -98,7 +101,7 @@ def events(payload: str) -> Iterator[Event]:
     """The events of one chunk. Raises ProtocolError for what is not JSON or not an object."""
     try:
         chunk = json.loads(payload)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ProtocolError(f"a chunk of the stream is not JSON: {clean(payload[:80])!r}") from None
     if not isinstance(chunk, dict):
         raise ProtocolError(f"a chunk of the stream is not an object: {clean(payload[:80])!r}")
@@ -134,7 +137,8 @@ def number(value: Any) -> int:
 
 
 def rate(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
+    """A number of the wire; None for anything else, and for what no clock can have measured."""
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1 << 62 else None
 
 
 def _choice(choice: dict[str, Any]) -> Iterator[Event]:
@@ -149,7 +153,7 @@ def _choice(choice: dict[str, Any]) -> Iterator[Event]:
                 function = call.get("function")
                 function = function if isinstance(function, dict) else {}
                 yield ToolDelta(
-                    number(call.get("index")),
+                    None if call.get("index") is None else number(call["index"]),
                     text(call.get("id")),
                     text(function.get("name")),
                     text(function.get("arguments")),
@@ -162,7 +166,7 @@ def _usage(usage: dict[str, Any], timings: Any) -> Usage:
     def detail(group: str, name: str) -> int | None:
         details = usage.get(group)
         value = details.get(name) if isinstance(details, dict) else None
-        return int(value) if isinstance(value, int) else None
+        return number(value) if isinstance(value, int) else None
 
     timings = timings if isinstance(timings, dict) else {}
     return Usage(

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from glmlocal_tui.cleaning import clean
 from glmlocal_tui.conversation import Attachment, Conversation, Message, ToolCall
 from glmlocal_tui.sse import Usage
 
@@ -140,7 +141,13 @@ class Store:
             if head is None:
                 return None
             rows = db.execute("SELECT data FROM messages WHERE session = ? ORDER BY n", (session,)).fetchall()
-            found = [_message(json.loads(data)) for (data,) in rows]
+            try:
+                found = [_message(_cleaned(json.loads(data))) for (data,) in rows]
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+                # One bad message is no reason to move the whole file aside.
+                kind = type(error).__name__
+                said = f"a message of this conversation cannot be read ({kind}); the others in {self.path} are safe"
+                raise StoreError(UNUSABLE, said) from error
             id_, title, system, created_s, leaf = head
             return Conversation(id_, title, system, created_s, {message.id: message for message in found}, leaf)
 
@@ -198,6 +205,7 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # conversations are nobody else's business
             db = sqlite3.connect(self.path, timeout=_LOCK_WAIT_S, check_same_thread=False)
+            db.text_factory = lambda text: clean(text.decode("utf-8", "replace"))  # others can write to the file too
             try:
                 version = db.execute("PRAGMA user_version").fetchone()[0]
                 if version > _VERSION:
@@ -255,6 +263,15 @@ def _hit(row: tuple[str, str, str, str], word: str) -> Hit:
     begin = max(at - 30, 0)
     excerpt = text[begin : at + 100].replace("\n", " ")
     return Hit(session, title, message, excerpt, at - begin, at - begin + len(word))
+
+
+def _cleaned(value: Any) -> Any:
+    """JSON with all its strings clean: escaped in the file, control characters only come out now."""
+    if isinstance(value, dict):
+        return {name: _cleaned(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(item) for item in value]
+    return clean(value) if isinstance(value, str) else value
 
 
 def _message(data: dict[str, Any]) -> Message:
