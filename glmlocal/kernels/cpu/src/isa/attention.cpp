@@ -153,7 +153,7 @@ struct Pairs {
     return as_float(select(splat(0x80008000), shl<8>(codes), size));
   }
 };
-bool cpu_has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+bool cpu_has_pairs() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"); }
 #endif
 
 // The keys and values of one tile, for the first kv head. Where the slots of keys are neighbours, keys[i] is not the
