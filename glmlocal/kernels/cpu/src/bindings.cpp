@@ -90,7 +90,7 @@ struct Matrix {
     }
     packed = make_packed_matrix(layout, format, reinterpret_cast<const std::byte*>(buffer.data()), zero_point, values.data());
     if (int8_activations && !use_int8_activations(packed)) {
-      throw std::invalid_argument("int8 activations need codes that mean integers of at most 8 bits");
+      throw std::invalid_argument("int8 activations need codes that mean integers of 8 bits, with or without a sign");
     }
   }
 

@@ -18,9 +18,9 @@ struct TileStep {
 };
 
 // num_rows × kDotTiles sums over the blocks of a piece, continuing the chains in `out` unless `fresh`. panel_tiles is the
-// piece's number of tiles; its pointers are at the first of ours. start: the part of a block whose starts[] the codes call for.
+// piece's number of tiles; its pointers are at the first of ours. from_middle: codes are around kMiddleCode.
 template <int bits, int num_rows, bool offsets, bool halves>
-GLM_FLATTEN void multiply_in_registers(const Piece& piece, int panel_tiles, TileStep step, int start, const Int8Block* const* rows,
+GLM_FLATTEN void multiply_in_registers(const Piece& piece, int panel_tiles, TileStep step, bool from_middle, const Int8Block* const* rows,
                                        int first_block, int blocks, Ahead ahead, float* out, ptrdiff_t out_stride, bool fresh) {
   constexpr int tiles = kDotTiles, parts = halves ? 2 : 1;
   F acc[num_rows * tiles];
@@ -32,12 +32,14 @@ GLM_FLATTEN void multiply_in_registers(const Piece& piece, int panel_tiles, Tile
   const std::byte* codes = piece.codes;
   const float *scales = piece.scales, *piece_offsets = piece.offsets;
   const ptrdiff_t line = panel_tiles * 64, scale_line = panel_tiles * kTileRows;
+  int begin_at[parts];
+  unroll<parts>([&](auto half) { begin_at[half.v] = from_middle ? part_of(halves, half.v) : int(kNoColumns); });
   for (int b = 0; b < blocks; ++b) {
     for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
     unroll<parts>([&](auto half) {
       U sums[num_rows * tiles];
       unroll<num_rows>([&](auto m) {
-        const U begin = splat(uint32_t((x[m.v][b].starts + start)[half.v]));
+        const U begin = splat(uint32_t(x[m.v][b].starts[begin_at[half.v]]));
         unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = begin; });
       });
       unroll<kQuads / parts>([&](auto q) {
@@ -95,7 +97,8 @@ GLM_INLINE int shift_to_middle(const PackedMatrix& w) { return w.int8_zero_point
 template <class Codec>
 void multiply_piece_in_registers(const PackedMatrix& w, int panel, const Piece& piece, const Int8Block* const* rows, int num_rows, int first,
                                  int count, float* out, ptrdiff_t out_stride, const std::byte* next) {
-  const int tiles = w.tiles_in(panel), start = w.int8_zero_point == 0 ? kNoColumns : piece.halves ? kFirstHalf : kWholeBlock;
+  const int tiles = w.tiles_in(panel);
+  const bool from_middle = w.int8_zero_point != 0;
   const int row_tiles = (num_rows + kDotRows - 1) / kDotRows;  // of nearly equal height
   Spread spread(w, panel, first + count, Codec::lines, row_tiles * ((tiles + kDotTiles - 1) / kDotTiles) * count, next);
   for (int i = 0; i < row_tiles; ++i) {
@@ -105,7 +108,7 @@ void multiply_piece_in_registers(const PackedMatrix& w, int panel, const Piece& 
       const int at = tile * kTileRows;
       const TileStep step = tiles - tile < kDotTiles ? TileStep{0, 0} : TileStep{64, kTileRows};
       const Piece ours{piece.codes + tile * 64, piece.scales + at, piece.offsets + at, nullptr, piece.has_offsets, piece.halves};
-      multiply(ours, tiles, step, start, rows + m, first, count, spread.take(count), out + m * out_stride + at, out_stride, first == 0);
+      multiply(ours, tiles, step, from_middle, rows + m, first, count, spread.take(count), out + m * out_stride + at, out_stride, first == 0);
     }
   }
 }
