@@ -37,6 +37,7 @@ GLM_FLATTEN void multiply_in_registers(const Piece& piece, int panel_tiles, Tile
   for (int b = 0; b < blocks; ++b) {
     for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
     unroll<parts>([&](auto half) {
+      if constexpr (halves) asm volatile("" ::: "memory");  // GCC would begin the second half's sums before the first one's end
       U sums[num_rows * tiles];
       unroll<num_rows>([&](auto m) {
         const U begin = splat(uint32_t(x[m.v][b].starts[begin_at[half.v]]));
