@@ -306,7 +306,7 @@ GLM_INLINE const float* operand_row(const Element* from, int head_dim, float* to
   if constexpr (Math::integers) {
     const float largest = largest_of_row(from, head_dim);
     inverse = inverse_of(broadcast(largest), Math::kMost);
-    scale *= largest / Math::kMost;
+    scale *= largest * (1.0f / Math::kMost);
   }
   const auto scaled = [&](F x) {
     if constexpr (Math::integers) return mul(x, inverse);
@@ -419,7 +419,7 @@ GLM_INLINE void put_integer_values(const Element* const* values, int head_dim, f
   unroll<2>([&](auto i) {
     const float largest = largest_of_row(values[i.v], head_dim);
     inverse[i.v] = inverse_of(broadcast(largest), Integers::kMost);
-    *scales[i.v] *= largest / Integers::kMost;
+    *scales[i.v] *= largest * (1.0f / Integers::kMost);
   });
   int d = 0;
   for (; d + kLanes <= head_dim; d += kLanes) {
