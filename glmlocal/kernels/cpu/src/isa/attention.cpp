@@ -87,9 +87,9 @@ GLM_INLINE F widen_first(const Element* p, int n) {
 
 // Magnitudes order as integers too, and NaN is the largest.
 GLM_INLINE U larger_magnitude(U so_far, F x) { return max_words(so_far, bit_and(as_words(x), splat(0x7fffffff))); }
-// most / largest; 0 where that would be no number, or none that is finite.
+// most / largest; 0 where that would not be finite. Values below 2e-31, whose scale is a weight's, are taken for zeros.
 GLM_INLINE F inverse_of(F largest, float most) {
-  return where_less(broadcast(1e-30f), largest, div(broadcast(most), largest), zero());
+  return where_less(broadcast(3e-35f), largest, div(broadcast(most), largest), zero());
 }
 
 template <class Element>
