@@ -129,7 +129,7 @@ def main() -> None:
         first = next(iter(times.values()))[0]
         for kv_dtype, taken in times.items():
             best, middle = taken[0], taken[len(taken) // 2]
-            top = best_ceiling * (2 if new > 1 and kv_dtype != "fp32" and _cpu.attention_in_pairs() else 1)
+            top = best_ceiling * (2 if new > 1 and kv_dtype != "fp32" and _cpu.attention_operands() != "fp32" else 1)
             rate = amount(kv_dtype) / best / 1e9
             results.append(
                 what | {"kv_dtype": kv_dtype, "us": best * 1e6, "median_us": middle * 1e6, "fraction": rate / top}

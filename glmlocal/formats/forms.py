@@ -40,8 +40,7 @@ class Form:
     @property
     def is_integer(self) -> bool:
         """Do products round activations to int8 where those are used (``kernels.reference.takes_int8``)?"""
-        scheme = self.scheme
-        return scheme is not None and scheme.code_type == "integer" and (scheme.codebook is None or scheme.bits == 4)
+        return self.scheme is not None and self.scheme.means_int8
 
     def file_bytes(self, rows: int, columns: int) -> int:
         """In a release's file, with scales and zero points."""

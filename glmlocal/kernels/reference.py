@@ -84,8 +84,8 @@ _KIND = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def takes_int8(scheme: QuantScheme) -> bool:
-    """Whether the scheme's codes mean integers of at most 8 bits, which products with int8 activations need."""
-    return scheme.code_type == "integer" and (scheme.codebook is None or scheme.bits == 4)
+    """Whether products with the scheme's codes round activations to int8 where those are used."""
+    return scheme.means_int8
 
 
 def pack(matrix: Tensor | QuantizedMatrix | MatrixRows, activations: Activations = "int8") -> Weight:

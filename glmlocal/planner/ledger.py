@@ -17,7 +17,7 @@ from glmlocal.planner.plan import CPU, Device, Line, Placement, Wants
 from glmlocal.units import GIB, MIB, format_bytes
 
 # A prefill chunk: large enough that each weight is read for many tokens, small enough to cancel.
-MAX_NUM_BATCHED_TOKENS = 512
+MAX_NUM_BATCHED_TOKENS = 1024
 RUNTIME_BYTES = 230 * MIB  # resident set of Python with torch, glmlocal and the extension: 225 to 235 MiB measured
 CUDA_CONTEXT_BYTES = GIB // 2  # driver and lazily loaded kernels about 300 MiB (pytorch#107667), libraries' workspace
 ACTIVATION_ROWS = (

@@ -23,11 +23,14 @@ if shutil.which("objdump") is None:
 from glmlocal.kernels.cpu import _cpu
 
 SPILL = re.compile(r".*%[yz]mm\d+,.*\((?:%rsp|%rbp)[^()]*\)$")  # a store; constants may be read from there
-MULTIPLY = re.compile(r"vpdpbusd|vpmaddubsw|vpmaddwd|vfn?m(?:add|sub)\d+ps|vdpbf16ps")
+MULTIPLY = re.compile(r"(?:\{vex\} )?vpdpbusd|vpmaddubsw|vpmaddwd|vfn?m(?:add|sub)\d+ps|vdpbf16ps")
 HOT = [
     # (function, multiplications that the innermost loop must have)
-    ("avx512", "multiply_tile<8, 6, 2>", 48),
-    ("avx512", "multiply_tile<8, 5, 2>", 40),
+    ("avx512", "multiply_in_registers<8, 7, false, false>", 112),
+    ("avx512", "multiply_in_registers<8, 5, false, false>", 80),
+    ("avx512", "multiply_in_registers<8, 7, true, false>", 112),
+    ("avx512", "multiply_in_registers<8, 7, false, true>", 112),
+    ("avx512", "multiply_in_registers<8, 7, true, true>", 112),
     ("avx512", "multiply_few_rows<glmlocal::avx512::Quads4, glmlocal::avx512::PlainScales, 1>", 32),
     ("avx512", "multiply_few_rows<glmlocal::avx512::Quads8, glmlocal::avx512::PlainScales, 1>", 32),
     ("avx512", "multiply_few_rows<glmlocal::avx512::Quads4, glmlocal::avx512::PlainScales, 4>", 64),
@@ -40,9 +43,10 @@ HOT = [
     ("avx512", "multiply_few_rows<glmlocal::avx512::Bf16Codec, 1>", 64),
 ]
 # With 16 registers GCC 12 keeps a few things on the stack, not one per product: in a tile one of the 12 sums, from one
-# word to the next; in few rows what a sum starts from.
+# word to the next; in few rows what a sum starts from. With VNNI it is rows' scales and starts.
 NEARLY = [
     ("avx2", "multiply_tile<4, 6, 1>", 96, 12),
+    ("avx_vnni", "multiply_in_registers<8, 4, false, false>", 64, 3),
     ("avx2", "multiply_few_rows<glmlocal::avx2::Quads4, glmlocal::avx2::PlainScales, 1>", 20, 2),
     ("avx2", "multiply_few_rows<glmlocal::avx2::Quads8, glmlocal::avx2::PlainScales, 1>", 34, 2),
 ]

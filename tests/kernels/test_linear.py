@@ -41,7 +41,7 @@ def check(kind: str, out_features: int, in_features: int, activations: reference
 def check_matrix(matrix: torch.Tensor | QuantizedMatrix, activations: reference.Activations) -> None:
     out_features, in_features = matrix.shape
     weight = kernels.pack(matrix, activations)
-    is_integer = isinstance(matrix, QuantizedMatrix) and matrix.scheme.code_type == "integer"
+    is_integer = isinstance(matrix, QuantizedMatrix) and matrix.scheme.means_int8
     assert weight.int8_activations == (activations == "int8" and is_integer)
     assert weight.shape == (out_features, in_features)
     wide = widened(matrix).double()

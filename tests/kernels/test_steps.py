@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glmlocal import kernels
-from glmlocal.kernels import reference
+from glmlocal.kernels import cpu, reference
 from glmlocal.layers.kv_cache import TORCH_DTYPE, KVCache
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -231,7 +231,10 @@ def test_stored_numbers_are_rounded_like_the_twin_rounds(kv_dtype: str) -> None:
 
 @pytest.mark.parametrize("kv_dtype", NARROW)
 def test_a_value_alone_is_read_exactly(kv_dtype: str) -> None:
-    """One key has a weight of 1: attention gives back what the cache holds, whatever its code is."""
+    """One key has a weight of 1: attention gives back what the cache holds, whatever its code is.
+
+    Integers are over the row's largest, so they lose 2^-13 of that; a NaN is all of its row.
+    """
     codes = torch.arange(65536 if kv_dtype == "bf16" else 256)
     if kv_dtype == "bf16":
         codes = codes[((codes & 0x7F80) != 0) & ((codes & 0x7F80) < 0x7F00)]  # normal, and no overflow of sums
@@ -258,7 +261,12 @@ def test_a_value_alone_is_read_exactly(kv_dtype: str) -> None:
         cache.key_scales[0],
         cache.value_scales[0],
     )
-    assert ((out == want) | (out.isnan() & want.isnan())).all()
+    if cpu.available and cpu._cpu.attention_operands() == "int16":
+        largest = want.abs().amax(-1, keepdim=True)
+        lost = torch.where(largest > 2e-31, 1.001 * 2**-13 * largest, 2e-31)  # smaller rows are taken for zeros
+        assert ((out - want).abs() <= lost).logical_or(out.isnan() & largest.isnan()).all()
+    else:
+        assert ((out == want) | (out.isnan() & want.isnan())).all()
 
 
 @pytest.mark.parametrize("kv_dtype", NARROW)

@@ -3,8 +3,8 @@
 The caches may lie in memory in another order than their shape says, as views: keys as [blocks, kv_heads, head_dim,
 block_size] and values as [blocks, kv_heads, block_size, head_dim] are read fastest. The order never changes a result.
 
-Where the CPU multiplies pairs of bf16 (AVX512_BF16) and the cache is not fp32, queries and probabilities are rounded to
-bf16; sums are fp32 always.
+Where the cache is not fp32, AMD's CPUs with AVX512_BF16 round queries and probabilities to bf16, and others with
+AVX-512 VNNI multiply integers over a scale of each row's own (docs/design/008); sums over tiles are fp32 always.
 """
 
 from __future__ import annotations

@@ -20,6 +20,13 @@ void quantize(const float* x, int64_t in, Int8Block* out) {
   kernels().quantize_row(last, 1, out + whole);
 }
 
+// Lines from one row to the next. Rows a multiple of 4 KiB apart would share the sets of the first cache, and a tile's rows
+// push one another out; an odd multiple of 16 lines keeps four neighbours apart.
+int64_t row_stride(int64_t blocks) {
+  constexpr int64_t step = 16, long_row = 64;
+  return blocks < long_row ? blocks : ((blocks + step - 1) / step | 1) * step;
+}
+
 }  // namespace
 
 Activations prepare_activations(const float* x, int64_t num_rows, int64_t in, bool as_floats, bool as_int8) {
@@ -40,10 +47,11 @@ Activations prepare_activations(const float* x, int64_t num_rows, int64_t in, bo
     }
   }
   if (as_int8) {
-    auto* rows = reinterpret_cast<Int8Block*>(scratch(Scratch::int8_rows, size_t(num_rows * blocks) * sizeof(Int8Block) / sizeof(float)));
-    parallel_for(int(num_rows), cost, [&](int m) { quantize(x + m * in, in, rows + m * blocks); });
+    const int64_t stride = row_stride(blocks);
+    auto* rows = reinterpret_cast<Int8Block*>(scratch(Scratch::int8_rows, size_t(num_rows * stride) * sizeof(Int8Block) / sizeof(float)));
+    parallel_for(int(num_rows), cost, [&](int m) { quantize(x + m * in, in, rows + m * stride); });
     result.blocks = rows;
-    result.block_stride = blocks;
+    result.block_stride = stride;
   }
   return result;
 }
@@ -59,8 +67,8 @@ const Int8Group* gather_groups(Scratch slot, std::span<const Int8Block* const> r
         const Int8Block& block = row[b];
         std::memcpy(group[b].codes[m], block.codes, kBlockColumns);
         group[b].scales[m] = block.scale;
-        group[b].sums[m] = block.scale * float(block.sum);
-        for (int half = 0; half < 2; ++half) group[b].half_sums[half][m] = block.scale * float(block.half_sums[half]);
+        group[b].sums[m] = block.sums[kWholeBlock - 1];
+        for (int half = 0; half < 2; ++half) group[b].half_sums[half][m] = block.sums[kFirstHalf - 1 + half];
       }
     }
   });

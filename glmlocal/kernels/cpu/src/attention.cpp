@@ -87,7 +87,7 @@ void check_attention(const KeyValueCache& cache, const AttentionBatch& batch) {
   }
 }
 
-bool attention_in_pairs() { return kernels().attention_in_pairs(); }
+AttentionOperands attention_operands() { return kernels().attention_operands(); }
 
 void paged_attention(const KeyValueCache& cache, const AttentionBatch& batch) {
   const int kv_heads = int(cache.kv_heads), head_dim = int(cache.head_dim), group = int(batch.heads / cache.kv_heads);

@@ -7,8 +7,10 @@
 // with every sum over features and keys taken in one fixed order. Neither the other queries of a call, nor how a prompt
 // is cut into chunks, nor the number of threads takes part in that, so they never change a bit of the result.
 //
-// Products and sums are fp32. Where the CPU multiplies pairs of bf16 (attention_in_pairs) and the cache is not fp32, queries
-// and probabilities are rounded to bf16 first: what the cache holds is exact in bf16, and twice as much is done at a time.
+// Products and sums are fp32, where the cache is or the CPU has nothing faster. Where it multiplies pairs of bf16 as fast as
+// floats, queries and probabilities are rounded to bf16: what other caches hold is exact in bf16, and twice as much is done at
+// a time. Where it multiplies pairs of int16 (AVX-512 VNNI), queries, keys, values and the weights of a tile become integers
+// over a scale of each row's own (docs/design/008).
 #pragma once
 
 #include <cstddef>
@@ -84,8 +86,9 @@ constexpr int partial_size(int head_dim) { return padded_head_dim(head_dim) + kL
 // Throws std::invalid_argument where a length or a block id does not fit the cache or the other lengths.
 void check_attention(const KeyValueCache& cache, const AttentionBatch& batch);
 
-// Are queries and probabilities rounded to bf16 for caches that are not fp32?
-bool attention_in_pairs();
+// What is multiplied where the cache is not fp32.
+enum class AttentionOperands { fp32, bf16, int16 };
+AttentionOperands attention_operands();
 
 // The batch must have passed check_attention().
 void paged_attention(const KeyValueCache& cache, const AttentionBatch& batch);

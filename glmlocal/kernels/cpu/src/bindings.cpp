@@ -90,7 +90,7 @@ struct Matrix {
     }
     packed = make_packed_matrix(layout, format, reinterpret_cast<const std::byte*>(buffer.data()), zero_point, values.data());
     if (int8_activations && !use_int8_activations(packed)) {
-      throw std::invalid_argument("int8 activations need codes that mean integers of at most 8 bits");
+      throw std::invalid_argument("int8 activations need codes that mean integers of 8 bits, with or without a sign");
     }
   }
 
@@ -500,7 +500,10 @@ NB_MODULE(_cpu, m) {
 
   m.attr("KEY_TILE") = kTileKeys;
   m.attr("KEY_SPLIT") = kSplitKeys;
-  m.def("attention_in_pairs", &attention_in_pairs);
+  m.def("attention_operands", [] {
+    const AttentionOperands operands = attention_operands();
+    return operands == AttentionOperands::bf16 ? "bf16" : operands == AttentionOperands::int16 ? "int16" : "fp32";
+  });
   m.def("paged_attention", &run_paged_attention, "q"_a, "tokens"_a, "heads"_a, "cache_type"_a, "k_cache"_a, "k_strides"_a,
         "k_scales"_a, "v_cache"_a, "v_strides"_a, "v_scales"_a, "cache_shape"_a, "block_tables"_a, "max_blocks"_a, "query_start_loc"_a, "seq_lens"_a, "requests"_a, "scale"_a, "out"_a);
 

@@ -54,7 +54,7 @@ struct RecordMatrix {
     }
     matrix = make_packed_matrix(layout, format, nullptr, zero_point, values.data());
     if (int8_activations && !use_int8_activations(matrix)) {
-      throw std::invalid_argument("int8 activations need codes that mean integers of at most 8 bits");
+      throw std::invalid_argument("int8 activations need codes that mean integers of 8 bits, with or without a sign");
     }
   }
 

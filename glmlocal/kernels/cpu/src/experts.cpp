@@ -172,8 +172,9 @@ const std::byte* next_down(const ExpertMatrices& experts, const Routing& routing
 // silu(gate) · up of all pairs, panel by panel.
 void compute_hidden(const ExpertMatrices& experts, const Routing& routing, const std::vector<HiddenTask>& tasks,
                     const Activations& input, const Hidden& hidden, double cost) {
+  if (tasks.empty()) return;
   const KernelTable& kernel = kernels();
-  const PairGroups groups(Scratch::groups, routing, input.block_stride, input.blocks != nullptr,
+  const PairGroups groups(Scratch::groups, routing, experts.gate[tasks[0].expert]->layout.blocks, input.blocks != nullptr,
                           [&](int64_t pair) { return input.blocks + routing.pairs[size_t(pair)].token * input.block_stride; });
   parallel_for(int(tasks.size()), cost, [&](int index) {
     const HiddenTask task = tasks[size_t(index)];

@@ -1,7 +1,7 @@
 // Activations as integers: what rows of floats become before they meet weights that are integer codes.
 //
 // Every 32 neighbouring columns share a scale of (largest magnitude) / 127, as llama.cpp's Q8_0 and Q8_1 do, and are
-// rounded to the nearest of -127 … 127. The sums serve codes with zero points and offsets.
+// rounded to the nearest of -127 … 127. Sums serve codes with zero points and offsets.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,20 @@
 
 namespace glmlocal {
 
-struct alignas(16) Int8Block {
+// What a sum is over: no columns, the whole block, its columns 0 … 15, its columns 16 … 31.
+enum Part { kNoColumns, kWholeBlock, kFirstHalf, kSecondHalf };
+inline constexpr int kMiddleCode = 128;  // the zero point of codes in many rows' products
+
+// A line of the cache.
+struct alignas(64) Int8Block {
   int8_t codes[kBlockColumns];
   float scale;
-  int32_t sum, half_sums[2];  // of all codes, and of columns 0 … 15 and 16 … 31
+  float sums[3];      // scale · Σ codes, by part less one: what a weight's offset is multiplied with
+  int32_t starts[4];  // -kMiddleCode · Σ codes, by part: what integer sums begin with
+
+  int32_t sum(int part) const { return -(starts[part] >> 7); }  // exact: a multiple of 128
 };
-static_assert(sizeof(Int8Block) == 48);
+static_assert(sizeof(Int8Block) == 64 && kMiddleCode == 1 << 7);
 
 // The same block of columns of up to 16 rows, as tile products take it (isa/int8_amx.h). `sums` and `half_sums` are in
 // units of the weights' offsets: scale · Σ codes. Rows that do not exist are copies of the last.

@@ -10,6 +10,7 @@ namespace glmlocal {
 
 struct AttentionTask;
 struct Int8Block;
+enum class AttentionOperands;
 struct Int8Group;
 struct PackedMatrix;
 
@@ -42,7 +43,7 @@ struct KernelTable {
 
   // isa/attention.cpp
   void (*attend)(const AttentionTask& task);
-  bool (*attention_in_pairs)();
+  AttentionOperands (*attention_operands)();
   // Folds num_splits partial results of one row, `stride` floats apart, and writes [head_dim]; the first one is overwritten.
   void (*merge_splits)(float* partials, ptrdiff_t stride, int num_splits, int head_dim, float* out);
 

@@ -46,7 +46,7 @@ void run_task(const Product& product, const Cut& cut, int task, const Activation
   const int64_t out_features = w.out_features(), first_row = int64_t(task / cut.tasks_per_chunk) * cut.chunk;
   const int rows_here = int(std::min<int64_t>(cut.chunk, num_rows - first_row));
   const auto row_of = [&](int m) { return first_row + m; };
-  if (groups != nullptr) groups += first_row / kGroupRows * input.block_stride;
+  if (groups != nullptr) groups += first_row / kGroupRows * w.layout.blocks;
   const int first_panel = task % cut.tasks_per_chunk * cut.panels_per_task;
   for (int panel = first_panel; panel < std::min(first_panel + cut.panels_per_task, w.panels()); ++panel) {
     const int64_t column = int64_t(panel) * kPanelRows;
@@ -87,7 +87,7 @@ void linear(std::span<const Product> products, const float* x, int64_t num_rows,
   if (int8 && kernels().takes_groups && num_rows > kFewRows) {
     std::vector<const Int8Block*> rows;
     append_run(rows, num_rows, [&](int64_t m) { return input.blocks + m * input.block_stride; });
-    groups = gather_groups(Scratch::groups, rows, input.block_stride);
+    groups = gather_groups(Scratch::groups, rows, (in + kBlockColumns - 1) / kBlockColumns);
   }
   parallel_for(ends.back(), cost, [&](int task) {
     size_t i = 0;

@@ -56,9 +56,27 @@ std::shared_ptr<std::byte> allocate_weights(size_t num_bytes) {
 
 namespace {
 
+// Rows of a long prompt lie far apart in a large buffer: with small pages the CPU would look up most of them.
 struct Buffer {
-  std::unique_ptr<float, void (*)(float*)> data{nullptr, [](float* p) { ::operator delete[](p, std::align_val_t(kAlignment)); }};
-  size_t size = 0;
+  float* data = nullptr;
+  size_t size = 0, alignment = 0;
+
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { release(); }
+  void release() {
+    if (data != nullptr) ::operator delete[](data, std::align_val_t(alignment));
+    data = nullptr;
+    size = 0;
+  }
+  void allocate(size_t num_floats) {
+    const size_t num_bytes = num_floats * sizeof(float);
+    const bool huge = num_bytes >= 2 * kHugePage;
+    alignment = huge ? kHugePage : size_t(kAlignment);
+    data = static_cast<float*>(::operator new[](num_bytes, std::align_val_t(alignment)));
+    size = num_floats;
+    if (huge) madvise(data, num_bytes & ~(kHugePage - 1), MADV_HUGEPAGE);
+  }
 };
 
 thread_local Buffer buffers[size_t(Scratch::slots)];
@@ -68,16 +86,14 @@ thread_local Buffer buffers[size_t(Scratch::slots)];
 float* scratch(Scratch slot, size_t num_floats) {
   Buffer& buffer = buffers[size_t(slot)];
   if (buffer.size < num_floats) {
-    buffer.data.reset();
-    buffer.size = 0;
-    buffer.data.reset(static_cast<float*>(::operator new[](num_floats * sizeof(float), std::align_val_t(kAlignment))));
-    buffer.size = num_floats;
+    buffer.release();
+    buffer.allocate(num_floats);
   }
-  return buffer.data.get();
+  return buffer.data;
 }
 
 void poison_scratch() {
-  for (Buffer& buffer : buffers) std::fill_n(buffer.data.get(), buffer.size, std::numeric_limits<float>::quiet_NaN());
+  for (Buffer& buffer : buffers) std::fill_n(buffer.data, buffer.size, std::numeric_limits<float>::quiet_NaN());
 }
 
 }  // namespace glmlocal

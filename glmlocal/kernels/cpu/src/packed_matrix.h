@@ -99,7 +99,7 @@ struct PackedMatrix {
   }
 };
 
-// Whether codes of the format can meet int8 activations: integers of at most 8 bits, or a codebook of such.
+// Whether codes of the format can meet int8 activations: integers of 8 bits, with or without a sign, or a codebook of such.
 // `values` as below. Sets the matrix up for it; false leaves it unchanged.
 bool use_int8_activations(PackedMatrix& matrix);
 

@@ -10,6 +10,7 @@
 
 #include "attention.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "isa/lanes.h"
@@ -84,10 +85,31 @@ GLM_INLINE F widen_first(const Element* p, int n) {
   return widen(lanes);
 }
 
-// What the inner loops multiply. An operand is one float, or two bf16 that are neighbours along the sum and lie in the
-// place of one float; a row of operands is written 16 features or keys at a time.
+// Magnitudes order as integers too, and NaN is the largest.
+GLM_INLINE U larger_magnitude(U so_far, F x) { return max_words(so_far, bit_and(as_words(x), splat(0x7fffffff))); }
+// most / largest; 0 where that would not be finite. Values below 2e-31, whose scale is a weight's, are taken for zeros.
+GLM_INLINE F inverse_of(F largest, float most) {
+  return where_less(broadcast(3e-35f), largest, div(broadcast(most), largest), zero());
+}
+
+template <class Element>
+GLM_INLINE float largest_of_row(const Element* from, int head_dim) {
+  U largest = splat(0);
+  int d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) largest = larger_magnitude(largest, widen(from + d));
+  if (d < head_dim) largest = larger_magnitude(largest, widen_first(from + d, head_dim - d));
+  const int32_t bits = max_of_words(largest);
+  float result;
+  __builtin_memcpy(&result, &bits, 4);
+  return result;
+}
+
+// What the inner loops multiply. An operand is one float, or two bf16 or int16 that are neighbours along the sum and lie in
+// the place of one float; a row of operands is written 16 features or keys at a time. Integers are a row's numbers over a
+// scale of its own, and so are sums of their products.
 struct Floats {
   static constexpr int step = 1;
+  static constexpr bool integers = false;
   static GLM_INLINE F multiply_add(F a, F b, F c) { return fma(a, b, c); }
   static GLM_INLINE void put(float* row, int at, F x) { store(row + at, x); }
   template <int vectors, class Element>
@@ -118,6 +140,7 @@ constexpr struct Interleave {  // 0, 32, 1, 33 …: one element of the first vec
 
 struct Pairs {
   static constexpr int step = 2;
+  static constexpr bool integers = false;
   static GLM_INLINE F multiply_add(F a, F b, F c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
   static GLM_INLINE void put(float* row, int at, F x) {
     _mm256_storeu_si256((__m256i*)((char*)row + 2 * at), (__m256i)_mm512_cvtneps_pbh(x));
@@ -153,7 +176,36 @@ struct Pairs {
     return as_float(select(splat(0x80008000), shl<8>(codes), size));
   }
 };
-bool cpu_has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+// Intel's (Emerald Rapids) take four times as long for a vector of pairs as for one of floats.
+bool cpu_has_pairs() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"); }
+#endif
+
+#if defined(__AVX512VNNI__)
+// A row is one query's features, one key's or value's, or the weights of a tile's keys; the largest magnitude of each is
+// kMost… Sums of head_dim or kTileKeys products stay below 2^31. What a key loses is less than what bf16 loses of its
+// largest features: half of 2^-12 of the largest, which is at most sqrt(head_dim) times the root mean square.
+struct Integers {
+  static constexpr int step = 2;
+  static constexpr bool integers = true;
+  static constexpr int kMost = 4095, kMostWeight = 8191;  // of a key or value; of a weight
+  static_assert(int64_t(kTileKeys) * kMost * kMostWeight < int64_t(1) << 31);
+  static int most_of_query(int head_dim) {
+    const int64_t most = ((int64_t(1) << 31) - 1) / (int64_t(head_dim) * kMost);
+    return most < kMost ? int(most) : kMost;
+  }
+
+  static GLM_INLINE F multiply_add(F a, F b, F c) {  // as dot() in simd_avx512.h
+    asm("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
+  static GLM_INLINE void put(float* row, int at, F x) {
+    _mm256_storeu_si256((__m256i*)((char*)row + 2 * at), _mm512_cvtepi32_epi16(to_words(x)));
+  }
+  // Pairs of one number each from both, which are whole.
+  static GLM_INLINE F operands(F first, F second) {
+    return as_float(select(splat(0xffff0000), shl<16>(to_words(second)), to_words(first)));
+  }
+};
 #endif
 
 // The keys and values of one tile, for the first kv head. Where the slots of keys are neighbours, keys[i] is not the
@@ -171,6 +223,7 @@ struct Workspace {
   float* key_rows;                           // [kTileKeys][width], one key's operands each
   float* keys;                               // [head_dim][kTileKeys] operands, where those of the cache cannot be read
   float* values;                             // [kTileKeys][width] operands, the same
+  float* q_scales;                           // [rows], of integers
   float* maximum;                            // [rows], of the current split
   float* own;                                // [rows][partial_size], for a split that is folded at once
   float* folded;                             // [rows][partial_size], of the splits so far
@@ -178,7 +231,7 @@ struct Workspace {
   const float* key_columns[kTileColumns];  // operand d of 16 keys is at key_columns[…] + d * key_stride
   ptrdiff_t key_stride;
   const float* value_rows[kTileKeys];  // of each key or pair of keys
-  float key_scales[kTileKeys];         // int8
+  float key_scales[kTileKeys];         // of int8 caches, of integers, or of both
   float value_scales[kTileKeys];
   Prefetch prefetch;
 };
@@ -189,7 +242,7 @@ void make_workspace(const AttentionTask& task, Workspace& w) {
   w.head_dim = task.head_dim;
   w.width = padded_head_dim(task.head_dim);
   const size_t rows = size_t(w.rows), width = size_t(w.width), partials = rows * size_t(partial_size(task.head_dim));
-  float* next = scratch(Scratch::attention, 3 * kTileKeys * width + 2 * partials + rows * width + rows);
+  float* next = scratch(Scratch::attention, 3 * kTileKeys * width + 2 * partials + rows * width + 2 * rows);
   auto take = [&](size_t size) {
     float* p = next;
     next += size;
@@ -201,18 +254,24 @@ void make_workspace(const AttentionTask& task, Workspace& w) {
   w.own = take(partials);
   w.folded = take(partials);
   w.q = take(rows * width);
+  w.q_scales = take(rows);
   w.maximum = take(rows);
 }
 
 // Rows are head_dim / step operands apart; what a row has beyond them is overwritten by the next one.
 template <class Math>
 void scale_queries(const AttentionTask& task, const Workspace& w) {
-  const F scale = broadcast(task.scale);
-  float* to = w.q;
+  float *to = w.q, *q_scale = w.q_scales;
   for (int head = 0; head < task.num_heads; ++head) {
     for (int token = 0; token < task.num_tokens; ++token) {
       const float* from = task.q + token * task.q_stride + head * task.group * task.head_dim;
       for (int member = 0; member < task.group; ++member, from += task.head_dim, to += task.head_dim / Math::step) {
+        F scale = broadcast(task.scale);
+        if constexpr (Math::integers) {
+          const float largest = largest_of_row(from, task.head_dim), most = float(Math::most_of_query(task.head_dim));
+          scale = inverse_of(broadcast(largest), most);
+          *q_scale++ = largest / most * task.scale;
+        }
         for (int d = 0; d < task.head_dim; d += kLanes) {
           const int left = task.head_dim - d;
           Math::put(to, d, mul(left < kLanes ? load_first(from + d, left) : load(from + d), scale));
@@ -240,12 +299,22 @@ void find_tile(const AttentionTask& task, int first, Tile& tile) {
   }
 }
 
-// One row of head_dim elements → operands, zeros after them.
+// One row of head_dim elements → operands, zeros after them. `scale` takes the scale of integers, times what is there.
 template <class Element, class Math>
-GLM_INLINE const float* operand_row(const Element* from, int head_dim, float* to) {
+GLM_INLINE const float* operand_row(const Element* from, int head_dim, float* to, float& scale) {
+  [[maybe_unused]] F inverse;
+  if constexpr (Math::integers) {
+    const float largest = largest_of_row(from, head_dim);
+    inverse = inverse_of(broadcast(largest), Math::kMost);
+    scale *= largest * (1.0f / Math::kMost);
+  }
+  const auto scaled = [&](F x) {
+    if constexpr (Math::integers) return mul(x, inverse);
+    else return x;
+  };
   int d = 0;
-  for (; d + kLanes <= head_dim; d += kLanes) Math::put(to, d, widen(from + d));
-  if (d < head_dim) Math::put(to, d, widen_first(from + d, head_dim - d));
+  for (; d + kLanes <= head_dim; d += kLanes) Math::put(to, d, scaled(widen(from + d)));
+  if (d < head_dim) Math::put(to, d, scaled(widen_first(from + d, head_dim - d)));
   return to;
 }
 
@@ -267,6 +336,28 @@ GLM_INLINE void put_columns(const Element* from, ptrdiff_t feature, int size, fl
   }
 }
 
+#if defined(__AVX512VNNI__)
+// The same of 16 keys as integers. `scales` take theirs, times what is there.
+template <class Element>
+GLM_INLINE void put_integer_columns(const Element* from, ptrdiff_t feature, int head_dim, float* to, float* scales, Prefetch& prefetch) {
+  constexpr int steps = Prefetch::kSteps;  // head_dim is a multiple of kSteps
+  U magnitude = splat(0);
+  for (int d = 0; d < head_dim; d += steps) {
+    unroll<steps>([&](auto i) { magnitude = larger_magnitude(magnitude, widen(from + (d + i.v) * feature)); });
+  }
+  const F largest = as_float(magnitude), inverse = inverse_of(largest, Integers::kMost);
+  store(scales, mul(load(scales), mul(largest, broadcast(1.0f / Integers::kMost))));
+  for (int d = 0; d < head_dim; d += steps) {
+    prefetch.advance(2 * steps * kWidenWork);
+    unroll<steps / 2>([&](auto) {
+      store(to, Integers::operands(mul(widen(from), inverse), mul(widen(from + feature), inverse)));
+      from += 2 * feature;
+      to += kTileKeys;
+    });
+  }
+}
+#endif
+
 // Points key_columns at the keys of one head. Lanes of keys that do not exist hold anything. Not inlined, as the next one,
 // because their loops need all registers.
 template <class Element, class Math>
@@ -285,6 +376,10 @@ __attribute__((noinline)) void load_keys(const AttentionTask& task, const Tile& 
         for (int i = 0; i < columns; ++i) w.key_columns[c + i] = from + i * kLanes;
         for (int i = c + columns; i < kTileColumns; ++i) w.key_columns[i] = from;
         w.key_stride = feature;
+      } else if constexpr (Math::integers) {
+        for (int i = 0; i < columns; ++i) {
+          put_integer_columns(from + i * kLanes, feature, w.head_dim, w.keys + (c + i) * kLanes, w.key_scales + (c + i) * kLanes, w.prefetch);
+        }
       } else if (columns == 2) {
         put_columns<Element, Math, 2>(from, feature, size, w.keys + c * kLanes, w.prefetch);
       } else {
@@ -300,7 +395,7 @@ __attribute__((noinline)) void load_keys(const AttentionTask& task, const Tile& 
       rows[i] = from;
     } else {
       w.prefetch.advance(size / kLanes * kWidenWork);
-      rows[i] = operand_row<Element, Math>(from, w.head_dim, w.key_rows + i * w.width);
+      rows[i] = operand_row<Element, Math>(from, w.head_dim, w.key_rows + i * w.width, w.key_scales[i]);
     }
   }
   for (int c = 0; c < kTileColumns && c * kLanes < tile.count; ++c) {
@@ -316,34 +411,67 @@ __attribute__((noinline)) void load_keys(const AttentionTask& task, const Tile& 
   }
 }
 
+#if defined(__AVX512VNNI__)
+// Pairs of one integer each of two values. `scales` take theirs, times what is there.
+template <class Element>
+GLM_INLINE void put_integer_values(const Element* const* values, int head_dim, float* to, float* const* scales) {
+  F inverse[2];
+  unroll<2>([&](auto i) {
+    const float largest = largest_of_row(values[i.v], head_dim);
+    inverse[i.v] = inverse_of(broadcast(largest), Integers::kMost);
+    *scales[i.v] *= largest * (1.0f / Integers::kMost);
+  });
+  int d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) {
+    store(to + d, Integers::operands(mul(widen(values[0] + d), inverse[0]), mul(widen(values[1] + d), inverse[1])));
+  }
+  if (d == head_dim) return;
+  const int rest = head_dim - d;
+  store(to + d, Integers::operands(mul(widen_first(values[0] + d, rest), inverse[0]), mul(widen_first(values[1] + d, rest), inverse[1])));
+}
+#endif
+
+// Operands of one value or of two, zeros after them.
+template <class Element, class Math>
+GLM_INLINE void put_values(const Element* first, const Element* second, int head_dim, float* to) {
+  const int whole = head_dim / kLanes * kLanes;
+  int d = 0;
+  for (; d + 2 * kLanes <= whole; d += 2 * kLanes) Math::template put_operands<2>(to + d, first + d, second + d);
+  if (d < whole) Math::template put_operands<1>(to + d, first + d, second + d);
+  if (whole == head_dim) return;
+  Element ends[2][kLanes] = {};
+  for (d = whole; d < head_dim; ++d) {
+    ends[0][d - whole] = first[d];
+    ends[1][d - whole] = second[d];
+  }
+  Math::template put_operands<1>(to + whole, ends[0], ends[1]);
+}
+
 // Points value_rows at the values of one head, or at copies where they are no operands or their features do not fill whole
 // vectors.
 template <class Element, class Math>
 __attribute__((noinline)) void load_values(const AttentionTask& task, const Tile& tile, int head, Workspace& w) {
   const ptrdiff_t offset = head * task.value_strides.head;
-  const int whole = w.head_dim / kLanes * kLanes, rest = w.head_dim - whole;
   for (int i = 0; i < tile.count; i += Math::step) {
     const Element* first = (const Element*)tile.values[i] + offset;
     const Element* second = (const Element*)tile.values[i + 1 < tile.count ? i + 1 : i] + offset;  // add_columns masks it
     float* to = w.values + i / Math::step * w.width;
     w.value_rows[i / Math::step] = to;
     if constexpr (holds_operands<Element, Math>) {
-      if (rest == 0) {
+      if (w.head_dim % kLanes == 0) {
         w.value_rows[i] = first;
         continue;
       }
     }
     w.prefetch.advance(w.width / kLanes * kWidenWork);
-    int d = 0;
-    for (; d + 2 * kLanes <= whole; d += 2 * kLanes) Math::template put_operands<2>(to + d, first + d, second + d);
-    if (d < whole) Math::template put_operands<1>(to + d, first + d, second + d);
-    if (rest == 0) continue;
-    Element ends[2][kLanes] = {};
-    for (d = 0; d < rest; ++d) {
-      ends[0][d] = first[whole + d];
-      ends[1][d] = second[whole + d];
+    if constexpr (Math::integers) {
+      float nobody = 1;
+      const Element* const pair[] = {first, second};
+      float* const scales[] = {w.value_scales + i, i + 1 < tile.count ? w.value_scales + i + 1 : &nobody};
+      put_integer_values(pair, w.head_dim, to, scales);
+    } else {
+      put_values<Element, Math>(first, second, w.head_dim, to);
     }
-    Math::template put_operands<1>(to + whole, ends[0], ends[1]);
   }
 }
 
@@ -356,6 +484,12 @@ void load_scales(const AttentionTask& task, const Tile& tile, int head, Workspac
     w.value_scales[i] = i < tile.count ? task.value_scales[at] : 0;
     if (++slot == task.block_size) slot = 0, ++block;
   }
+}
+
+template <class Math>
+GLM_INLINE F sums_as_floats(F sums) {
+  if constexpr (Math::integers) return to_float(as_words(sums));
+  else return sums;
 }
 
 // scores[row][key] = q[row] · key, summed over the features in order.
@@ -380,18 +514,24 @@ GLM_INLINE void score_columns(const float* q, const float* const* key_columns, p
       });
     }
   }
-  unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { store(scores + r.v * kTileKeys + c.v * kLanes, acc[r.v][c.v]); }); });
+  unroll<rows>([&](auto r) {
+    unroll<columns>([&](auto c) { store(scores + r.v * kTileKeys + c.v * kLanes, sums_as_floats<Math>(acc[r.v][c.v])); });
+  });
 }
 
-// result[row] = decay[row] · result[row] + Σ weights[row][key] · value[key], in the order of the keys. Null decay: no
-// result yet.
+// result[row] = decay[row] · result[row] + Σ weights[row][key] · value[key], in the order of the keys; integers are summed
+// first and multiplied with unit[row]. Null decay: no result yet.
 template <class Math, int rows, int columns>
-GLM_INLINE void add_columns(const float* weights, const float* const* values, int num_keys, int first_column, const float* decay,
-                            float* result, int stride, Prefetch& prefetch) {
+GLM_INLINE void add_columns(const float* weights, const float* unit, const float* const* values, int num_keys, int first_column,
+                            const float* decay, float* result, int stride, Prefetch& prefetch) {
   F acc[rows][columns];
+  const auto shrunk = [&](auto r, auto c) __attribute__((always_inline)) {
+    return decay ? mul(load(result + r.v * stride + c.v * kLanes), broadcast(decay[r.v])) : zero();
+  };
   unroll<rows>([&](auto r) {
     unroll<columns>([&](auto c) {
-      acc[r.v][c.v] = decay ? mul(load(result + r.v * stride + c.v * kLanes), broadcast(decay[r.v])) : zero();
+      if constexpr (Math::integers) acc[r.v][c.v] = zero();
+      else acc[r.v][c.v] = shrunk(r, c);
     });
   });
   const auto add_row = [&](int i, auto&& masked) __attribute__((always_inline)) {
@@ -403,24 +543,30 @@ GLM_INLINE void add_columns(const float* weights, const float* const* values, in
       unroll<columns>([&](auto c) { acc[r.v][c.v] = Math::multiply_add(value[c.v], x, acc[r.v][c.v]); });
     });
   };
-  const int size = num_keys / Math::step;
+  const int size = (num_keys + (Math::integers ? 1 : 0)) / Math::step;  // an integer weight of a key that is not seen is 0
   for (int begin = 0; begin < size; begin += Prefetch::kSteps) {
     prefetch.advance(Prefetch::kSteps * rows * columns);
     const int end = begin + Prefetch::kSteps < size ? begin + Prefetch::kSteps : size;
     for (int i = begin; i < end; ++i) add_row(i, [](F x) { return x; });
   }
-  if constexpr (Math::step == 2) {  // the second key of the last pair is one that is not seen, and may be NaN
+  if constexpr (Math::step == 2 && !Math::integers) {  // the second key of the last pair is one that is not seen, and may be NaN
     if (num_keys % 2 == 1) add_row(size, [](F x) { return as_float(bit_and(as_words(x), splat(0xffff))); });
   }
-  unroll<rows>([&](auto r) { unroll<columns>([&](auto c) { store(result + r.v * stride + c.v * kLanes, acc[r.v][c.v]); }); });
+  unroll<rows>([&](auto r) {
+    unroll<columns>([&](auto c) {
+      F sum = acc[r.v][c.v];
+      if constexpr (Math::integers) sum = fma(sums_as_floats<Math>(sum), broadcast(unit[r.v]), shrunk(r, c));
+      store(result + r.v * stride + c.v * kLanes, sum);
+    });
+  });
 }
 
 // Scores → a row of operands, the weights exp(score - maximum), zero for keys beyond num_keys; each lane's running sum of
-// them; and by how much a grown maximum shrinks what was summed before. The keys' scales belong to the scores, the values'
-// to the operands.
+// them; and by how much a grown maximum shrinks what was summed before. The keys' scales belong to the scores, as the rows'
+// own do, the values' to the operands. unit: what one is worth, of integers.
 template <class Math, bool scaled, int rows>
-GLM_INLINE void softmax_rows(float* scores, const float* key_scales, const float* value_scales, int num_keys, bool fresh,
-                             float* maximum_so_far, float* sums, int sums_stride, float* decay) {
+GLM_INLINE void softmax_rows(float* scores, const float* q_scales, const float* key_scales, const float* value_scales, int num_keys,
+                             bool fresh, float* maximum_so_far, float* sums, int sums_stride, float* decay, float* unit) {
   alignas(64) float before[kLanes] = {}, after[kLanes] = {};
   unroll<rows>([&](auto r) {
     float* s = scores + r.v * kTileKeys;
@@ -428,8 +574,9 @@ GLM_INLINE void softmax_rows(float* scores, const float* key_scales, const float
     F best = lowest;
     unroll<kTileColumns>([&](auto c) {
       constexpr int first = decltype(c)::v * kLanes;
-      const F x = scaled ? mul(load(s + first), load(key_scales + first)) : load(s + first);
-      if constexpr (scaled) store(s + first, x);
+      F x = load(s + first);
+      if constexpr (Math::integers) x = mul(x, broadcast(q_scales[r.v]));
+      if constexpr (scaled) store(s + first, x = mul(x, load(key_scales + first)));
       best = max(best, num_keys >= first + kLanes ? x : where_first(num_keys - first, x, lowest));
     });
     before[r.v] = fresh ? kLowest : maximum_so_far[r.v];
@@ -442,33 +589,46 @@ GLM_INLINE void softmax_rows(float* scores, const float* key_scales, const float
     float* s = scores + r.v * kTileKeys;
     const F highest = broadcast(after[r.v]);
     F sum = fresh ? zero() : mul(load(sums + r.v * sums_stride), broadcast(decay[r.v]));
+    F weights[kTileColumns];
     unroll<kTileColumns>([&](auto c) {
       constexpr int first = decltype(c)::v * kLanes;
       const F e = exp(sub(load(s + first), highest));
       const auto visible = [&](F x) { return num_keys >= first + kLanes ? x : where_first(num_keys - first, x, zero()); };
       sum = add(sum, visible(e));
-      Math::put(s, first, visible(scaled ? mul(e, load(value_scales + first)) : e));
+      weights[c.v] = visible(scaled ? mul(e, load(value_scales + first)) : e);
     });
     store(sums + r.v * sums_stride, sum);
+    if constexpr (Math::integers) {
+      U magnitude = splat(0);
+      unroll<kTileColumns>([&](auto c) { magnitude = larger_magnitude(magnitude, weights[c.v]); });
+      const int32_t bits = max_of_words(magnitude);
+      float largest;
+      __builtin_memcpy(&largest, &bits, 4);
+      unit[r.v] = largest / Math::kMostWeight;
+      const F inverse = inverse_of(broadcast(largest), Math::kMostWeight);
+      unroll<kTileColumns>([&](auto c) { weights[c.v] = mul(weights[c.v], inverse); });
+    }
+    unroll<kTileColumns>([&](auto c) { Math::put(s, c.v * kLanes, weights[c.v]); });
   });
 }
 
 template <class Math, bool scaled, int rows>
 void attend_rows(Workspace& w, int row, int num_keys, bool fresh) {
-  alignas(64) float scores[rows * kTileKeys], decay[kLanes];
+  alignas(64) float scores[rows * kTileKeys], decay[kLanes], unit[kLanes];
   for (int c = 0; c < kTileColumns; c += kColumns) {
     score_columns<Math, rows, kColumns>(w.q + row * (w.head_dim / Math::step), w.key_columns + c, w.key_stride, w.head_dim, scores + c * kLanes, w.prefetch);
   }
   const int stride = w.width + kLanes;
   float* result = w.result + row * ptrdiff_t(stride);
-  softmax_rows<Math, scaled, rows>(scores, w.key_scales, w.value_scales, num_keys, fresh, w.maximum + row, result + w.width, stride, decay);
+  softmax_rows<Math, scaled, rows>(scores, w.q_scales + row, w.key_scales, w.value_scales, num_keys, fresh, w.maximum + row,
+                                   result + w.width, stride, decay, unit);
   const float* factor = fresh ? nullptr : decay;
   int column = 0;
   for (; column + kColumns * kLanes <= w.width; column += kColumns * kLanes) {
-    add_columns<Math, rows, kColumns>(scores, w.value_rows, num_keys, column, factor, result + column, stride, w.prefetch);
+    add_columns<Math, rows, kColumns>(scores, unit, w.value_rows, num_keys, column, factor, result + column, stride, w.prefetch);
   }
   for (; column < w.width; column += kLanes) {
-    add_columns<Math, rows, 1>(scores, w.value_rows, num_keys, column, factor, result + column, stride, w.prefetch);
+    add_columns<Math, rows, 1>(scores, unit, w.value_rows, num_keys, column, factor, result + column, stride, w.prefetch);
   }
 }
 
@@ -495,10 +655,15 @@ int first_token(const AttentionTask& task, int key) { return key > task.first_po
 
 template <class Element, class Math>
 void attend_tile(const AttentionTask& task, const Tile& tile, int head, bool fresh, Workspace& w) {
-  constexpr bool scaled = std::is_same_v<Element, int8_t>;
+  constexpr bool scaled = std::is_same_v<Element, int8_t> || Math::integers;
+  if constexpr (std::is_same_v<Element, int8_t>) {
+    load_scales(task, tile, head, w);
+  } else if constexpr (scaled) {
+    std::fill_n(w.key_scales, kTileKeys, 1.0f);
+    std::fill_n(w.value_scales, kTileKeys, 1.0f);
+  }
   load_keys<Element, Math>(task, tile, head, w);
   load_values<Element, Math>(task, tile, head, w);
-  if constexpr (scaled) load_scales(task, tile, head, w);
   const int row = head * w.rows_per_head, end = row + w.rows_per_head;
   int token = first_token(task, tile.first);
   for (; token < task.num_tokens; ++token) {
@@ -587,22 +752,28 @@ void attend_with(const AttentionTask& task) {
 
 }  // namespace
 
-bool attention_in_pairs() {
+AttentionOperands attention_operands() {
 #if GLM_HAS_PAIRS
-  return cpu_has_pairs();
+  if (cpu_has_pairs()) return AttentionOperands::bf16;
+#endif
+#if defined(__AVX512VNNI__)
+  return AttentionOperands::int16;
 #else
-  return false;
+  return AttentionOperands::fp32;
 #endif
 }
 
 void attend(const AttentionTask& task) {
   with_element(task.type, [&](auto element) {
     using Element = decltype(element);
-#if GLM_HAS_PAIRS
     if constexpr (!std::is_same_v<Element, float>) {
+#if GLM_HAS_PAIRS
       if (cpu_has_pairs()) return attend_with<Element, Pairs>(task);
-    }
 #endif
+#if defined(__AVX512VNNI__)
+      return attend_with<Element, Integers>(task);
+#endif
+    }
     attend_with<Element, Floats>(task);
   });
 }

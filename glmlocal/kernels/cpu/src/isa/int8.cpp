@@ -11,10 +11,13 @@
 //
 //   few rows    codes are taken apart in registers and used at once; bound by memory bandwidth
 //   many rows   a piece of a panel is taken apart into L1 and multiplied in register tiles; bound by the dot products
+//               (int8_registers.h)
+//   … on AVX2   the same with fp32 sums in L1 (int8_memory.h)
 //   … on AMX    the same with tile products (int8_amx.h)
 
 #include "isa.h"
-#include "isa/int8_piece.h"
+#include "isa/int8_memory.h"
+#include "isa/int8_registers.h"
 #if defined(__AMX_INT8__)
 #include "isa/int8_amx.h"
 #endif
@@ -23,38 +26,6 @@ namespace glmlocal::GLM_ISA {
 namespace {
 
 constexpr ptrdiff_t kPrefetchBytes = 4096;  // two threads: 8 KiB 0.97, 12 KiB 0.93, 16 KiB 0.85 of this; none at all 0.66
-
-GLM_INLINE uint32_t word_of(const Int8Block& block, int quad) {
-  uint32_t word;
-  __builtin_memcpy(&word, block.codes + quad * 4, 4);
-  return word;
-}
-
-// What a sum starts from, for one block of one row, or half of it: codes mean code - zero_point.
-GLM_INLINE int32_t sum_of(const Int8Block& block, bool halves, int half) { return halves ? block.half_sums[half] : block.sum; }
-GLM_INLINE U start_of(int32_t sum, int zero_point) { return splat(uint32_t(-zero_point * sum)); }
-
-// fp32 sums, in registers or, where those are few, in memory that stays in L1.
-template <bool in_memory, int count> struct TileSums;
-template <int count> struct TileSums<false, count> {
-  F sums[count];
-  GLM_INLINE explicit TileSums(float*) {}
-  GLM_INLINE F get(int i) const { return sums[i]; }
-  GLM_INLINE void set(int i, F x) { sums[i] = x; }
-  GLM_INLINE void stay() {}
-  GLM_INLINE void next() {}
-  GLM_INLINE void rewind(float*) {}
-};
-template <int count> struct TileSums<true, count> {
-  float* sums;
-  GLM_INLINE explicit TileSums(float* memory) : sums(memory) {}
-  GLM_INLINE F get(int i) const { return load(sums + i * kTileRows); }
-  GLM_INLINE void set(int i, F x) { store(sums + i * kTileRows, x); }
-  // They are not loaded before they are wanted: GCC would do so ahead of a branch, and put them on the stack.
-  GLM_INLINE void stay() { asm volatile("" : "+r"(sums)); }
-  GLM_INLINE void next() { sums += count * kTileRows; }
-  GLM_INLINE void rewind(float* memory) { sums = memory; }
-};
 
 template <int num_rows>
 constexpr int kTilesOfFewRows = kDotGemvChains / num_rows >= 4 ? 4 : kDotGemvChains / num_rows >= 2 ? 2 : 1;
@@ -99,7 +70,7 @@ GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_t
       typename Sums::Partial sums[count];
       const auto begin = [&](int half) {
         unroll<num_rows>([&](auto m) {
-          const auto start = Sums::begin(start_of(sum_of(rows[m.v][b], halves, half), zero_point));
+          const auto start = Sums::begin(start_of(rows[m.v][b], part_of(halves, half), zero_point));
           unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = start; });
         });
       };
@@ -110,7 +81,7 @@ GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_t
         unroll<tiles>([&](auto t) { scale[t.v] = scales.load_scale(column, tile + t.v); });
         unroll<num_rows>([&](auto m) {
           const Int8Block& block = rows[m.v][b];
-          const U start = start_of(sum_of(block, halves, half), zero_point);
+          const U start = start_of(block, part_of(halves, half), zero_point);
           const F x_scale = broadcast(block.scale);
           unroll<tiles>([&](auto t) {
             constexpr int i = m.v * tiles + t.v;
@@ -121,7 +92,7 @@ GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_t
         F offset[tiles];
         unroll<tiles>([&](auto t) { offset[t.v] = scales.load_offset(column, tile + t.v); });
         unroll<num_rows>([&](auto m) {
-          const F x_sum = broadcast(rows[m.v][b].scale * float(sum_of(rows[m.v][b], halves, half)));
+          const F x_sum = broadcast(rows[m.v][b].sums[part_of(halves, half) - 1]);
           unroll<tiles>([&](auto t) {
             constexpr int i = m.v * tiles + t.v;
             acc.set(i, fma(x_sum, offset[t.v], acc.get(i)));
@@ -192,115 +163,6 @@ bool multiply_few_rows(const PackedMatrix& w, int panel, const Int8Block* const*
   return multiply_few_rows<Codec, Scales, 1>(w, panel, rows, num_rows, out, out_stride, next);
 }
 
-// num_rows × tiles sums over the blocks of a piece, continuing the chains in `out` unless `fresh`.
-// panel_tiles is the piece's number of tiles; its pointers are at the first of ours.
-template <int bits, int num_rows, int tiles>
-GLM_FLATTEN void multiply_tile(const Piece& piece, int panel_tiles, int zero_point, const Int8Block* const* rows, int first_block, int blocks,
-                               Ahead ahead, float* out, ptrdiff_t out_stride, bool fresh) {
-  using Sums = TileDots<bits>;
-  TileSums<kDotSumsInMemory, num_rows * tiles> acc(piece.sums);
-  unroll<num_rows>([&](auto m) {
-    unroll<tiles>([&](auto t) { acc.set(m.v * tiles + t.v, fresh ? zero() : load(out + m.v * out_stride + t.v * kTileRows)); });
-  });
-  const Int8Block* x[num_rows];
-  unroll<num_rows>([&](auto m) { x[m.v] = rows[m.v] + first_block; });
-  const std::byte* codes = piece.codes;
-  const float *scales = piece.scales, *all_offsets = piece.offsets;
-  const bool offsets = piece.has_offsets, halves = piece.halves;
-  const ptrdiff_t line = panel_tiles * 64, scale_line = panel_tiles * kTileRows;
-  typename Sums::Partial sums[num_rows * tiles];
-  // `parts` times so many words of columns, then what they add to the fp32 sums: the whole block, or one half of it.
-  const auto multiply = [&](auto words, int parts, int b, int half) {
-    unroll<num_rows>([&](auto m) {
-      const auto start = Sums::begin(start_of(sum_of(x[m.v][b], halves, half), zero_point));
-      unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = start; });
-    });
-    int first_word = half * (kQuads / 2);
-    for (int part = 0; part < parts; ++part, first_word += words.v) {
-      unroll<words.v>([&](auto q) {
-        unroll<Sums::passes>([&](auto pass) {  // over the vectors of a word, where their codes are taken apart again
-          U w[tiles];
-          unroll<tiles>([&](auto t) { w[t.v] = load_words(codes + t.v * 64); });
-          unroll<num_rows>([&](auto m) {
-            const U word = splat(word_of(x[m.v][b], first_word + q.v));
-            unroll<tiles>([&](auto t) {
-              typename Sums::Partial& sum = sums[m.v * tiles + t.v];
-              sum = Sums::template add_part<pass.v>(sum, w[t.v], word);
-            });
-          });
-        });
-        codes += line;
-      });
-    }
-    acc.stay();
-    F scale[tiles];
-    unroll<tiles>([&](auto t) { scale[t.v] = load(scales + t.v * kTileRows); });
-    unroll<num_rows>([&](auto m) {
-      const U start = start_of(sum_of(x[m.v][b], halves, half), zero_point);
-      const F x_scale = broadcast(x[m.v][b].scale);
-      unroll<tiles>([&](auto t) {
-        constexpr int i = m.v * tiles + t.v;
-        acc.set(i, fma(mul(to_float(Sums::end(start, sums[i])), x_scale), scale[t.v], acc.get(i)));
-      });
-    });
-    scales += scale_line;
-    if (!offsets) return;
-    unroll<num_rows>([&](auto m) {
-      const F x_sum = broadcast(x[m.v][b].scale * float(sum_of(x[m.v][b], halves, half)));
-      unroll<tiles>([&](auto t) {
-        constexpr int i = m.v * tiles + t.v;
-        acc.set(i, fma(x_sum, load(all_offsets + t.v * kTileRows), acc.get(i)));
-      });
-    });
-    all_offsets += scale_line;
-  };
-  for (int b = 0; b < blocks; ++b) {
-    for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
-    if (kDotSumsInMemory && !halves) {  // a loop would put integer sums on the stack where registers are few
-      multiply(Constant<kQuads>{}, 1, b, 0);
-    } else {
-      for (int half = 0; half < (halves ? 2 : 1); ++half) multiply(Constant<kQuads / 2>{}, halves ? 1 : 2, b, half);
-    }
-  }
-  unroll<num_rows>([&](auto m) {
-    unroll<tiles>([&](auto t) { store(out + m.v * out_stride + t.v * kTileRows, acc.get(m.v * tiles + t.v)); });
-  });
-}
-
-using TileFunction = void (*)(const Piece&, int, int, const Int8Block* const*, int, int, Ahead, float*, ptrdiff_t, bool);
-
-// By number of rows, most_rows at most, and of tiles: kDotTiles or 1.
-template <int bits, int most_rows>
-TileFunction tile_function(int num_rows, bool one_tile) {
-  if constexpr (most_rows > 1) {
-    if (num_rows < most_rows) return tile_function<bits, most_rows - 1>(num_rows, one_tile);
-  }
-  return one_tile ? multiply_tile<bits, most_rows, 1> : multiply_tile<bits, most_rows, kDotTiles>;
-}
-
-// The panel's blocks from `first` on, taken apart in `piece`.
-template <int bits>
-void multiply_piece(const PackedMatrix& w, int panel, const Piece& piece, const Int8Block* const* rows, int num_rows, int first, int count,
-                    int lines_per_block, float* out, ptrdiff_t out_stride, const std::byte* next) {
-  constexpr int most_rows = TileDots<bits>::rows;
-  const int tiles = w.tiles_in(panel);
-  const int row_tiles = (num_rows + most_rows - 1) / most_rows;  // of nearly equal height
-  Spread spread(w, panel, first + count, lines_per_block, row_tiles * ((tiles + kDotTiles - 1) / kDotTiles) * count, next);
-  for (int i = 0; i < row_tiles; ++i) {
-    const int m = num_rows * i / row_tiles, row_count = num_rows * (i + 1) / row_tiles - m;
-    for (int tile = 0; tile < tiles;) {
-      const bool one_tile = tiles - tile < kDotTiles;
-      Piece ours = piece;
-      ours.codes += tile * 64;
-      ours.scales += tile * kTileRows;
-      ours.offsets += tile * kTileRows;
-      tile_function<bits, most_rows>(row_count, one_tile)(ours, tiles, w.int8_zero_point, rows + m, first, count, spread.take(count),
-                                                          out + m * out_stride + tile * kTileRows, out_stride, first == 0);
-      tile += one_tile ? 1 : kDotTiles;
-    }
-  }
-}
-
 template <class Codec>
 void multiply_many_rows(const PackedMatrix& w, int panel, const Int8Block* const* rows, int num_rows, float* out, ptrdiff_t out_stride,
                         const std::byte* next) {
@@ -309,9 +171,10 @@ void multiply_many_rows(const PackedMatrix& w, int panel, const Int8Block* const
   int first = 0;
   do {  // once even without columns, to write the zeros
     const int count = blocks - first < kChunkBlocks ? blocks - first : kChunkBlocks;
-    take_apart<Codec>(w, panel, first, count, 0, piece);
+    take_apart<Codec>(w, panel, first, count, kDotSumsInMemory ? 0 : shift_to_middle(w), piece);
     widen_scales(w, panel, first, count, piece);
-    multiply_piece<kDotKnowsBits ? Codec::bits : 8>(w, panel, piece, rows, num_rows, first, count, Codec::lines, out, out_stride, next);
+    if constexpr (kDotSumsInMemory) multiply_piece_in_memory<Codec>(w, panel, piece, rows, num_rows, first, count, out, out_stride, next);
+    else multiply_piece_in_registers<Codec>(w, panel, piece, rows, num_rows, first, count, out, out_stride, next);
     first += count;
   } while (first < blocks);
 }
@@ -323,7 +186,7 @@ void multiply(const PackedMatrix& w, int panel, const Int8Block* const* rows, [[
                         ? multiply_few_rows<Codec, PlainScales>(w, panel, rows, num_rows, out, out_stride, next)
                         : multiply_few_rows<Codec, GroupScales>(w, panel, rows, num_rows, out, out_stride, next);
 #if defined(__AMX_INT8__)
-  if (!done && groups != nullptr && multiply_groups<Codec>(w, panel, groups, num_rows, out, out_stride, next)) return;
+  if (!done && groups != nullptr && w.layout.blocks != 0) return multiply_groups<Codec>(w, panel, groups, num_rows, out, out_stride, next);
 #endif
   if (!done) multiply_many_rows<Codec>(w, panel, rows, num_rows, out, out_stride, next);
 }
@@ -346,9 +209,10 @@ void quantize_row(const float* x, int blocks, Int8Block* out) {
     const U a = bit_and(to_words(mul(first, inverse)), finite), c = bit_and(to_words(mul(second, inverse)), finite);
     store_low_bytes(block.codes, a);
     store_low_bytes(block.codes + 16, c);
-    block.half_sums[0] = sum_words(a);
-    block.half_sums[1] = sum_words(c);
-    block.sum = block.half_sums[0] + block.half_sums[1];
+    const int32_t half_sums[2] = {sum_words(a), sum_words(c)};
+    const int32_t by_part[4] = {0, half_sums[0] + half_sums[1], half_sums[0], half_sums[1]};
+    for (int part = kNoColumns; part <= kSecondHalf; ++part) block.starts[part] = -kMiddleCode * by_part[part];
+    for (int part = kWholeBlock; part <= kSecondHalf; ++part) block.sums[part - 1] = block.scale * float(by_part[part]);
   }
 }
 

@@ -123,17 +123,11 @@ void multiply_groups(const PackedMatrix& w, int panel, const Int8Group* groups, 
   }
 }
 
-// Returns whether it was done: tile products take codes as bytes less their zero points, or unsigned ones without.
 template <class Codec>
-bool multiply_groups(const PackedMatrix& w, int panel, const Int8Group* groups, int num_rows, float* out, ptrdiff_t out_stride,
+void multiply_groups(const PackedMatrix& w, int panel, const Int8Group* groups, int num_rows, float* out, ptrdiff_t out_stride,
                      const std::byte* next) {
-  constexpr int most = (1 << Codec::bits) - 1;
-  const int zero_point = w.int8_zero_point;
-  const bool fits = zero_point == 0 || (zero_point <= 128 && most - zero_point <= 127);
-  if (!fits || w.layout.blocks == 0) return false;
   if (in_halves(w)) multiply_groups<Codec, true>(w, panel, groups, num_rows, out, out_stride, next);
   else multiply_groups<Codec, false>(w, panel, groups, num_rows, out, out_stride, next);
-  return true;
 }
 
 }  // namespace

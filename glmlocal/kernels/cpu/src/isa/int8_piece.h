@@ -31,16 +31,16 @@ GLM_INLINE Piece piece_scratch(const PackedMatrix& w) {
   return {(std::byte*)memory, scales, scales + floats, scales + 2 * floats, w.format.has_min, in_halves(w)};
 }
 
-// Codes less `shift`, which is 0 where dot products take unsigned ones.
+// Codes less `shift`.
 template <class Codec>
 GLM_FLATTEN void take_apart(const PackedMatrix& w, int panel, int first_block, int blocks, int shift, const Piece& piece) {
   constexpr int block_bytes = Codec::lines * 64;
   const int tiles = w.tiles_in(panel);
   const Codec codec(w);
-  const U shifts = splat(uint32_t(shift) * 0x01010101u);
+  const U shifts = splat(uint8_t(shift) * 0x01010101u);
   const auto shifted = [&](auto codes) {
-    if constexpr (kDotInTiles) return sub_bytes(codes, shifts);
-    else return codes;
+    if constexpr (kDotSumsInMemory) return codes;
+    else return sub_bytes(codes, shifts);
   };
   const std::byte* lines = w.panel_codes(panel) + int64_t(first_block) * tiles * block_bytes;
   std::byte* to = piece.codes;
@@ -61,6 +61,12 @@ void widen_scales(const PackedMatrix& w, int panel, int first_block, int blocks,
       if (piece.has_offsets) store(offsets, groups.load_offset(column, t));
     }
   }
+}
+
+GLM_INLINE uint32_t word_of(const Int8Block& block, int quad) {
+  uint32_t word;
+  __builtin_memcpy(&word, block.codes + quad * 4, 4);
+  return word;
 }
 
 // What to bring into the cache meanwhile: `lines` at each step, one after another.
@@ -90,6 +96,33 @@ class Spread {
  private:
   const std::byte* from_;
   int lines_, left_;
+};
+
+// What a sum is over.
+GLM_INLINE int part_of(bool halves, int half) { return halves ? kFirstHalf + half : kWholeBlock; }
+// What a sum starts from, for part of a block of one row: codes mean code - zero_point.
+GLM_INLINE U start_of(const Int8Block& block, int part, int zero_point) { return splat(uint32_t(-zero_point * block.sum(part))); }
+
+// fp32 sums, in registers or, where those are few, in memory that stays in L1.
+template <bool in_memory, int count> struct TileSums;
+template <int count> struct TileSums<false, count> {
+  F sums[count];
+  GLM_INLINE explicit TileSums(float*) {}
+  GLM_INLINE F get(int i) const { return sums[i]; }
+  GLM_INLINE void set(int i, F x) { sums[i] = x; }
+  GLM_INLINE void stay() {}
+  GLM_INLINE void next() {}
+  GLM_INLINE void rewind(float*) {}
+};
+template <int count> struct TileSums<true, count> {
+  float* sums;
+  GLM_INLINE explicit TileSums(float* memory) : sums(memory) {}
+  GLM_INLINE F get(int i) const { return load(sums + i * kTileRows); }
+  GLM_INLINE void set(int i, F x) { store(sums + i * kTileRows, x); }
+  // They are not loaded before they are wanted: GCC would do so ahead of a branch, and put them on the stack.
+  GLM_INLINE void stay() { asm volatile("" : "+r"(sums)); }
+  GLM_INLINE void next() { sums += count * kTileRows; }
+  GLM_INLINE void rewind(float* memory) { sums = memory; }
 };
 
 }  // namespace

@@ -70,6 +70,7 @@ GLM_INLINE U select(U m, U a, U b) {
 GLM_INLINE F as_float(U x) { return {_mm256_castsi256_ps(x.lo), _mm256_castsi256_ps(x.hi)}; }
 GLM_INLINE U as_words(F x) { return {_mm256_castps_si256(x.lo), _mm256_castps_si256(x.hi)}; }
 
+GLM_INLINE U sub_bytes(U a, U b) { return {_mm256_sub_epi8(a.lo, b.lo), _mm256_sub_epi8(a.hi, b.hi)}; }
 GLM_INLINE U max_words(U a, U b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
 GLM_INLINE U add_words(U a, U b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 GLM_INLINE U to_words(F x) { return {_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi)}; }

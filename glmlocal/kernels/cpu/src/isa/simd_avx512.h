@@ -41,6 +41,7 @@ GLM_INLINE U select(U m, U a, U b) { return _mm512_ternarylogic_epi32(m, a, b, 0
 GLM_INLINE F as_float(U x) { return _mm512_castsi512_ps(x); }
 GLM_INLINE U as_words(F x) { return _mm512_castps_si512(x); }
 
+GLM_INLINE U sub_bytes(U a, U b) { return _mm512_sub_epi8(a, b); }
 GLM_INLINE U max_words(U a, U b) { return _mm512_max_epi32(a, b); }
 GLM_INLINE U add_words(U a, U b) { return _mm512_add_epi32(a, b); }
 GLM_INLINE U to_words(F x) { return _mm512_cvtps_epi32(x); }
@@ -91,7 +92,7 @@ GLM_INLINE int32_t max_of_words(U x) { return _mm512_reduce_max_epi32(x); }
 // While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
 inline constexpr int kGemvRows = 4, kGemvChains = 8, kGemvUnscaledChains = 16;
 inline constexpr int kGemmRows = 6, kGemmTiles = 4;  // 24 accumulators, 4 weights, 1 activation of 32 registers
-inline constexpr int kDotRows = 6, kDotTiles = 2;    // 12 integer and 12 fp32 sums, 2 weights, 1 activation
+inline constexpr int kDotRows = 7, kDotTiles = 2;    // 14 integer and 14 fp32 sums, 2 weights, 1 activation
 inline constexpr int kDotGemvRows = 4, kDotGemvChains = 8;  // chains: and as many fp32 sums
 inline constexpr bool kDotKnowsBits = false, kDotSumsInMemory = false;
 #if defined(__AMX_INT8__)
@@ -99,6 +100,5 @@ inline constexpr bool kDotInTiles = true;
 #else
 inline constexpr bool kDotInTiles = false;
 #endif
-GLM_INLINE U sub_bytes(U a, U b) { return _mm512_sub_epi8(a, b); }
 
 }  // namespace glmlocal::GLM_ISA

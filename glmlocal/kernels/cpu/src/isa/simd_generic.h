@@ -59,6 +59,10 @@ GLM_INLINE U as_words(F x) { return map<U>([&](int i) { return (QuadU)x.v[i]; })
 GLM_INLINE U max_words(U a, U b) {
   return map<U>([&](int i) { return blend((QuadU)((QuadI)a.v[i] > (QuadI)b.v[i]), a.v[i], b.v[i]); });
 }
+GLM_INLINE U sub_bytes(U a, U b) {
+  using Bytes = uint8_t __attribute__((vector_size(16)));
+  return map<U>([&](int i) { return (QuadU)((Bytes)a.v[i] - (Bytes)b.v[i]); });
+}
 GLM_INLINE U add_words(U a, U b) { return map<U>([&](int i) { return a.v[i] + b.v[i]; }); }
 GLM_INLINE U to_words(F x) {
   const F nearest = round(x);

@@ -19,7 +19,7 @@ void rms_norm_row(const float* x, const float* weight, float eps, int n, float* 
 void rotate(float* head, const float* cos, const float* sin, int half);
 void sigmoid(const float* x, int n, float* out);
 void attend(const AttentionTask& task);
-bool attention_in_pairs();
+AttentionOperands attention_operands();
 void merge_splits(float* partials, ptrdiff_t stride, int num_splits, int head_dim, float* out);
 double fma_flops(int iterations);
 float read_bytes(const void* data, size_t num_bytes, bool in_four_streams);
@@ -51,7 +51,7 @@ const KernelTable table{
     .rotate = GLM_BASE_ISA::rotate,
     .sigmoid = GLM_BASE_ISA::sigmoid,
     .attend = GLM_BASE_ISA::attend,
-    .attention_in_pairs = GLM_BASE_ISA::attention_in_pairs,
+    .attention_operands = GLM_BASE_ISA::attention_operands,
     .merge_splits = GLM_BASE_ISA::merge_splits,
     .fma_flops = GLM_BASE_ISA::fma_flops,
     .int8_ops = int8_ops,
