@@ -6,7 +6,9 @@ The hub (tests/hub) runs in a process of its own and sends files from memory (/d
 fetches the files one after the other over one connection, then ours fetches them into an empty cache (in a process that
 has started, which curl has not). Ours lists, hashes, journals and publishes; curl does none of
 that. Neither waits for the disk, so two times are taken of each: until the model can be used, and until `fsync` of all
-of its files has returned. The last line is JSON.
+of its files has returned. Before each of them as much is written and removed again: in a virtual machine whose host
+takes free memory back (virtio's free page reporting), whoever writes first would pay 1 to 2 s per GB for getting it
+again, at random. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -34,10 +36,14 @@ from glmlocal.units import MIB, parse_size
 REPO = "bench/model"
 _HUB = """
 import json
+import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from hub.server import HubServer
 with HubServer() as hub:
+    with suppress(AttributeError, OSError):  # BBR paces by timers, which loopback's speed then is
+        hub._server.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
     hub.add(sys.argv[1], {"config.json": b"{}", **{path: Path(file) for path, file in json.loads(sys.argv[2]).items()}})
     print(hub.url, flush=True)
     sys.stdin.read()
@@ -80,6 +86,14 @@ def sync_all(files: Iterable[Path]) -> None:
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
+
+
+def take_memory(directory: Path, size: int) -> None:
+    """Have as much free memory as the page cache is about to want: the host's, not only this machine's."""
+    block = os.urandom(MIB)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        for _ in range(size * 5 // 4 // MIB):
+            file.write(block)
 
 
 def time_curl(url: str, names: Sequence[str], directory: Path) -> tuple[float, float]:
@@ -149,8 +163,10 @@ def main() -> None:
         with running_hub(files) as url:
             for number in range(args.repeats + 1):
                 os.sync()
+                take_memory(Path(work), size)
                 curl = time_curl(url, list(files), Path(work))
                 os.sync()
+                take_memory(Path(work), size)
                 ours = time_ours(url, Path(work), options)
                 if number:  # the first round also makes the hub hash its files
                     rounds.append(Round(*curl, *ours))
@@ -160,8 +176,8 @@ def main() -> None:
     )
 
 
-def summary(size: int, rounds: Sequence[Round]) -> dict[str, float]:
-    """Medians: ratios of each round, and MB/s."""
+def summary(size: int, rounds: Sequence[Round]) -> dict[str, object]:
+    """Medians, and the spread of the ratios; MB/s."""
     ratios = {
         "to_curl": [each.curl_s / each.ours_s for each in rounds],
         "to_curl_fsync": [each.curl_synced_s / each.ours_synced_s for each in rounds],
@@ -173,7 +189,8 @@ def summary(size: int, rounds: Sequence[Round]) -> dict[str, float]:
         "ours_fsync": [each.ours_synced_s for each in rounds],
     }
     speeds = {f"{name}_mb_per_s": round(size / median(column) / 1e6) for name, column in seconds.items()}
-    return {name: round(median(column), 3) for name, column in ratios.items()} | speeds
+    spread = {f"{name}_range": (round(min(column), 3), round(max(column), 3)) for name, column in ratios.items()}
+    return {name: round(median(column), 3) for name, column in ratios.items()} | spread | speeds
 
 
 if __name__ == "__main__":

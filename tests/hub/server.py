@@ -70,6 +70,7 @@ class HubServer:
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         self.served: dict[str, list[tuple[int, int]]] = defaultdict(list)  # bytes that left, per path
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, target, headers
+        self.sending = 0  # answers that are not counted in ``served`` yet
         self.lock = threading.Lock()
         self.on_request: Any = lambda handler: None
         self.hashes: dict[Path, str] = {}
@@ -139,6 +140,10 @@ class HubServer:
         self.served = defaultdict(list)
 
     def served_bytes(self, path: str) -> int:
+        """Of all answers so far; those that are just ending are waited for."""
+        deadline = time.monotonic() + 5
+        while self.sending and time.monotonic() < deadline:
+            time.sleep(0.005)
         return sum(end - begin for begin, end in self.served[path])
 
 
@@ -359,6 +364,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, {"Content-Length": str(end - begin), **headers})
         if self.command == "HEAD":
             return
+        with hub.lock:
+            hub.sending += 1
         stop = end if fault.cut_after is None else min(end, begin + fault.cut_after)
         position = begin
         try:
@@ -373,6 +380,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with hub.lock:
                 served[path].append((begin, position))
+                hub.sending -= 1
         if position < end:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
