@@ -246,7 +246,9 @@ class Fetcher:
         kept = None if recent is None or task.is_whole else recent.borrow(position)
         lent_s, waited_s = time.monotonic(), answer.waited_s
         try:
-            data = (spare if kept is None else kept)[: min(task.end - position, self._chunk_bytes)]
+            # Up to a multiple of the buffer's size: the page cache has larger pages for that.
+            most = min(task.end - position, self._chunk_bytes, BUFFER_BYTES - position % BUFFER_BYTES)
+            data = (spare if kept is None else kept)[:most]
             data = data[: answer.read_into(data)]
             if not data:
                 raise TryAgain(f"{fetch.file.path} ended after {position:,} of {task.end:,} bytes")

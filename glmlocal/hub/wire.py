@@ -51,10 +51,9 @@ class Answer:
     def read_into(self, out: memoryview) -> int:
         """Fill ``out``, or as much of it as comes in a moment; how much. 0 at the end of the body. Raises TryAgain."""
         try:
-            if self._socket is None or self._ready is None:
-                num_bytes = self._read_buffered(out)
-            else:
-                num_bytes = self._read_socket(self._socket, self._ready, out)
+            num_bytes = self._read_buffered(out) if self._ready is None else 0
+            if self._socket is not None and self._ready is not None:
+                num_bytes = self._read_socket(self._socket, self._ready, out, num_bytes)
             if self._response.length == 0:
                 self._response.read(0)  # lets the connection be used again; read1 forgets to, up to Python 3.12
         except (OSError, HTTPException, ValueError) as error:
@@ -72,8 +71,8 @@ class Answer:
             self._ready.register(self._socket, select.POLLIN)
         return len(data)
 
-    def _read_socket(self, connection: socket.socket, ready: select.poll, out: memoryview) -> int:
-        num_bytes, end_s = 0, time.monotonic() + _MOMENT_S
+    def _read_socket(self, connection: socket.socket, ready: select.poll, out: memoryview, num_bytes: int) -> int:
+        end_s = time.monotonic() + _MOMENT_S
         while num_bytes < len(out) and self._response.length:
             try:
                 received = connection.recv_into(out[num_bytes:], min(len(out) - num_bytes, self._response.length))
@@ -81,6 +80,10 @@ class Answer:
                 if self._wait(ready, end_s if num_bytes else math.inf):
                     continue
                 break
+            except OSError:
+                if num_bytes:
+                    break  # the next call finds the end
+                raise
             if not received:
                 break
             num_bytes += received
