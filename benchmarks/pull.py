@@ -6,15 +6,17 @@ The hub (tests/hub) runs in a process of its own and sends files from memory (/d
 fetches the files one after the other over one connection, then ours fetches them into an empty cache (in a process that
 has started, which curl has not). Ours lists, hashes, journals and publishes; curl does none of
 that. Neither waits for the disk, so two times are taken of each: until the model can be used, and until `fsync` of all
-of its files has returned. Before each of them as much is written and removed again: in a virtual machine whose host
-takes free memory back (virtio's free page reporting), whoever writes first would pay 1 to 2 s per GB for getting it
-again, at random. The last line is JSON.
+of its files has returned. Before each of them four times as much memory is written to and given back: in a virtual
+machine whose host takes free memory away (virtio's free page reporting), whoever writes next would pay up to 2 s per GB
+for getting it again, at random. The first rounds, which also make the hub hash its files, do not count. The last line
+is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -34,6 +36,7 @@ from glmlocal.hub.names import Source
 from glmlocal.units import MIB, parse_size
 
 REPO = "bench/model"
+_FIRST_ROUNDS = 2
 _HUB = """
 import json
 import socket
@@ -89,11 +92,16 @@ def sync_all(files: Iterable[Path]) -> None:
 
 
 def take_memory(directory: Path, size: int) -> None:
-    """Have as much free memory as the page cache is about to want: the host's, not only this machine's."""
-    block = os.urandom(MIB)
-    with tempfile.TemporaryFile(dir=directory) as file:
+    """Have the host give as much memory as the page cache is about to want, and more: in large pages and in its own."""
+    block = bytes(2 * MIB)
+    with mmap.mmap(-1, 3 * size // len(block) * len(block)) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        for _ in range(len(memory) // len(block)):
+            memory.write(block)
+    with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
         for _ in range(size * 5 // 4 // MIB):
-            file.write(block)
+            file.write(block[:MIB])
 
 
 def time_curl(url: str, names: Sequence[str], directory: Path) -> tuple[float, float]:
@@ -161,14 +169,14 @@ def main() -> None:
         size = sum(file.stat().st_size for file in files.values())
         options = Options(connections=args.connections, range_bytes=args.range_size, sync_every_s=args.sync_every)
         with running_hub(files) as url:
-            for number in range(args.repeats + 1):
+            for number in range(args.repeats + _FIRST_ROUNDS):
                 os.sync()
                 take_memory(Path(work), size)
                 curl = time_curl(url, list(files), Path(work))
                 os.sync()
                 take_memory(Path(work), size)
                 ours = time_ours(url, Path(work), options)
-                if number:  # the first round also makes the hub hash its files
+                if number >= _FIRST_ROUNDS:
                     rounds.append(Round(*curl, *ours))
                     print(rounds[-1].text(size), flush=True)
     print(

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _WAITING = 0.5  # this part of the time, and more, for bytes: more requests may bring more
-_BEHIND = 0.1  # this part of the time, and more, for the hash of a file: one more can be hashed meanwhile
 _LOOK_AT_S = 0.1
 
 
@@ -107,10 +106,9 @@ class Fetcher:
         self.pace = Pace(options.limit_bytes_per_s)
         self.stopped = threading.Event()
         self._tasks = {fetch: deque(self._tasks_of(fetch)) for fetch in fetches}
-        self._num_hashed = num_hashed  # files at the same time, at most
-        self._allowed, self._running = 1, 0  # requests
-        self._spread = 1  # over so many files
-        self._busy_s = self._network_s = self._hash_s = 0.0  # of all threads, lately
+        self._num_hashed = num_hashed  # files at the same time
+        self._allowed, self._running = 1, 0  # requests; one of each file that is being hashed is always allowed
+        self._busy_s = self._network_s = 0.0  # of all threads, lately
 
     def add(self, fetch: Fetch) -> None:
         """Queue what is missing of a file."""
@@ -159,25 +157,22 @@ class Fetcher:
         waiting = [
             fetch for fetch, tasks in self._tasks.items() if tasks and (self._allowed > 1 or fetch.recent is not None)
         ]
-        fetch = min(waiting[: self._spread], key=lambda each: each.num_running, default=None)
+        fetch = min(waiting[: self._num_hashed], key=lambda each: each.num_running, default=None)
         if fetch is None or self._running >= self.options.connections:
             return None
         return fetch if self._running < self._allowed or not fetch.num_running else None
 
-    def _count(self, busy_s: float, network_s: float, hash_s: float) -> None:
-        """Look at what was waited for, of the time that went into receiving: more requests may help, or more files."""
+    def _count(self, busy_s: float, network_s: float) -> None:
+        """Of the time that went into receiving, look at what the network was waited for: more requests may help."""
         with self.changed:
             self._busy_s += busy_s
             self._network_s += network_s
-            self._hash_s += hash_s
             if self._busy_s < _LOOK_AT_S:
                 return
-            if self._hash_s > _BEHIND * self._busy_s and self._spread < self._num_hashed:
-                self._spread += 1
-            elif self._network_s > _WAITING * self._busy_s:
+            if self._network_s > _WAITING * self._busy_s and self._allowed < self.options.connections:
                 self._allowed = min(2 * self._allowed, self.options.connections)
-            self.changed.notify_all()
-            self._busy_s = self._network_s = self._hash_s = 0.0
+                self.changed.notify_all()
+            self._busy_s = self._network_s = 0.0
 
     def _tasks_of(self, fetch: Fetch) -> Iterator[Task]:
         if fetch.ranges_ignored:
@@ -229,7 +224,7 @@ class Fetcher:
         start_s = time.monotonic()
         answer = wire.get(location or self.hub.url(self.listing, fetch.file.path), headers_for)
         asking_s = time.monotonic() - start_s
-        self._count(asking_s, asking_s, 0.0)
+        self._count(asking_s, asking_s)
         is_elsewhere = not self._is_hub(answer.url)
         if is_elsewhere and answer.status_code in (401, 403, 404, 410):
             fetch.location = None  # a signed address that has expired
@@ -242,9 +237,8 @@ class Fetcher:
         """Store the next bytes of an answer; how many they are, and whether any of them was not there before."""
         self._check_running()
         fetch, recent = task.fetch, task.fetch.recent
-        start_s = time.monotonic()
         kept = None if recent is None or task.is_whole else recent.borrow(position)
-        lent_s, waited_s = time.monotonic(), answer.waited_s
+        start_s, waited_s = time.monotonic(), answer.waited_s
         try:
             # Up to a multiple of the buffer's size: the page cache has larger pages for that.
             most = min(task.end - position, self._chunk_bytes, BUFFER_BYTES - position % BUFFER_BYTES)
@@ -267,7 +261,7 @@ class Fetcher:
             fetch.partial.count(position, position + len(data))
         if kept is None and fetch.recent is not None:
             fetch.recent.tell()
-        self._count(time.monotonic() - start_s, answer.waited_s - waited_s, lent_s - start_s)
+        self._count(time.monotonic() - start_s, answer.waited_s - waited_s)
         return len(data), is_new
 
     @property

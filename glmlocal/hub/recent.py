@@ -10,7 +10,7 @@ import threading
 from glmlocal.units import MIB
 
 BUFFER_BYTES = MIB  # received, written and hashed at a time: about what stays in a core's cache
-_BUFFERS = 32
+_BUFFERS = 16
 _WAIT_S = 0.05  # for the hasher to give one back, at most
 
 
