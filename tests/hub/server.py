@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         if size < hub.lfs_from:
             return {"type": "file", "oid": git_sha1(content), "size": size, "path": path}
         lfs = {"oid": hub.sha256(content), "size": size, "pointerSize": 134}
-        return {"type": "file", "oid": "f" * 40, "size": size, "path": path, "lfs": lfs}
+        return {"type": "file", "oid": "f" * 40, "size": size, "path": path, "lfs": lfs, "xetHash": "e" * 64}
 
     def _resolve(self, repo_id: str, revision: str, path: str) -> None:
         found = self._find(repo_id, revision)
@@ -247,6 +247,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(path, content, headers | {"ETag": f'"{git_sha1(content)}"'})
         headers["X-Linked-ETag"] = f'"{hub.sha256(content)}"'
         headers["X-Linked-Size"] = str(size_of(content))
+        headers["X-Xet-Hash"] = "e" * 64  # of the same bytes in another store: no SHA-256
+        headers["Link"] = f'<{hub.url}/api/models/{repo_id}/xet-read-token/{commit}>; rel="xet-auth"'
         location = f"{hub.cdn}/cdn/{repo_id}/{commit}/{quote(path)}?signature=valid"
         return self._redirect(location, headers)
 
@@ -256,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") or self.headers.get("Cookie") or query.get("signature") != "valid":
             return self._error(400, "", "Only one auth mechanism allowed")
         content = hub.repos[f"{org}/{name}"].commits[commit][path]
-        self._send(path, content, {"ETag": '"of-the-cdn"'})
+        self._send(path, content, {"ETag": 'W/"of-the-cdn"'})
 
     # ModelScope
 
