@@ -56,7 +56,7 @@ class Recent:
     def keep(self, position: int, buffer: memoryview, num_bytes: int) -> None:
         """Leave the first ``num_bytes`` of a borrowed buffer, which are at ``position``, to the hasher."""
         with self._changed:
-            if position < self._position or position in self._kept:
+            if position in self._kept:
                 self._free.append(buffer)
             else:
                 self._kept[position] = buffer, num_bytes
