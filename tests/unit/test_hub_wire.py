@@ -380,3 +380,64 @@ def test_retry_after_in_either_form() -> None:
     assert hub_http._retry_after(head(email.utils.formatdate(0, usegmt=True))) == 0
     for nonsense in ("", "soon", "-5", "1e9", "٣", "Mon, 99 Foo 9999 99:99:99 GMT"):
         assert hub_http._retry_after(head(nonsense)) in (None, 0)
+
+
+# Bodies
+
+
+def get(server: HubServer, wire: Wire) -> Any:
+    return wire.get(f"{server.url}/{REPO}/resolve/main/{BIG}", lambda url: {})
+
+
+@pytest.mark.parametrize("step", [1, 100, 8191, 8192, 50_000, 1 << 20])
+def test_a_body_arrives_whole_in_pieces_of_any_size(step: int, server: HubServer) -> None:
+    """What came together with the head included."""
+    out, received = memoryview(bytearray(step)), bytearray()
+    most = 700_001 if step > 100 else 3_000 * step
+    with Wire(PATIENCE) as wire:
+        answer = get(server, wire)
+        while len(received) < most and (num_bytes := answer.read_into(out)):
+            received += out[:num_bytes]
+        assert received == FILES[BIG][: len(received)]
+        assert len(received) >= most
+        if step > 100:
+            assert answer.read_into(out) == 0
+
+
+def test_what_came_before_a_connection_broke_is_not_lost(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = memoryview(bytearray(1 << 20))
+
+    class Breaking:
+        """A socket that is reset after 100,000 bytes."""
+
+        def __init__(self, connection: socket.socket) -> None:
+            self.connection, self.left = connection, 100_000
+
+        def recv_into(self, buffer: memoryview, num_bytes: int) -> int:
+            if not self.left:
+                raise ConnectionResetError(104, "Connection reset by peer")
+            received = self.connection.recv_into(buffer, min(num_bytes, self.left))
+            self.left -= received
+            return received
+
+    with Wire(PATIENCE) as wire:
+        answer = get(server, wire)
+        first = answer.read_into(out[:8192])
+        answer._socket = Breaking(answer._socket)
+        assert answer.read_into(out[first:]) == 100_000
+        assert out[: first + 100_000] == FILES[BIG][: first + 100_000]
+        with pytest.raises(TryAgain, match=r"broke: .*reset"):
+            answer.read_into(out)
+
+
+def test_a_body_that_stops_coming_is_given_up(server: HubServer) -> None:
+    """Early bytes are handed over at once, and the silence after them has an end."""
+    server.fail(BIG, bytes_per_s=1000)
+    out = memoryview(bytearray(1 << 20))
+    with Wire(replace(PATIENCE, read_s=0.2)) as wire:
+        answer = get(server, wire)
+        assert 0 < answer.read_into(out) <= 1000
+        answer._read_s = 0.001
+        with pytest.raises(TryAgain, match="sends nothing more"):
+            list(iter(lambda: answer.read_into(out), 0))
+        assert answer.waited_s > 0
