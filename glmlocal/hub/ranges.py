@@ -127,9 +127,10 @@ class Fetcher:
 
     def work(self, is_over: Callable[[], bool]) -> None:
         """Fetch until it is over. Raises Stopped, DownloadError, OSError."""
-        spare = memoryview(bytearray(BUFFER_BYTES))
+        spare: memoryview | None = None
         with Wire(self.options.patience) as wire:
             while task := self._take(is_over):
+                spare = spare or memoryview(bytearray(BUFFER_BYTES))  # many threads never have anything to do
                 try:
                     self._fetch(task, wire, spare)
                 except _RangeIgnored:
