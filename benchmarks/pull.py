@@ -196,9 +196,12 @@ def summary(size: int, rounds: Sequence[Round]) -> dict[str, object]:
         "ours": [each.ours_s for each in rounds],
         "ours_fsync": [each.ours_synced_s for each in rounds],
     }
-    speeds = {f"{name}_mb_per_s": round(size / median(column) / 1e6) for name, column in seconds.items()}
+    speeds: dict[str, object] = {
+        f"{name}_mb_per_s": round(size / median(column) / 1e6) for name, column in seconds.items()
+    }
     spread = {f"{name}_range": (round(min(column), 3), round(max(column), 3)) for name, column in ratios.items()}
-    return {name: round(median(column), 3) for name, column in ratios.items()} | spread | speeds
+    medians = {name: round(median(column), 3) for name, column in ratios.items()}
+    return {**medians, **spread, **speeds}
 
 
 if __name__ == "__main__":

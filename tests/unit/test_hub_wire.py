@@ -441,3 +441,34 @@ def test_a_body_that_stops_coming_is_given_up(server: HubServer) -> None:
         with pytest.raises(TryAgain, match="sends nothing more"):
             list(iter(lambda: answer.read_into(out), 0))
         assert answer.waited_s > 0
+
+
+# Patience
+
+
+def test_a_hub_that_nobody_reaches_is_asked_twice_only() -> None:
+    import httpx
+
+    asked: list[int] = []
+
+    def attempt() -> None:
+        asked.append(1)
+        raise httpx.ConnectError("refused")
+
+    with pytest.raises(DownloadError, match="tried 2 times"):
+        hub_http.retry(attempt, replace(PATIENCE, attempts=6))
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("number", "asked_s", "waited_s"), [(0, None, 1), (3, None, 8), (2, 5, 5), (0, 1e6, 60)])
+def test_how_long_is_waited(number: int, asked_s: float | None, waited_s: float) -> None:
+    patience = replace(PATIENCE, backoff_s=1, max_wait_s=60)
+    assert hub_http.wait_before(number, TryAgain("busy", asked_s), patience) == waited_s
+
+
+def test_an_answer_that_does_not_end_is_left(server: HubServer) -> None:
+    url = f"{server.url}/{REPO}/resolve/main/{BIG}"
+    with hub_http.new_client(PATIENCE) as client:
+        assert len(hub_http.get_bytes(client, url, {}, lambda response: None, 700_001)[0]) == 700_001
+        with pytest.raises(DownloadError, match="sends more than the 700,000 bytes expected"):
+            hub_http.get_bytes(client, url, {}, lambda response: None, 700_000)
