@@ -6,13 +6,17 @@ The hub (tests/hub) runs in a process of its own and sends files from memory (/d
 fetches the files one after the other over one connection, then ours fetches them into an empty cache (in a process that
 has started, which curl has not). Ours lists, hashes, journals and publishes; curl does none of
 that. Neither waits for the disk, so two times are taken of each: until the model can be used, and until `fsync` of all
-of its files has returned. The last line is JSON.
+of its files has returned. Before each of them four times as much memory is written to and given back: in a virtual
+machine whose host takes free memory away (virtio's free page reporting), whoever writes next would pay up to 2 s per GB
+for getting it again, at random. The first rounds, which also make the hub hash its files, do not count. The last line
+is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -32,12 +36,17 @@ from glmlocal.hub.names import Source
 from glmlocal.units import MIB, parse_size
 
 REPO = "bench/model"
+_FIRST_ROUNDS = 2
 _HUB = """
 import json
+import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from hub.server import HubServer
 with HubServer() as hub:
+    with suppress(AttributeError, OSError):  # BBR paces by timers, which loopback's speed then is
+        hub._server.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
     hub.add(sys.argv[1], {"config.json": b"{}", **{path: Path(file) for path, file in json.loads(sys.argv[2]).items()}})
     print(hub.url, flush=True)
     sys.stdin.read()
@@ -80,6 +89,19 @@ def sync_all(files: Iterable[Path]) -> None:
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
+
+
+def take_memory(directory: Path, size: int) -> None:
+    """Have the host give as much memory as the page cache is about to want, and more: in large pages and in its own."""
+    block = bytes(2 * MIB)
+    with mmap.mmap(-1, 3 * size // len(block) * len(block)) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        for _ in range(len(memory) // len(block)):
+            memory.write(block)
+    with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+        for _ in range(size * 5 // 4 // MIB):
+            file.write(block[:MIB])
 
 
 def time_curl(url: str, names: Sequence[str], directory: Path) -> tuple[float, float]:
@@ -147,12 +169,14 @@ def main() -> None:
         size = sum(file.stat().st_size for file in files.values())
         options = Options(connections=args.connections, range_bytes=args.range_size, sync_every_s=args.sync_every)
         with running_hub(files) as url:
-            for number in range(args.repeats + 1):
+            for number in range(args.repeats + _FIRST_ROUNDS):
                 os.sync()
+                take_memory(Path(work), size)
                 curl = time_curl(url, list(files), Path(work))
                 os.sync()
+                take_memory(Path(work), size)
                 ours = time_ours(url, Path(work), options)
-                if number:  # the first round also makes the hub hash its files
+                if number >= _FIRST_ROUNDS:
                     rounds.append(Round(*curl, *ours))
                     print(rounds[-1].text(size), flush=True)
     print(
@@ -160,8 +184,8 @@ def main() -> None:
     )
 
 
-def summary(size: int, rounds: Sequence[Round]) -> dict[str, float]:
-    """Medians: ratios of each round, and MB/s."""
+def summary(size: int, rounds: Sequence[Round]) -> dict[str, object]:
+    """Medians, and the spread of the ratios; MB/s."""
     ratios = {
         "to_curl": [each.curl_s / each.ours_s for each in rounds],
         "to_curl_fsync": [each.curl_synced_s / each.ours_synced_s for each in rounds],
@@ -172,8 +196,12 @@ def summary(size: int, rounds: Sequence[Round]) -> dict[str, float]:
         "ours": [each.ours_s for each in rounds],
         "ours_fsync": [each.ours_synced_s for each in rounds],
     }
-    speeds = {f"{name}_mb_per_s": round(size / median(column) / 1e6) for name, column in seconds.items()}
-    return {name: round(median(column), 3) for name, column in ratios.items()} | speeds
+    speeds: dict[str, object] = {
+        f"{name}_mb_per_s": round(size / median(column) / 1e6) for name, column in seconds.items()
+    }
+    spread = {f"{name}_range": (round(min(column), 3), round(max(column), 3)) for name, column in ratios.items()}
+    medians = {name: round(median(column), 3) for name, column in ratios.items()}
+    return {**medians, **spread, **speeds}
 
 
 if __name__ == "__main__":

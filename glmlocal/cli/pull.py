@@ -128,12 +128,18 @@ def find_source(args: argparse.Namespace, choose: Choose | None = None) -> tuple
 
 def transfer_options(args: argparse.Namespace) -> Options:
     from glmlocal.hub.download import Options
+    from glmlocal.hub.environment import patient_as_told
+    from glmlocal.hub.http import DEFAULT_PATIENCE
 
     if args.connections > _MOST_CONNECTIONS:
         raise ConfigError(
             f"--connections {args.connections} is more than any hub allows; {_MOST_CONNECTIONS} is the limit"
         )
-    return Options(connections=args.connections, limit_bytes_per_s=args.limit_rate)
+    return Options(
+        connections=args.connections,
+        limit_bytes_per_s=args.limit_rate,
+        patience=patient_as_told(DEFAULT_PATIENCE),
+    )
 
 
 def fetch(

@@ -140,12 +140,21 @@ class RepoCache:
     def sweep(self) -> None:
         """Remove what is left of downloads that were finished. The lock must be held."""
         with suppress(OSError):
-            for path in self.work.iterdir():
-                is_finished = (self.directory / "blobs" / path.name.split(".")[0]).exists()
-                # A mark says something of a finished file, all the rest of one that is not.
-                if path.name == "new" or is_finished == (path.suffix != ".unsynced"):
-                    path.unlink()
+            for path in self.leftovers():
+                path.unlink()
             self.work.rmdir()  # when empty
+
+    def leftovers(self) -> list[Path]:
+        """What ``sweep`` removes: a process that is killed at the end leaves it."""
+
+        def is_left(path: Path) -> bool:
+            is_finished = (self.directory / "blobs" / path.name.split(".")[0]).exists()
+            # A mark says something of a finished file, all the rest of one that is not.
+            return path.name == "new" or is_finished == (path.suffix != ".unsynced")
+
+        with suppress(OSError):
+            return [path for path in self.work.iterdir() if is_left(path)]
+        return []
 
     def partial_bytes(self) -> int:
         """On disk for downloads that have not finished."""

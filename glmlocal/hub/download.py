@@ -1,9 +1,9 @@
 """Files from a hub into its cache: in parallel, in ranges, hashed on the way, resumed where they stopped.
 
-One queue of ranges over all files, in order; as many threads as there are connections take from it (``ranges``). One
-thread hashes behind them, in order too, and gives a file its name when its hash is right. The
-calling thread reports, and notes in the journals what has come. One thread keeps the disk busy behind all of them, and
-nobody waits for it (docs/design/006-pull-durability.md). Nothing that a journal vouches for is ever fetched again.
+A queue of ranges per file; as many threads as there are connections take from them, in the files' order (``ranges``).
+Others hash behind them, a file each, and give it its name when its hash is right. The calling thread reports, and notes
+in the journals what has come. One thread keeps the disk busy behind all of them, and nobody waits for it
+(docs/design/006-pull-durability.md). Nothing that a journal vouches for is ever fetched again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,14 +22,16 @@ from glmlocal.hub import unsynced
 from glmlocal.hub.listing import Hub, HubFile, Listing
 from glmlocal.hub.partial import PartialFile
 from glmlocal.hub.ranges import Fetch, Fetcher, Options, Stopped
+from glmlocal.hub.recent import Recent
 from glmlocal.units import MIB
 
 __all__ = ["DEFAULTS", "OnProgress", "Options", "Progress", "download"]
 
 DEFAULTS = Options()
 _READ_BYTES = MIB // 4  # at a time, by the hasher: as much as stays in a core's cache
+_HASHERS = 4  # files at the same time, where there are cores: 5 GB/s
 _LOOK_EVERY_S = 0.02
-_LOOK_AFTER_S = 0.001  # at first
+_STOPPED_S = 0.5  # at most, until a thread that hashes sees that it is over
 _GOODBYE_S = 2.0  # for threads that wait for the network; then they are left behind
 
 
@@ -58,7 +61,8 @@ def download(
     the files yet: ``unsynced`` knows which.
     """
     run = _Download([Fetch(*fetch) for fetch in fetches], listing, hub, options)
-    threads = [run.thread(run.fetch_ranges) for _ in range(options.connections)] + [run.thread(run.hash_files)]
+    threads = [run.thread(run.fetch_ranges) for _ in range(options.connections)]
+    threads += [run.thread(run.hash_files) for _ in range(run.num_hashed)]
     syncer = run.thread(run.sync_files)
     for thread in (*threads, syncer):
         thread.start()
@@ -84,8 +88,9 @@ class _Download:
     def __init__(self, fetches: Sequence[Fetch], listing: Listing, hub: Hub, options: Options) -> None:
         self.fetches, self.listing, self.options = fetches, listing, options
         self.changed = threading.Condition()
-        self.fetcher = Fetcher(listing, hub, options, self.changed)
-        self.fetcher.add(fetches)
+        self.num_hashed = min(len(fetches), _HASHERS, os.cpu_count() or 1)
+        self.fetcher = Fetcher(fetches, listing, hub, options, self.changed, self.num_hashed)
+        self.unhashed = deque(fetches)
         self.error: BaseException | None = None
         self.placed: list[tuple[Fetch, int]] = []  # to be synced, and their descriptors
         try:
@@ -140,13 +145,11 @@ class _Download:
         with self.changed:
             self.error = self.error or error
             self.changed.notify_all()
-        self.fetcher.stopped.set()
+        self.fetcher.stop()
 
     def stop(self, threads: Sequence[threading.Thread]) -> bool:
         """Have them end; whether they did."""
-        self.fetcher.stopped.set()
-        with self.changed:
-            self.changed.notify_all()
+        self.fetcher.stop()
         deadline = time.monotonic() + _GOODBYE_S
         for thread in threads:
             thread.join(timeout=max(deadline - time.monotonic(), 0.0))
@@ -161,46 +164,43 @@ class _Download:
     def fetch_ranges(self) -> None:
         self.fetcher.work(self._is_over)
 
-    # The thread that hashes
+    # The threads that hash
 
     def hash_files(self) -> None:
-        buffer = memoryview(bytearray(_READ_BYTES))
-        for fetch in self.fetches:
-            while not self._hash(fetch, buffer):
+        recent, buffer = Recent(), memoryview(bytearray(_READ_BYTES))
+        while fetch := self._next_to_hash(recent):
+            while not self._hash(fetch, recent, buffer):
                 self._start_over(fetch)
             self._place(fetch)
 
-    def _hash(self, fetch: Fetch, buffer: memoryview) -> bool:
+    def _next_to_hash(self, recent: Recent) -> Fetch | None:
+        with self.changed:
+            if not self.unhashed:
+                return None
+            fetch = self.unhashed.popleft()
+            recent.take(0)
+            fetch.recent = recent
+            self.changed.notify_all()
+            return fetch
+
+    def _hash(self, fetch: Fetch, recent: Recent, buffer: memoryview) -> bool:
         """Follow the file's bytes as they arrive; whether all of them together are what the hub said."""
         hasher, position, size, available = fetch.file.hasher(), 0, fetch.file.size_bytes, 0
         while position < size:
             self._check_running()
-            data = self.fetcher.recent.take(fetch, position)
+            arrivals, data = recent.arrivals, recent.take(position)
             if isinstance(data, int):
                 if position >= available:
-                    available = self._wait_for_bytes(fetch, position)
+                    available = _whole_until(fetch.partial)
+                    if position >= available:
+                        recent.wait(arrivals, _STOPPED_S)
                     continue  # they may have been kept
-                num_bytes = fetch.partial.read(position, buffer[: min(available, data) - position])
-                hasher.update(buffer[:num_bytes])  # without the GIL
-                position += num_bytes
-            else:
-                hasher.update(data)
-                position += len(data)
-        self.fetcher.recent.drop(fetch)
+                data = buffer[: fetch.partial.read(position, buffer[: min(available, data) - position])]
+                if not data:
+                    return False  # somebody has cut the file
+            hasher.update(data)  # without the GIL
+            position += len(data)
         return hasher.hexdigest() == fetch.file.digest
-
-    def _wait_for_bytes(self, fetch: Fetch, position: int) -> int:
-        """Where the bytes that are there without a hole end, beyond ``position``."""
-        wait_s = _LOOK_AFTER_S
-        while True:
-            written = fetch.partial.written
-            end = written[0][1] if written and written[0][0] == 0 else 0
-            if end > position:
-                return end
-            with self.changed:  # told of ranges, not of every chunk: that would cost more than looking now and then
-                self.changed.wait(wait_s)
-            wait_s = min(2 * wait_s, _LOOK_EVERY_S)
-            self._check_running()
 
     def _check_running(self) -> None:
         if self.fetcher.stopped.is_set():
@@ -216,7 +216,7 @@ class _Download:
             )
         fetch.rehashed, fetch.location = True, None
         fetch.partial.start_over()
-        self.fetcher.add([fetch], first=True)
+        self.fetcher.add(fetch)
 
     def _place(self, fetch: Fetch) -> None:
         """Give a verified file its name; where there is no mark of it, the disk comes first."""
@@ -261,3 +261,9 @@ class _Download:
                 mark.path.unlink(missing_ok=True)
             self.placed.remove((fetch, descriptor))
             os.close(descriptor)
+
+
+def _whole_until(partial: PartialFile) -> int:
+    """Where the bytes end that are there from the beginning without a hole."""
+    written = partial.written
+    return written[0][1] if written and written[0][0] == 0 else 0

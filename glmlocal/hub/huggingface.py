@@ -18,6 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from glmlocal.errors import DownloadError
 from glmlocal.formats.index import quoted
+from glmlocal.hub.environment import constants, patient_as_told
 from glmlocal.hub.http import DEFAULT_PATIENCE, MAX_API_BYTES, Patience, check_status, get_bytes, new_client, retry
 from glmlocal.hub.listing import HubFile, Listing, hub_file
 
@@ -109,13 +110,14 @@ class HuggingFace:
 
 def connect(patience: Patience = DEFAULT_PATIENCE) -> HuggingFace:
     """The hub of HF_ENDPOINT, with the token, cache and offline mode that every tool of Hugging Face would use."""
-    from huggingface_hub import constants, get_token
+    known = constants()
+    from huggingface_hub import get_token
 
-    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    token = None if known.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     return HuggingFace(
-        endpoint=constants.ENDPOINT,
-        cache_dir=Path(constants.HF_HUB_CACHE),
+        endpoint=known.ENDPOINT,
+        cache_dir=Path(known.HF_HUB_CACHE),
         token=token,
-        offline=constants.HF_HUB_OFFLINE,
-        patience=patience,
+        offline=known.HF_HUB_OFFLINE,
+        patience=patient_as_told(patience),
     )

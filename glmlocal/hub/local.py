@@ -10,6 +10,7 @@ from pathlib import Path
 from glmlocal.errors import CheckpointError, ConfigError, DownloadError, GlmlocalError
 from glmlocal.hub import unsynced
 from glmlocal.hub.cache import RepoCache, is_glm, local_selection, repositories, snapshot_files
+from glmlocal.hub.environment import constants
 from glmlocal.hub.known import KnownReleases, hub_ids, list_releases
 from glmlocal.hub.names import HUBS, HubName, Source, parse_source
 from glmlocal.hub.select import Selection, gguf_models, quant_label
@@ -61,9 +62,7 @@ class LocalModel:
 def cache_dir(hub: HubName) -> Path:
     if hub == "modelscope":
         return cache_home() / "modelscope"
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
+    return Path(constants().HF_HUB_CACHE)
 
 
 def find(source: Source, *, settle: bool = True) -> LocalModel:

@@ -19,6 +19,7 @@ from urllib.parse import urlencode
 
 from glmlocal.errors import DownloadError
 from glmlocal.formats.index import quoted
+from glmlocal.hub.environment import constants, patient_as_told
 from glmlocal.hub.http import (
     DEFAULT_PATIENCE,
     MAX_API_BYTES,
@@ -109,15 +110,13 @@ class ModelScope:
 
 def connect(patience: Patience = DEFAULT_PATIENCE) -> ModelScope:
     """The hub of MODELSCOPE_ENDPOINT with the token of MODELSCOPE_API_TOKEN; HF_HUB_OFFLINE holds here too."""
-    from huggingface_hub import constants
-
     endpoint = os.environ.get("MODELSCOPE_ENDPOINT", "").strip() or "https://www.modelscope.cn"
     return ModelScope(
         endpoint=(endpoint if "://" in endpoint else f"https://{endpoint}").rstrip("/"),
         cache_dir=cache_home() / "modelscope",
         token=os.environ.get("MODELSCOPE_API_TOKEN") or None,
-        offline=constants.HF_HUB_OFFLINE,
-        patience=patience,
+        offline=constants().HF_HUB_OFFLINE,
+        patience=patient_as_told(patience),
     )
 
 

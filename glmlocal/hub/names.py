@@ -17,6 +17,10 @@ _PART = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"  # one half of a hub id; ASCII by 
 _TAIL = r"(?::(?P<quant>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?"
 _HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART}){_TAIL}", re.ASCII)
 _NAME = re.compile(rf"(?P<name>{_PART}){_TAIL}", re.ASCII)
+_ADDRESS = re.compile(
+    rf"(?:https?://)?(?:huggingface\.co|hf\.co|(?:www\.)?modelscope\.cn/models)/({_PART}/{_PART}(?::[\w.-]+)?)(?:/.*)?",
+    re.ASCII,
+)
 _MAX_ID_CHARS = 96  # the hub's own limit
 
 
@@ -57,8 +61,10 @@ def parse_source(
     """What a person wrote → where it is. ``revision`` is ``--revision``. Raises ConfigError."""
     written = _HUB_ID.fullmatch(model) or _NAME.fullmatch(model)
     if written is None:
+        pasted = _ADDRESS.fullmatch(model)
+        question = f"did you mean {pasted[1]}? " if pasted else ""
         raise ConfigError(
-            f"{model!r} is no name of a model: write org/name, org/name:QUANT (GGUF), org/name@revision, "
+            f"{model!r} is no name of a model: {question}write org/name, org/name:QUANT (GGUF), org/name@revision, "
             "or a release such as GLM-4.5-Air-FP8"
         )
     parts = written.groupdict()

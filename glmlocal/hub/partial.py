@@ -98,7 +98,7 @@ class PartialFile:
                 else:
                     extents.append((begin, end))
 
-    def write_missing(self, offset: int, data: bytes) -> bool:
+    def write_missing(self, offset: int, data: bytes | memoryview) -> bool:
         """As ``write``, of what is not there yet: what may have been hashed must not change. Whether there was any."""
         end = offset + len(data)
         new = _common((offset, end), self.missing())

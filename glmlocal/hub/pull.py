@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +93,12 @@ def pull(
     """
     with storing_in(plan.cache):
         if not plan.missing and plan.cache.is_published(plan.listing, plan.selection.files):
-            return plan.path  # nothing to write, so a cache that cannot be written will do
+            # Nothing has to be written, so a cache that cannot be written, or that another process is at, will do.
+            with suppress(OSError):
+                if plan.cache.leftovers():
+                    with plan.cache.locked(unsynced.busy):
+                        plan.cache.sweep()
+            return plan.path
     with storing_in(plan.cache), plan.cache.locked(on_wait):
         unsynced.settle_locked(plan.cache)
         missing = plan.missing  # another process may have brought some while this one waited

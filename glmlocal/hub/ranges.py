@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,27 +15,23 @@ from glmlocal.errors import DownloadError
 from glmlocal.hub.http import DEFAULT_PATIENCE, Patience, TryAgain, check_status, explain, wait_before
 from glmlocal.hub.listing import Hub, HubFile, Listing
 from glmlocal.hub.partial import PartialFile
-from glmlocal.hub.recent import Recent
+from glmlocal.hub.recent import BUFFER_BYTES, Recent
 from glmlocal.hub.wire import Answer, Wire
-from glmlocal.units import KIB, MIB
+from glmlocal.units import MIB
 
 if TYPE_CHECKING:
     import httpx
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
-_CHUNK_BYTES = 512 * KIB  # received and written at a time: what stays in a core's cache on its way
-_FAST_RANGE_BYTES = 16 * MIB  # of one request while few are enough
-_FEW = 2  # requests at the same time to begin with
-_FAR_S = 0.02  # for the first byte of an answer; less on this machine or its network
-_SMALL_BYTES = 64 * KIB  # to be read at once: whoever reads so little waits for the network
-_LOOK_AT_READS = 16
+_WAITING = 0.5  # this part of the time, and more, for bytes: more requests may bring more
+_LOOK_AT_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """How to download; the defaults suit a hub with a CDN."""
 
-    connections: int = 8  # at most; two while these bring bytes faster than they are stored
+    connections: int = 8  # at most; as few as bring bytes as fast as they are stored and hashed
     range_bytes: int = 64 * MIB  # of one request
     sync_every_s: float = 2.0  # at most so much is fetched again after a power failure
     sync_bytes: int = 1024 * MIB  # not synced yet, of all files: the disk starts on them without waiting for the second
@@ -63,6 +59,8 @@ class Fetch:
     ranges_ignored: bool = False
     rehashed: bool = False  # the hash was wrong once
     complete: bool = False  # verified and in its place
+    recent: Recent | None = None  # once a thread hashes it
+    num_running: int = 0  # requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,69 +93,87 @@ class Pace:
 class Fetcher:
     """What the threads that fetch share. ``changed`` is told when bytes have come or work has."""
 
-    def __init__(self, listing: Listing, hub: Hub, options: Options, changed: threading.Condition) -> None:
+    def __init__(
+        self,
+        fetches: Sequence[Fetch],
+        listing: Listing,
+        hub: Hub,
+        options: Options,
+        changed: threading.Condition,
+        num_hashed: int = 1,
+    ) -> None:
         self.listing, self.hub, self.options, self.changed = listing, hub, options, changed
         self.pace = Pace(options.limit_bytes_per_s)
-        self.recent = Recent()
         self.stopped = threading.Event()
-        self._tasks = deque[Task]()
-        self._allowed, self._running = min(_FEW, options.connections), 0
-        self._num_reads = self._num_small = 0  # since `_allowed` last grew
+        self._tasks = {fetch: deque(self._tasks_of(fetch)) for fetch in fetches}
+        self._num_hashed = num_hashed  # files at the same time
+        self._allowed, self._running = 1, 0  # requests; one of each file that is being hashed is always allowed
+        self._busy_s = self._network_s = 0.0  # of all threads, lately
 
-    def add(self, fetches: Sequence[Fetch], *, first: bool = False) -> None:
-        """Queue what is missing of these files, behind or before everything else."""
-        tasks = [task for fetch in fetches for task in self._tasks_of(fetch)]
+    def add(self, fetch: Fetch) -> None:
+        """Queue what is missing of a file."""
         with self.changed:
-            self._tasks = deque([*tasks, *self._tasks] if first else [*self._tasks, *tasks])
+            self._tasks[fetch] = deque(self._tasks_of(fetch))
             self.changed.notify_all()
+
+    def stop(self) -> None:
+        """Have everybody end."""
+        self.stopped.set()
+        with self.changed:
+            self.changed.notify_all()
+        for fetch in self._tasks:
+            if fetch.recent is not None:
+                fetch.recent.tell()
 
     def work(self, is_over: Callable[[], bool]) -> None:
         """Fetch until it is over. Raises Stopped, DownloadError, OSError."""
+        spare: memoryview | None = None
         with Wire(self.options.patience) as wire:
             while task := self._take(is_over):
+                spare = spare or memoryview(bytearray(BUFFER_BYTES))  # many threads never have anything to do
                 try:
-                    self._fetch(task, wire)
+                    self._fetch(task, wire, spare)
                 except _RangeIgnored:
                     self._fetch_whole(task.fetch)
                 finally:
                     with self.changed:
                         self._running -= 1
+                        task.fetch.num_running -= 1
                         self.changed.notify_all()
 
     def _take(self, is_over: Callable[[], bool]) -> Task | None:
-        def may_go_on() -> bool:
-            # Stays while files are unfinished: a wrong hash brings their ranges back.
-            return bool(self._tasks and self._running < self._allowed) or self.stopped.is_set() or is_over()
-
         with self.changed:
-            self.changed.wait_for(may_go_on)
-            if not self._tasks or self.stopped.is_set():
+            # Stays while files are unfinished: a wrong hash brings their ranges back.
+            self.changed.wait_for(lambda: self._next() or self.stopped.is_set() or is_over())
+            fetch = self._next()
+            if fetch is None or self.stopped.is_set():
                 return None
             self._running += 1
-            task = self._tasks.popleft()
-            if self._allowed < self.options.connections and not task.is_whole:
-                # Short ranges keep what arrives close to what is being hashed.
-                middle = min(task.begin + _FAST_RANGE_BYTES, task.end)
-                if middle < task.end:
-                    self._tasks.appendleft(replace(task, begin=middle))
-                    task = replace(task, end=middle)
-            return task
+            fetch.num_running += 1
+            return self._tasks[fetch].popleft()
 
-    def _widen(self) -> None:
-        """Allow more requests at the same time: we wait for the network."""
+    def _next(self) -> Fetch | None:
+        """The file that a request may be made for now."""
+        # As long as one request is enough, what nobody hashes yet would only have to be read back later.
+        waiting = [
+            fetch for fetch, tasks in self._tasks.items() if tasks and (self._allowed > 1 or fetch.recent is not None)
+        ]
+        fetch = min(waiting[: self._num_hashed], key=lambda each: each.num_running, default=None)
+        if fetch is None or self._running >= self.options.connections:
+            return None
+        return fetch if self._running < self._allowed or not fetch.num_running else None
+
+    def _count(self, busy_s: float, network_s: float) -> None:
+        """Of the time that went into receiving, look at what the network was waited for: more requests may help."""
         with self.changed:
-            self._allowed = min(2 * self._allowed, self.options.connections)
-            self._num_reads = self._num_small = 0
-            self.changed.notify_all()
-
-    def _count(self, num_bytes: int, asked: int) -> None:
-        """Look at how much was there to be read."""
-        self._num_reads += 1
-        self._num_small += num_bytes < min(asked, _SMALL_BYTES)
-        if self._num_reads >= _LOOK_AT_READS:
-            if 2 * self._num_small > self._num_reads:
-                self._widen()
-            self._num_reads = self._num_small = 0
+            self._busy_s += busy_s
+            self._network_s += network_s
+            if self._busy_s < _LOOK_AT_S:
+                return
+            if self._network_s > _WAITING * self._busy_s and self._allowed < self.options.connections:
+                self._allowed = min(2 * self._allowed, self.options.connections)
+                self.changed.notify_all()
+            self._busy_s = self._network_s = 0.0
 
     def _tasks_of(self, fetch: Fetch) -> Iterator[Task]:
         if fetch.ranges_ignored:
@@ -174,25 +190,20 @@ class Fetcher:
             if fetch.ranges_ignored:
                 return
             fetch.ranges_ignored = True
-            self._tasks = deque(task for task in self._tasks if task.fetch is not fetch)
-        self.add([fetch], first=True)
+        self.add(fetch)
 
-    def _fetch(self, task: Task, wire: Wire) -> None:
-        fetch, position, failures = task.fetch, task.begin, 0
+    def _fetch(self, task: Task, wire: Wire, spare: memoryview) -> None:
+        position, failures = task.begin, 0
         while position < task.end:
             try:
-                for chunk in self._receive(task, position, wire):
-                    if not task.is_whole:
-                        fetch.partial.store(position, chunk)
-                        self.recent.add(fetch, position, chunk)  # before it counts: then it may be read back instead
-                        fetch.partial.count(position, position + len(chunk))
-                        failures = 0
-                    elif fetch.partial.write_missing(position, chunk):
-                        failures = 0  # one that starts over each time gets nowhere
-                    position += len(chunk)
-                    self._sleep(self.pace.delay_s(len(chunk)))
-                if position < task.end:
-                    raise TryAgain(f"{fetch.file.path} ended after {position:,} of {task.end:,} bytes")
+                answer = self._ask(task, position, wire)
+                while position < task.end:
+                    num_bytes, is_new = self._receive(answer, task, position, spare)
+                    failures = 0 if is_new else failures
+                    position += num_bytes
+                    self._sleep(self.pace.delay_s(num_bytes))
+                if answer.read_into(spare[:1]):
+                    raise self._has_changed(task.fetch, "more bytes")
             except TryAgain as error:
                 failures += 1
                 self._back_off(task, error, failures)
@@ -201,8 +212,8 @@ class Fetcher:
         with self.changed:
             self.changed.notify_all()
 
-    def _receive(self, task: Task, begin: int, wire: Wire) -> Iterator[bytes]:
-        """The bytes of one request, from ``begin``; they may end early, never late."""
+    def _ask(self, task: Task, begin: int, wire: Wire) -> Answer:
+        """The answer that has the bytes from ``begin`` to the task's end. Its body may end early."""
         fetch = task.fetch
         self._sleep(self.pace.resume_s - time.monotonic())
         location = fetch.location
@@ -213,32 +224,51 @@ class Fetcher:
 
         start_s = time.monotonic()
         answer = wire.get(location or self.hub.url(self.listing, fetch.file.path), headers_for)
-        if self._allowed < self.options.connections and time.monotonic() - start_s > _FAR_S:
-            self._widen()
+        asking_s = time.monotonic() - start_s
+        self._count(asking_s, asking_s)
         is_elsewhere = not self._is_hub(answer.url)
         if is_elsewhere and answer.status_code in (401, 403, 404, 410):
             fetch.location = None  # a signed address that has expired
             raise TryAgain(f"{answer.url.host} no longer serves {fetch.file.path}")
         self._check(answer, task, begin)
         fetch.location = str(answer.url) if is_elsewhere else None
-        wanted = task.end - begin
-        while wanted:
-            self._check_running()
-            asked_bytes = min(wanted, self._chunk_bytes)
-            chunk = answer.read(asked_bytes)
-            if not chunk:
-                return
-            if self._allowed < self.options.connections:
-                self._count(len(chunk), asked_bytes)
-            wanted -= len(chunk)
-            yield chunk
-        if answer.read(1):
-            raise self._has_changed(fetch, "more bytes")
+        return answer
+
+    def _receive(self, answer: Answer, task: Task, position: int, spare: memoryview) -> tuple[int, bool]:
+        """Store the next bytes of an answer; how many they are, and whether any of them was not there before."""
+        self._check_running()
+        fetch, recent = task.fetch, task.fetch.recent
+        kept = None if recent is None or task.is_whole else recent.borrow(position)
+        start_s, waited_s = time.monotonic(), answer.waited_s
+        try:
+            # Up to a multiple of the buffer's size: the page cache has larger pages for that.
+            most = min(task.end - position, self._chunk_bytes, BUFFER_BYTES - position % BUFFER_BYTES)
+            data = (spare if kept is None else kept)[:most]
+            data = data[: answer.read_into(data)]
+            if not data:
+                raise TryAgain(f"{fetch.file.path} ended after {position:,} of {task.end:,} bytes")
+            if task.is_whole:
+                is_new = fetch.partial.write_missing(position, data)
+            else:
+                fetch.partial.store(position, data)
+                is_new = True
+        except BaseException:
+            if recent is not None and kept is not None:
+                recent.give_back(kept)
+            raise
+        if recent is not None and kept is not None:
+            recent.keep(position, kept, len(data))  # before it counts: then it may be read back instead
+        if not task.is_whole:
+            fetch.partial.count(position, position + len(data))
+        if kept is None and fetch.recent is not None:
+            fetch.recent.tell()
+        self._count(time.monotonic() - start_s, answer.waited_s - waited_s)
+        return len(data), is_new
 
     @property
     def _chunk_bytes(self) -> int:
         limit = self.options.limit_bytes_per_s
-        return _CHUNK_BYTES if limit is None else max(min(_CHUNK_BYTES, limit // 10), 1)
+        return BUFFER_BYTES if limit is None else max(min(BUFFER_BYTES, limit // 10), 1)
 
     def _is_hub(self, url: httpx.URL) -> bool:
         """Whether it is the hub itself, which alone is shown the token."""

@@ -117,7 +117,7 @@ def settle(cache: RepoCache, on_wait: Callable[[], object] = lambda: None) -> li
             _settle_written(cache, found)
     while in_doubt(cache):
         try:
-            with cache.locked(_busy):
+            with cache.locked(busy):
                 return settle_locked(cache)
         except BlockingIOError:  # by somebody who settles first of all, and may then go on for hours
             on_wait()
@@ -176,7 +176,7 @@ def _settle_written(cache: RepoCache, found: Sequence[Mark]) -> None:
     due = [each for each in found if time.time() - _last_written_s(blobs / each.digest) >= _WRITTEN_AFTER_S]
     if not due:
         return
-    with cache.locked(_busy):  # by a pull, which cares for its marks itself
+    with cache.locked(busy):  # by a pull, which cares for its marks itself
         for each in due:
             blob = blobs / each.digest
             if blob.exists():
@@ -195,7 +195,8 @@ def _last_written_s(path: Path) -> float:
         return 0.0
 
 
-def _busy() -> None:
+def busy() -> None:
+    """For ``RepoCache.locked``: raises BlockingIOError, an OSError, instead of waiting."""
     raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock")
 
 

@@ -7,20 +7,21 @@ kernel needs to receive it (docs/experiments.md). Addresses and certificates are
 from __future__ import annotations
 
 import base64
-import functools
+import io
+import math
+import select
 import socket
 import ssl
+import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from email.message import Message
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from glmlocal.errors import DownloadError
-from glmlocal.hub.http import USER_AGENT, Patience, TryAgain
+from glmlocal.hub.http import USER_AGENT, Patience, TryAgain, certificates
 from glmlocal.text.files import one_line
 from glmlocal.units import KIB
 
@@ -29,27 +30,74 @@ if TYPE_CHECKING:
 
 _MAX_REDIRECTS = 8
 _SKIPPED_BYTES = 64 * KIB  # of the body of a redirect; above, a new connection is cheaper
+_COPIED_BYTES = 16 * KIB  # more than http.client's buffer has
+_MOMENT_S = 0.05  # that bytes wait for others before they are written
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
-@dataclass(frozen=True, slots=True)
 class Answer:
-    """The head of a response, and its body as it comes."""
+    """The head of a response, and its body as it comes: past http.client into the caller's memory where it can."""
 
-    url: httpx.URL  # after redirects
-    status_code: int
-    headers: Message  # whatever the case of the name
-    response: HTTPResponse
+    def __init__(self, url: httpx.URL, response: HTTPResponse, connection: socket.socket | None, read_s: float) -> None:
+        self.url = url  # after redirects
+        self.status_code = response.status
+        self.headers = response.headers  # whatever the case of the name
+        self.waited_s = 0.0  # for the body, so far
+        self._response, self._read_s = response, read_s
+        has_length = response.length is not None and not response.chunked
+        self._socket = connection if has_length else None  # without, http.client alone knows where the body ends
+        self._ready: select.poll | None = None  # once nothing of the body is in http.client's buffer
 
-    def read(self, num_bytes: int) -> bytes:
-        """What is there of the body, at most so much; nothing at its end. Raises TryAgain."""
+    def read_into(self, out: memoryview) -> int:
+        """Fill ``out``, or as much of it as comes in a moment; how much. 0 at the end of the body. Raises TryAgain."""
         try:
-            data = self.response.read1(num_bytes)
-            if self.response.length == 0:
-                self.response.read(0)  # lets the connection be used again; read1 forgets to, up to Python 3.12
-            return data
+            num_bytes = self._read_buffered(out) if self._ready is None else 0
+            if self._socket is not None and self._ready is not None:
+                num_bytes = self._read_socket(self._socket, self._ready, out, num_bytes)
+            if self._response.length == 0:
+                self._response.read(0)  # lets the connection be used again; read1 forgets to, up to Python 3.12
         except (OSError, HTTPException, ValueError) as error:
             raise _broken(self.url, error) from error
+        return num_bytes
+
+    def _read_buffered(self, out: memoryview) -> int:
+        """What came with the head, or the next that comes."""
+        asked = min(len(out), _COPIED_BYTES)
+        data = self._response.read1(asked)
+        out[: len(data)] = data
+        if self._socket is not None and asked >= io.DEFAULT_BUFFER_SIZE:  # then read1 left nothing behind
+            self._socket.settimeout(0)
+            self._ready = select.poll()
+            self._ready.register(self._socket, select.POLLIN)
+        return len(data)
+
+    def _read_socket(self, connection: socket.socket, ready: select.poll, out: memoryview, num_bytes: int) -> int:
+        end_s = time.monotonic() + _MOMENT_S
+        while num_bytes < len(out) and self._response.length:
+            try:
+                received = connection.recv_into(out[num_bytes:], min(len(out) - num_bytes, self._response.length))
+            except (BlockingIOError, ssl.SSLWantReadError):
+                if self._wait(ready, end_s if num_bytes else math.inf):
+                    continue
+                break
+            except OSError:
+                if num_bytes:
+                    break  # the next call finds the end
+                raise
+            if not received:
+                break
+            num_bytes += received
+            self._response.length -= received
+        return num_bytes
+
+    def _wait(self, ready: select.poll, end_s: float) -> bool:
+        """Until there is more, or until ``end_s``; whether there is."""
+        start_s = time.monotonic()
+        is_ready = bool(ready.poll(1000 * min(max(end_s - start_s, 0.0), self._read_s)))
+        self.waited_s += time.monotonic() - start_s
+        if not is_ready and end_s == math.inf:
+            raise TimeoutError
+        return is_ready
 
 
 class Wire:
@@ -83,7 +131,7 @@ class Wire:
             if answer.status_code not in _REDIRECTS or location is None:
                 return answer
             with suppress(TryAgain):  # the connection is of use again only when the body is gone
-                answer.read(_SKIPPED_BYTES)
+                answer.read_into(memoryview(bytearray(_SKIPPED_BYTES)))
             with suppress(UnicodeError):
                 location = location.encode("latin-1").decode("utf-8")  # http.client takes every byte for a letter
             try:
@@ -120,6 +168,8 @@ class Wire:
             raise _broken(url, error) from error
 
     def _send(self, connection: HTTPConnection, url: httpx.URL, headers: Mapping[str, str]) -> Answer:
+        assert isinstance(connection.sock, socket.socket)
+        connection.sock.settimeout(self._patience.read_s)
         through = _proxy_of(url)
         target = url.raw_path.decode("ascii")
         fixed = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT}
@@ -129,7 +179,7 @@ class Wire:
         connection.request("GET", target, headers=fixed | _login("Authorization", url) | dict(headers))
         response = connection.getresponse()
         self._connections[url.scheme, url.host, url.port] = connection, response
-        return Answer(url, response.status, response.headers, response)
+        return Answer(url, response, connection.sock, self._patience.read_s)
 
     def _connect(self, url: httpx.URL) -> HTTPConnection:
         through = _proxy_of(url)
@@ -140,7 +190,7 @@ class Wire:
         if through is not None and through.scheme == url.scheme == "https":
             raise DownloadError(f"cannot reach {url.host} through {through}; give a proxy with http:// in HTTPS_PROXY")
         connection = (
-            HTTPSConnection(server.host, server.port, timeout=patience.connect_s, context=_certificates())
+            HTTPSConnection(server.host, server.port, timeout=patience.connect_s, context=certificates())
             if "https" in (url.scheme, server.scheme)
             else HTTPConnection(server.host, server.port or 80, timeout=patience.connect_s)
         )
@@ -152,8 +202,6 @@ class Wire:
         except BaseException:
             connection.close()
             raise
-        assert isinstance(connection.sock, socket.socket)
-        connection.sock.settimeout(patience.read_s)
         return connection
 
 
@@ -183,10 +231,3 @@ def _login(header: str, url: httpx.URL) -> dict[str, str]:
     name, _, password = url.userinfo.decode("ascii").partition(":")
     pair = f"{unquote(name)}:{unquote(password)}".encode()
     return {header: f"Basic {base64.b64encode(pair).decode('ascii')}"}
-
-
-@functools.cache
-def _certificates() -> ssl.SSLContext:
-    import httpx
-
-    return httpx.create_ssl_context()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import pytest
 import crafted
 from glmlocal.hub.partial import merged
 from hub.pulling import REPO, journalled, visible_files
-from hub.server import HubServer
+from hub.server import HubServer, git_sha1
 from pty_terminal import Terminal
 
 BIG = "model.safetensors"
@@ -39,6 +40,21 @@ from glmlocal.cli import pull
 options = download.Options(connections=4, range_bytes=200_000, sync_every_s=0.2, report_every_s=0.02)
 pull.transfer_options = lambda args: options
 sys.exit(main(["pull", *sys.argv[1:]]))
+"""
+
+# Kills itself before it changes the disk for the n-th time below a directory.
+_KILLED_AT_STEP = """
+import os, signal, sys
+home, left = sys.argv.pop(1), int(sys.argv.pop(1))
+CHANGES = {"os.rename", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+def step(event, arguments):
+    global left
+    opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if (event in CHANGES or opens) and any(home in str(each) for each in arguments):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(step)
 """
 
 
@@ -181,6 +197,47 @@ def size(kept: dict[str, list[tuple[int, int]]]) -> int:
     return sum(end - begin for extents in kept.values() for begin, end in extents)
 
 
+def test_killed_at_every_step_of_marking_placing_and_publishing(server: HubServer, home: Path) -> None:
+    """Each time one step later, from where the last one left it; whoever looks in between finds nothing half done."""
+    env, kills = environment(server, home), 0
+    for step in range(60):
+        command = [sys.executable, "-c", _KILLED_AT_STEP + _PULL_IN_SMALL_RANGES, str(home), str(step), REPO]
+        placed = {path.name for path in hf_cache(home).glob("models--*/blobs/*")}
+        server.forget_served()
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=200, env=env)
+        visible = visible_files(hf_cache(home))
+        assert all(WANTED[path] == data for path, data in visible.items())
+        if list(hf_cache(home).glob("models--*/refs/*")):
+            assert visible == WANTED
+        for path, data in WANTED.items():
+            if placed & {hashlib.sha256(data).hexdigest(), git_sha1(data)}:
+                assert server.served_bytes(path) == 0
+        if result.returncode == 0:
+            break
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        kills += 1
+    assert kills >= 10
+    assert visible_files(hf_cache(home)) == WANTED
+    assert all(path.suffix == ".unsynced" for path in hf_cache(home).glob("models--*/.glmlocal/*"))
+
+
+@pytest.mark.parametrize("killed", ["the first", "the second"])
+def test_of_two_processes_one_is_killed(killed: str, server: HubServer, home: Path) -> None:
+    """The lock of the dead holds nobody up, and the other goes on from the journal."""
+    server.fail(BIG, bytes_per_s=60_000, times=1000)
+    first = start_pull(server, home)
+    wait_for_request(server, first)
+    second = start_pull(server, home)
+    time.sleep(0.5)
+    victim, other = (first, second) if killed == "the first" else (second, first)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate(timeout=60)
+    server.faults.clear()
+    _, stderr = other.communicate(timeout=200)
+    assert other.returncode == 0, stderr
+    assert visible_files(hf_cache(home)) == WANTED
+
+
 def test_two_processes_at_once_fetch_everything_once(server: HubServer, home: Path) -> None:
     server.fail(BIG, bytes_per_s=50_000, times=100)
     processes = [start_pull(server, home) for _ in range(2)]
@@ -220,6 +277,39 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(server: Hub
         assert "is too small" in line
         assert "bytes) are missing" in line
         assert server.served_bytes(BIG) == 0
+    finally:
+        subprocess.run(["umount", str(home)], check=True)
+
+
+def fill_up(path: Path) -> None:
+    """Leave no byte free on the disk of ``path``."""
+    with open(path, "wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1 << 16)):
+            pass
+
+
+def test_a_disk_that_fills_up_meanwhile_loses_nothing(server: HubServer, home: Path) -> None:
+    if not mounted(home, "size=80m"):
+        pytest.skip("cannot mount a small tmpfs here")
+    try:
+        data = random.Random(3).randbytes(6_000_000)
+        server.add(REPO, FILES | {BIG: data})
+        server.fail(BIG, bytes_per_s=1_000_000, times=1000)
+        process = start_pull(server, home)
+        wait_for_request(server, process)
+        filler = home / "filler"
+        fill_up(filler)
+        _, stderr = process.communicate(timeout=100)
+        assert process.returncode == 2
+        assert b"is full; free some space and run the same command again" in stderr
+        assert b"Traceback" not in stderr
+        kept = journalled_of(hf_cache(home), data)
+        filler.unlink()
+        server.faults.clear()
+        server.forget_served()
+        assert glmlocal(server, home, "pull", REPO).returncode == 0
+        assert all(end <= b or e <= begin for begin, end in server.served[BIG] for b, e in kept)
+        assert visible_files(hf_cache(home)) == WANTED | {BIG: data}
     finally:
         subprocess.run(["umount", str(home)], check=True)
 

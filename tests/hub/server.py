@@ -70,6 +70,7 @@ class HubServer:
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         self.served: dict[str, list[tuple[int, int]]] = defaultdict(list)  # bytes that left, per path
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, target, headers
+        self.sending = 0  # answers that are not counted in ``served`` yet
         self.lock = threading.Lock()
         self.on_request: Any = lambda handler: None
         self.hashes: dict[Path, str] = {}
@@ -139,6 +140,10 @@ class HubServer:
         self.served = defaultdict(list)
 
     def served_bytes(self, path: str) -> int:
+        """Of all answers so far; those that are just ending are waited for."""
+        deadline = time.monotonic() + 5
+        while self.sending and time.monotonic() < deadline:
+            time.sleep(0.005)
         return sum(end - begin for begin, end in self.served[path])
 
 
@@ -221,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         if size < hub.lfs_from:
             return {"type": "file", "oid": git_sha1(content), "size": size, "path": path}
         lfs = {"oid": hub.sha256(content), "size": size, "pointerSize": 134}
-        return {"type": "file", "oid": "f" * 40, "size": size, "path": path, "lfs": lfs}
+        return {"type": "file", "oid": "f" * 40, "size": size, "path": path, "lfs": lfs, "xetHash": "e" * 64}
 
     def _resolve(self, repo_id: str, revision: str, path: str) -> None:
         found = self._find(repo_id, revision)
@@ -242,6 +247,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(path, content, headers | {"ETag": f'"{git_sha1(content)}"'})
         headers["X-Linked-ETag"] = f'"{hub.sha256(content)}"'
         headers["X-Linked-Size"] = str(size_of(content))
+        headers["X-Xet-Hash"] = "e" * 64  # of the same bytes in another store: no SHA-256
+        headers["Link"] = f'<{hub.url}/api/models/{repo_id}/xet-read-token/{commit}>; rel="xet-auth"'
         location = f"{hub.cdn}/cdn/{repo_id}/{commit}/{quote(path)}?signature=valid"
         return self._redirect(location, headers)
 
@@ -251,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") or self.headers.get("Cookie") or query.get("signature") != "valid":
             return self._error(400, "", "Only one auth mechanism allowed")
         content = hub.repos[f"{org}/{name}"].commits[commit][path]
-        self._send(path, content, {"ETag": '"of-the-cdn"'})
+        self._send(path, content, {"ETag": 'W/"of-the-cdn"'})
 
     # ModelScope
 
@@ -359,6 +366,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, {"Content-Length": str(end - begin), **headers})
         if self.command == "HEAD":
             return
+        with hub.lock:
+            hub.sending += 1
         stop = end if fault.cut_after is None else min(end, begin + fault.cut_after)
         position = begin
         try:
@@ -373,6 +382,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with hub.lock:
                 served[path].append((begin, position))
+                hub.sending -= 1
         if position < end:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)

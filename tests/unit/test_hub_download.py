@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -386,6 +387,49 @@ def test_damage_on_this_disk_between_two_attempts_is_found(server: HubServer, ca
         file.seek(kept[0][0])
         file.write(bytes([FILES[BIG][kept[0][0]] ^ 255]))
     server.faults.clear()
+    fetch(huggingface(server, cache))
+    assert visible_files(cache) == WANTED
+
+
+def test_a_file_that_somebody_cuts_meanwhile_is_fetched_again(
+    server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are read back after all were written; then there are none."""
+    server.fail(BIG, cut_after=0, after=8, times=100)
+    fails(huggingface(server, cache))
+    server.faults.clear()
+    read, cuts = partial.PartialFile.read, list[int]()
+
+    def cut(file: partial.PartialFile, offset: int, out: Any) -> int:
+        if not cuts and file.size_bytes == len(FILES[BIG]):
+            cuts.append(offset)
+            os.truncate(file.path, 0)
+        return read(file, offset, out)
+
+    monkeypatch.setattr(partial.PartialFile, "read", cut)
+    fetch(huggingface(server, cache))
+    assert cuts
+    assert visible_files(cache) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EDQUOT, "is full; free some space"),
+        (errno.EIO, "cannot store the model in .*: Input/output error"),
+        (errno.EFBIG, "cannot store the model in"),
+    ],
+)
+def test_a_disk_that_refuses_is_one_line(
+    number: int, message: str, server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, data: bytes, offset: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partial.os, "pwrite", refuse)
+        assert re.search(message, fails(huggingface(server, cache)))
+    assert_nothing_is_visible(cache)
     fetch(huggingface(server, cache))
     assert visible_files(cache) == WANTED
 

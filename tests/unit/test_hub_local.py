@@ -260,3 +260,44 @@ def test_names_of_the_catalogue(server: HubServer, caches: Path, monkeypatch: py
     fetch(hub, Source("huggingface", GGUF, "Q8_0"))
     with pytest.raises(ConfigError, match=f"several releases of GLM-9 are on this disk; .*{ST}, {GGUF}:Q8_0"):
         resolve("GLM-9")
+
+
+def test_the_environment_means_what_it_means_to_huggingface_hub(tmp_path: Path) -> None:
+    """Each in a process of its own, as huggingface_hub reads it once."""
+    (tmp_path / "token").write_text("hf_file\n")
+    show = (
+        "from glmlocal.hub import huggingface\nhub = huggingface.connect()\n"
+        "print([hub.token, str(hub.cache_dir), hub.endpoint, hub.offline, hub.patience.read_s, hub.patience.connect_s])"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {"X": "sub"}
+    usual = {"HF_HOME": str(tmp_path / "home")}
+
+    def found(**environ: str) -> subprocess.CompletedProcess[str]:
+        env = clean | usual | environ
+        return subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=False, env=env)
+
+    hub = "https://huggingface.co"
+    for environ, expected in (
+        ({}, [None, str(tmp_path / "home" / "hub"), hub, False, 30.0, 15.0]),
+        (
+            {
+                "HF_TOKEN_PATH": str(tmp_path / "token"),
+                "HF_HUB_CACHE": str(tmp_path / "$X"),
+                "TRANSFORMERS_OFFLINE": "1",
+            },
+            ["hf_file", str(tmp_path / "sub"), hub, True, 30.0, 15.0],
+        ),
+        (
+            {
+                "HF_TOKEN": "hf_env",
+                "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+                "HF_ENDPOINT": "https://mirror/",
+                "HF_HUB_DOWNLOAD_TIMEOUT": "7",
+                "HF_HUB_ETAG_TIMEOUT": "3",
+            },
+            [None, str(tmp_path / "home" / "hub"), "https://mirror", False, 7.0, 3.0],
+        ),
+    ):
+        result = found(**environ)
+        assert result.stdout.strip() == str(expected), result.stderr
+    assert "ConfigError: huggingface_hub cannot use" in found(HF_HUB_DOWNLOAD_TIMEOUT="soon").stderr

@@ -93,6 +93,20 @@ def test_unknown_names_get_a_hint(model: str, hint: str) -> None:
     assert hint in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        "https://huggingface.co/org/name:Q4_K_M",
+        "hf.co/org/name:Q4_K_M",
+        "https://huggingface.co/org/name:Q4_K_M/tree/main",
+        "https://modelscope.cn/models/org/name:Q4_K_M",
+    ],
+)
+def test_an_address_is_answered_with_the_name_in_it(pasted: str) -> None:
+    with pytest.raises(ConfigError, match=r"did you mean org/name:Q4_K_M\? write org/name"):
+        parse_source(pasted, Known())
+
+
 @pytest.mark.parametrize("revision", ["..", "a/../b", "/x", "a//b", "a b", "\n", "x" * 300, "refs/.."])
 def test_a_revision_stays_inside_refs(revision: str) -> None:
     with pytest.raises(ConfigError, match="is no revision"):

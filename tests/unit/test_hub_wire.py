@@ -19,7 +19,6 @@ import pytest
 
 from glmlocal.errors import DownloadError
 from glmlocal.hub import http as hub_http
-from glmlocal.hub import wire as hub_wire
 from glmlocal.hub.http import TryAgain
 from glmlocal.hub.huggingface import HuggingFace
 from glmlocal.hub.wire import Wire
@@ -194,8 +193,9 @@ def test_redirects_within_the_hub(location: str, target: str, server: HubServer,
         with Wire(PATIENCE) as wire:
             answer = wire.get(f"{server.url}/{REPO}/resolve/main/{BIG}", lambda url: {"Authorization": "Bearer right"})
             assert answer.status_code == 200
-            assert answer.read(100) == FILES["config.json"]
-            assert answer.read(100) == b""
+            out = bytearray(100)
+            assert out[: answer.read_into(memoryview(out))] == FILES["config.json"]
+            assert answer.read_into(memoryview(out)) == 0
     assert seen == [(target, "Bearer right")]
 
 
@@ -218,7 +218,7 @@ def test_an_upgrade_to_https_of_the_same_host_keeps_the_token_and_nothing_else_d
     from glmlocal.hub.ranges import Fetcher
 
     hub = HuggingFace("http://hub.example", tmp_path, "t", offline=False)
-    fetcher = Fetcher(Listing(REPO, "main", "0" * 40, ()), hub, QUICK, threading.Condition())
+    fetcher = Fetcher((), Listing(REPO, "main", "0" * 40, ()), hub, QUICK, threading.Condition())
     assert fetcher._is_hub(httpx.URL("http://hub.example/x"))
     assert fetcher._is_hub(httpx.URL("https://hub.example/x"))
     for other in (
@@ -228,7 +228,7 @@ def test_an_upgrade_to_https_of_the_same_host_keeps_the_token_and_nothing_else_d
         "http://hub.example.evil/",
     ):
         assert not fetcher._is_hub(httpx.URL(other))
-    secure = Fetcher(fetcher.listing, replace(hub, endpoint="https://hub.example"), QUICK, threading.Condition())
+    secure = Fetcher((), fetcher.listing, replace(hub, endpoint="https://hub.example"), QUICK, threading.Condition())
     assert not secure._is_hub(httpx.URL("http://hub.example/x"))
 
 
@@ -279,14 +279,14 @@ def secure(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     server._server.socket = context.wrap_socket(server._server.socket, server_side=True)
     monkeypatch.setattr(HubServer, "cdn", property(lambda self: f"https://localhost:{self.port}"))
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    hub_wire._certificates.cache_clear()
+    hub_http.certificates.cache_clear()
     return server
 
 
 @pytest.fixture(autouse=True)
 def forget_certificates() -> Iterator[None]:
     yield
-    hub_wire._certificates.cache_clear()
+    hub_http.certificates.cache_clear()
 
 
 def over_tls(server: HubServer, cache: Path, host: str = "127.0.0.1") -> HuggingFace:
@@ -380,3 +380,95 @@ def test_retry_after_in_either_form() -> None:
     assert hub_http._retry_after(head(email.utils.formatdate(0, usegmt=True))) == 0
     for nonsense in ("", "soon", "-5", "1e9", "٣", "Mon, 99 Foo 9999 99:99:99 GMT"):
         assert hub_http._retry_after(head(nonsense)) in (None, 0)
+
+
+# Bodies
+
+
+def get(server: HubServer, wire: Wire) -> Any:
+    return wire.get(f"{server.url}/{REPO}/resolve/main/{BIG}", lambda url: {})
+
+
+@pytest.mark.parametrize("step", [1, 100, 8191, 8192, 50_000, 1 << 20])
+def test_a_body_arrives_whole_in_pieces_of_any_size(step: int, server: HubServer) -> None:
+    """What came together with the head included."""
+    out, received = memoryview(bytearray(step)), bytearray()
+    most = 700_001 if step > 100 else 3_000 * step
+    with Wire(PATIENCE) as wire:
+        answer = get(server, wire)
+        while len(received) < most and (num_bytes := answer.read_into(out)):
+            received += out[:num_bytes]
+        assert received == FILES[BIG][: len(received)]
+        assert len(received) >= most
+        if step > 100:
+            assert answer.read_into(out) == 0
+
+
+def test_what_came_before_a_connection_broke_is_not_lost(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = memoryview(bytearray(1 << 20))
+
+    class Breaking:
+        """A socket that is reset after 100,000 bytes."""
+
+        def __init__(self, connection: socket.socket) -> None:
+            self.connection, self.left = connection, 100_000
+
+        def recv_into(self, buffer: memoryview, num_bytes: int) -> int:
+            if not self.left:
+                raise ConnectionResetError(104, "Connection reset by peer")
+            received = self.connection.recv_into(buffer, min(num_bytes, self.left))
+            self.left -= received
+            return received
+
+    with Wire(PATIENCE) as wire:
+        answer = get(server, wire)
+        first = answer.read_into(out[:8192])
+        answer._socket = Breaking(answer._socket)
+        assert answer.read_into(out[first:]) == 100_000
+        assert out[: first + 100_000] == FILES[BIG][: first + 100_000]
+        with pytest.raises(TryAgain, match=r"broke: .*reset"):
+            answer.read_into(out)
+
+
+def test_a_body_that_stops_coming_is_given_up(server: HubServer) -> None:
+    """Early bytes are handed over at once, and the silence after them has an end."""
+    server.fail(BIG, bytes_per_s=1000)
+    out = memoryview(bytearray(1 << 20))
+    with Wire(replace(PATIENCE, read_s=0.2)) as wire:
+        answer = get(server, wire)
+        assert 0 < answer.read_into(out) <= 1000
+        answer._read_s = 0.001
+        with pytest.raises(TryAgain, match="sends nothing more"):
+            list(iter(lambda: answer.read_into(out), 0))
+        assert answer.waited_s > 0
+
+
+# Patience
+
+
+def test_a_hub_that_nobody_reaches_is_asked_twice_only() -> None:
+    import httpx
+
+    asked: list[int] = []
+
+    def attempt() -> None:
+        asked.append(1)
+        raise httpx.ConnectError("refused")
+
+    with pytest.raises(DownloadError, match="tried 2 times"):
+        hub_http.retry(attempt, replace(PATIENCE, attempts=6))
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("number", "asked_s", "waited_s"), [(0, None, 1), (3, None, 8), (2, 5, 5), (0, 1e6, 60)])
+def test_how_long_is_waited(number: int, asked_s: float | None, waited_s: float) -> None:
+    patience = replace(PATIENCE, backoff_s=1, max_wait_s=60)
+    assert hub_http.wait_before(number, TryAgain("busy", asked_s), patience) == waited_s
+
+
+def test_an_answer_that_does_not_end_is_left(server: HubServer) -> None:
+    url = f"{server.url}/{REPO}/resolve/main/{BIG}"
+    with hub_http.new_client(PATIENCE) as client:
+        assert len(hub_http.get_bytes(client, url, {}, lambda response: None, 700_001)[0]) == 700_001
+        with pytest.raises(DownloadError, match="sends more than the 700,000 bytes expected"):
+            hub_http.get_bytes(client, url, {}, lambda response: None, 700_000)
