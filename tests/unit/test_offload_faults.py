@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -399,6 +400,41 @@ def test_a_cancelled_read_leaves_its_place_to_the_next(tmp_path: Path) -> None:
     assert reader.submit(cancelled[0], 0, size, pool.address(cancelled[0])), "its place in the queue is free again"
     assert reader.next(10.0) == (cancelled[0], 0)
     assert bytes(pool.view(cancelled[0])) == data
+
+
+def test_reads_that_are_not_urgent_come_last_until_they_are(tmp_path: Path) -> None:
+    records, size = 6, 1 << 21
+    data = os.urandom(records * size)
+    (tmp_path / "file").write_bytes(data)
+    pool = host.HostPool(records, size)
+    reader = _cpu.NvmeReader(str(tmp_path / "file"), 1, 4096, records)  # 512 pieces each
+    urgent = (False, False, False, True, True, True)
+    for slot in range(records):
+        assert reader.submit(slot, slot * size, size, pool.address(slot), urgent[slot])
+    assert reader.hurry(2)
+    assert not reader.hurry(2), "it is urgent now"
+    assert not reader.hurry(3)
+    assert not reader.hurry(records), "there is no such read"
+    order = [reader.next(10.0) for _ in range(records)]
+    assert order == [(slot, 0) for slot in (2, 3, 4, 5, 0, 1)]
+    for slot in range(records):
+        assert bytes(pool.view(slot)) == data[slot * size : (slot + 1) * size]
+
+
+def test_few_pieces_that_are_not_urgent_are_under_way_at_a_time(tmp_path: Path) -> None:
+    """So that an urgent one finds threads, and the disk free soon."""
+    size, piece = 1 << 26, 512 << 10
+    (tmp_path / "file").write_bytes(os.urandom(size))
+    pool = host.HostPool(1, size)
+    reader = _cpu.NvmeReader(str(tmp_path / "file"), 8, size, 1)
+    assert reader.submit(0, 0, size, pool.address(0), False)
+    while not (before := reader.bytes_read):
+        time.sleep(0.0001)
+    assert before % piece == 0
+    assert reader.cancel(0), "64 MiB take a while"
+    after = reader.bytes_read
+    assert reader.next(5.0) == (0, _cpu.CANCELLED)
+    assert reader.bytes_read <= after + 2 * piece
 
 
 def test_stats_of_several_stores_add_up(model: Path) -> None:

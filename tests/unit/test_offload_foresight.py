@@ -78,15 +78,17 @@ def test_as_many_are_read_as_the_disk_can_begin_meanwhile() -> None:
     assert found.most_reads(3e9, 10_000_000) == 1
     found._window_s = 0.010
     assert found.most_reads(3e9, 10_000_000) == 4
+    found._window_s = 0.006
+    assert found.most_reads(3e9, 10_000_000) == 3, "one more than whole ones: it is begun"
     assert found.most_reads(0.0, 10_000_000) == 1
 
 
-def save(directory: Path, attention: float) -> Path:
-    """A tiny packed model whose attention adds so much to what the router of a layer sees."""
+def save(directory: Path, added: float) -> Path:
+    """A tiny packed model whose layers add so much to what the router of the next one sees."""
     model = tiny.build_model(6)
     for name, weight in model.named_parameters():
-        if name.endswith("self_attn.o_proj.weight"):
-            weight.data *= attention
+        if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+            weight.data *= added
     return packed.pack(tiny.save(model, directory / "source"), directory / "packed", "int4")
 
 
@@ -105,7 +107,7 @@ def generate(directory: Path, slots: int) -> packed.Engine:
 
 
 def test_a_router_that_can_be_foreseen_is_read_ahead(tmp_path: Path) -> None:
-    """With the model's own router: attention that adds next to nothing."""
+    """With the model's own router: layers that add next to nothing."""
     engine = generate(save(tmp_path, 1e-4), 6)
     (offload,) = engine.offloads.all
     stats = offload.store.stats()
