@@ -8,8 +8,8 @@ layer's chosen experts are replaced by the trace's. For each trace it prints
 * measured decode over the bound Σ over steps of max(compute, read), where compute is the time of the same step with all
   experts in their slots (median of steps before and after), and read is the bytes of the step's experts that were not
   in their slots (read ahead or not; what was guessed in vain does not count) over the disk's O_DIRECT rate, measured
-  between the steps, every few of them, with the same reader. It takes for granted that all reads of a step can be overlapped with all of its
-  computing;
+  between the steps, every few of them, with a reader like the engine's. It takes for granted that all reads of a step
+  can be overlapped with all of its computing;
 * the same over the bound by layer, Σ over steps of (compute outside experts + Σ over layers of max(experts, read)): a
   layer cannot read before its router has chosen, nor the next one begin before this one ends, unless foreseen;
 * where the time of a step went;
@@ -130,8 +130,8 @@ def policies(trace: Trace, experts: int, fraction: float) -> dict[str, float]:
 class Follows:
     """Experts that are chosen by a trace instead of the router; ``token`` is where it stands.
 
-    Guesses of them are the choice among scores of which the trace's experts have the highest, seen through as much noise as
-    makes the part ``recall`` of a guess right: so those guessed first are right more often. None: nothing is foreseen.
+    Guesses are the choice among scores of which the trace's experts have the highest, seen through as much noise as makes
+    the part ``recall`` of a guess right: so those guessed first are right more often. None: nothing is foreseen.
     """
 
     inner: OffloadedExperts
@@ -188,7 +188,7 @@ def guesses(choices: Sequence[Sequence[int]], num_experts: int, recall: float) -
 
 
 def noise_of(recall: float, num_experts: int, top_k: int) -> float:
-    """The noise, in standard deviations of the scores, through which ``recall`` of the highest are still the highest."""
+    """The noise, in standard deviations of scores, through which ``recall`` of the highest are still the highest."""
     generator = np.random.default_rng(3)
     scores, noise = (generator.standard_normal((1000, num_experts)) for _ in range(2))
     right = np.zeros(scores.shape, bool)
@@ -426,7 +426,7 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
         "pack_bytes": pack.path.stat().st_size,
         "ram_bytes": sum(device.used_bytes for device in plan.devices if device.kind == "ram"),
     }
-    traces = {name: make(moe_layers, experts, top_k, 512, args.seed) for name, make in TRACES.items() if name in args.traces}
+    traces = {name: TRACES[name](moe_layers, experts, top_k, 512, args.seed) for name in args.traces}
     for name, trace in traces.items():
         result[name] = {"trace": describe(trace, experts)}
         for fraction in (0.10, 0.25, 0.50) if args.simulate else ():
@@ -482,7 +482,7 @@ def summary(steps: Sequence[Step], resident: Sequence[Step], layers: int) -> dic
     total = sum(step.seconds for step in steps)
     overlapped = sum(max(compute, sum(step.needed_bytes) / step.disk_rate) for step in steps)
     by_layer = sum(
-        compute - in_experts + sum(max(in_experts / layers, num_bytes / step.disk_rate) for num_bytes in step.needed_bytes)
+        compute - in_experts + sum(max(in_experts / layers, needed / step.disk_rate) for needed in step.needed_bytes)
         for step in steps
     )
     needed_bytes = sum(sum(step.needed_bytes) for step in steps)

@@ -114,9 +114,7 @@ class OffloadedExperts:
             if self.gpu is not None:
                 others = held.enter_context(self.gpu.hits(self.layer, uses, x, topk_ids, rows))
             lease = held.enter_context(self.store.acquire(self.layer, others, num_tokens))
-            return _Working(
-                self, lease, held.pop_all(), counts, others, x, topk_ids, topk_weights, rows, lease.is_over
-            )
+            return _Working(self, lease, held.pop_all(), counts, others, x, topk_ids, topk_weights, rows, lease.is_over)
 
     def _finish(self, working: _Working) -> Tensor:
         stalled_s = self.store.stall_s

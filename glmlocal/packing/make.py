@@ -133,7 +133,8 @@ class Maker:
     def make(self, pieces: Iterable[int], tensors: TensorIndex, quant: Quant) -> None:
         """Make these pieces of tensors that are all there, and journal them. Raises CheckpointError, OSError."""
         reader = WeightReader(tensors, lambda num_bytes: None, quant)
-        futures: list[Future[None]] = [self._pool.submit(self._make, each, tensors, reader) for each in self.spread(pieces)]
+        spread = self.spread(pieces)
+        futures: list[Future[None]] = [self._pool.submit(self._make, piece, tensors, reader) for piece in spread]
         try:
             pending: Iterable[Future[None]] = futures
             while pending:

@@ -139,7 +139,12 @@ def test_dense_tensors_are_made_among_records(source: Path, tmp_path: Path, monk
     """Or cores would quantize first and wait for the disk afterwards."""
     made: list[int] = []
     original = make.Maker._make
-    monkeypatch.setattr(make.Maker, "_make", lambda self, piece, *rest: (made.append(piece), original(self, piece, *rest)))
+
+    def note(self: make.Maker, piece: int, *rest: object) -> None:
+        made.append(piece)
+        original(self, piece, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(make.Maker, "_make", note)
     pack(source, tmp_path / "pack", threads=1)
     num_records = 24
     assert sorted(made) == list(range(len(made)))
