@@ -130,8 +130,8 @@ def policies(trace: Trace, experts: int, fraction: float) -> dict[str, float]:
 class Follows:
     """Experts that are chosen by a trace instead of the router; ``token`` is where it stands.
 
-    Guesses are the choice among scores of which the trace's experts have the highest, seen through as much noise as makes
-    the part ``recall`` of a guess right: so those guessed first are right more often. None: nothing is foreseen.
+    Guesses are the choice among scores of which the trace's experts have the highest, seen through as much noise as
+    makes the part ``recall`` of a guess right: those guessed first are right more often. None: nothing is foreseen.
     """
 
     inner: OffloadedExperts

@@ -164,7 +164,7 @@ class ExpertStore:
         self.touch(layer, uses, num_tokens)
         base = self._row[layer] * self._num_experts
         for key in self._expected.difference(base + expert for expert in uses):
-            if (slot := self._slot_of.get(key)) in self._pending and not self._leases[slot]:
+            if (slot := self._slot_of.get(key)) in self._pending:
                 self._source.cancel(slot)
         self._expected.clear()
         return Lease(self, [base + expert for expert in uses], base)

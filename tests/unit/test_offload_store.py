@@ -386,6 +386,15 @@ def test_reads_ahead_leave_those_asked_for_their_places() -> None:
         assert sum(slot not in disk.unhurried for _, slot in disk.under_way) == 2
 
 
+def test_what_is_asked_for_no_longer_counts_as_read_ahead() -> None:
+    store, disk = store_of(5, most_reads=2)
+    disk.is_stuck = True
+    assert store.expect(3, [4, 5], most=2) == 2
+    with store.acquire(3, uses(4, 5)):
+        assert store.expect(4, [0, 1], most=2) == 2
+        assert sum(slot in disk.unhurried for _, slot in disk.under_way) == 2
+
+
 def test_nothing_is_read_ahead_while_a_step_waits_for_slots() -> None:
     store, disk = store_of(3, most_reads=2)
     disk.is_stuck = True
