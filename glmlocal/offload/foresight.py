@@ -1,11 +1,11 @@
 """Foresight: are guesses of what a layer will ask for good enough to read by them, and how much fits in the time?
 
 As soon as a layer's experts are under way, the next layer's router is asked what it would choose if neither they nor
-its own attention added anything. When they have arrived the disk would be idle until that layer knows what it wants;
-the likeliest of the missing experts are read then (``ExpertStore.expect``). A guess that was right saves that time. One
-that was wrong costs the small pieces that are under way when the layer knows better, and a slot's content that was
-worth least. So guesses are compared with what was asked for, read by or not, and none are made where little is waited
-for the disk. Torch-free.
+its own attention added anything (the shared expert has been added where experts are missing). When they have arrived
+the disk would be idle until that layer knows what it wants; the likeliest of the missing experts are read then
+(``ExpertStore.expect``). A guess that was right saves that time. One that was wrong costs the small pieces that are
+under way when the layer knows better, and a slot's content that was worth least. So guesses are compared with what was
+asked for, read by or not, and none are made where little is waited for the disk. Torch-free.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 
-RIGHT_ABOVE = 0.25  # of the experts that were guessed first; below that nothing is read
+# Of the experts that were guessed first; below that nothing is read. A wrong guess costs a quarter of what a right one
+# brings, or less: 1 MiB of the disk's time, and a slot's content (docs/design/007-reading-ahead.md).
+RIGHT_ABOVE = 0.25
 LEAST_GUESSES = 16  # compared before anything is read
 SHADOW_EVERY = 8  # layers: how often a guess is made only to be compared
 WORTH = 4.0  # waiting per layer over the cost of a guess, from which on guesses are made

@@ -488,6 +488,7 @@ def test_shrinking_gives_up_the_least_worth_and_growing_takes_it_back() -> None:
     assert len(store.shrink(5)) == 1, "one slot is left to work with"
     assert len(store.grow(9)) == 2
     assert everyone(store, 3, 0, 1, 2) == [0, 1, 2]
+    assert len(store.resident()) == 3, "those that came back are used"
 
 
 def test_heats_of_an_earlier_run_decide_at_first() -> None:
