@@ -25,7 +25,7 @@ import tiny
 from glmlocal.engine.engine import Engine
 from glmlocal.engine.stats import EngineStats
 from glmlocal.errors import CheckpointError, EngineError, PlanError
-from glmlocal.formats.expert_pack import PACK_FILE, ExpertPack, read_pack
+from glmlocal.formats.expert_pack import PACK_FILE, ExpertPack, Record, read_pack
 from glmlocal.kernels import cpu
 
 if not cpu.available:
@@ -437,6 +437,41 @@ def test_few_pieces_that_are_not_urgent_are_under_way_at_a_time(tmp_path: Path) 
     assert reader.bytes_read <= after + 2 * piece
 
 
+def test_a_file_that_changed_before_it_was_used_is_refused(directory: Path) -> None:
+    pack = read_pack(directory / PACK_FILE)
+    with open(directory / PACK_FILE, "ab") as file:
+        file.write(bytes(4096))
+    pool = host.HostPool(1, pack.layout(pack.layers()[0]).record_bytes)
+    with pytest.raises(CheckpointError, match="changed while it was opened"):
+        nvme.PackSource(pack, pool, open_reader(pack, 1))
+
+
+def test_a_record_is_checked_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, checked = packed.engine_with(model, 2), list[tuple[int, int]]()
+    check = ExpertPack.check
+
+    def noted(self: ExpertPack, record: Record, data: Any) -> None:
+        checked.append((record.layer, record.expert))
+        check(self, record, data)
+
+    monkeypatch.setattr(ExpertPack, "check", noted)
+    for _ in range(3):
+        engine.logits(TEXT)
+    stats = engine.offloads.stats()
+    assert stats is not None
+    assert stats.store.lookups - stats.store.hits > len(checked), "they were read more than once"
+    assert len(checked) == len(set(checked)) > 0
+
+
+def test_how_many_slots_come_and_go_with_the_memory_that_is_left() -> None:
+    pressure, relief, slot = host.PRESSURE_BYTES, host.RELIEF_BYTES, 10 << 20
+    assert host.slots_to_release(pressure, slot) == 0
+    assert host.slots_to_release(pressure - 1, slot) == -(-(relief - pressure + 1) // slot)
+    assert host.slots_to_release(0, relief) == 1
+    assert host.slots_to_regain(2 * relief - 1, slot) == 0
+    assert host.slots_to_regain(2 * relief + 6 * slot, slot) == 3
+
+
 def test_stats_of_several_stores_add_up(model: Path) -> None:
     from glmlocal.offload.stats import OffloadStats, bottleneck, merged, since
     from glmlocal.offload.store import StoreStats
@@ -472,7 +507,11 @@ def test_a_slow_disk_is_warned_of_once_with_advice(
     assert "more --ram would help" in caplog.text
 
 
-def test_a_fast_disk_is_not_warned_of(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fast_disk_is_not_warned_of(
+    model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_WARN_AFTER_S", 0.0)
+    monkeypatch.setattr(runtime, "STALL_WARNS_ABOVE", 1.0)  # no disk is waited for longer than the time that goes by
     engine = packed.engine_with(model, 2)
     (offload,) = engine.offloads.all
     for _ in range(3):
