@@ -343,6 +343,8 @@ def test_slots_are_given_back_when_memory_runs_short_and_taken_when_it_is_back(
         check_answers(engine, answer)
     assert "expert slots were given back" in caplog.text
     assert offload.store.num_slots < 12
+    for slot in offload.store._retired:
+        assert not offload._pool.view(slot).any(), "its memory is the system's again"
     left[0], offload._next_check_s = 100 * host.RELIEF_BYTES, 0.0
     check_answers(engine, answer)
     assert offload.store.num_slots == 12
