@@ -18,6 +18,7 @@ from glmlocal.planner.machine import ExpertGpu, Machine, Nvme
 from glmlocal.planner.plan import CPU, Plan, Wants
 from glmlocal.planner.probe import runtime_machine
 from glmlocal.planner.solve import choose, plan
+from glmlocal.units import GIB
 
 
 def plan_here(
@@ -46,8 +47,19 @@ def plan_here(
             others = [of_checkpoint(checkpoint, each) for each in QUANTS[finer:]]
             found = plan(of_checkpoint(checkpoint, quant), machine, wants, alternatives=others)
     if not found.fits:
-        raise PlanError(refusal(found) + _pack_hint(checkpoint))
+        raise PlanError(refusal(found, _least_ram(found, checkpoint) if ram else ()) + _pack_hint(checkpoint))
     return found
+
+
+def _least_ram(found: Plan, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """``--ram`` of a packed model that is enough with most experts on the disk, where this machine has so much."""
+    used = [device.used_bytes for device in found.devices if device.kind == "ram"]
+    if checkpoint.tensors.experts is None or not used:
+        return ()
+    wanted = f"{-(-10 * used[0] // GIB) / 10:g}GiB"
+    machine = replace(_with_pack(runtime_machine(wanted), checkpoint), expert_gpus=found.machine.expert_gpus)
+    enough = plan(of_checkpoint(checkpoint, found.resolved.quant), machine, found.wants, with_advice=False)
+    return (f"--ram {wanted} (most experts are read from the disk then)",) if enough.fits else ()
 
 
 def _with_pack(machine: Machine, checkpoint: Checkpoint) -> Machine:
@@ -101,11 +113,12 @@ def _pack_hint(checkpoint: Checkpoint) -> str:
     return "; or `glmlocal pack` it and run the packed model: what does not fit then comes from the disk"
 
 
-def refusal(plan: Plan) -> str:
-    """A plan that does not fit, in one line."""
+def refusal(plan: Plan, options: Sequence[str] = ()) -> str:
+    """A plan that does not fit, in one line; ``options`` are what would fit beside its advice."""
     assert plan.shortfall is not None
-    options = [f"{advice.option} ({advice.text})" if advice.option else advice.text for advice in plan.advice]
-    hint = f"; would fit: {', or '.join(options)}" if options else "; close other programs or take a smaller model"
+    advised = [f"{advice.option} ({advice.text})" if advice.option else advice.text for advice in plan.advice]
+    would = [*options, *advised]
+    hint = f"; would fit: {', or '.join(would)}" if would else "; close other programs or take a smaller model"
     return f"{plan.name} does not fit: {plan.shortfall.text}{hint}"
 
 

@@ -35,11 +35,11 @@ class Experts(Protocol):
         ...
 
     def foresee(self, num_tokens: int, route: Route) -> None:
-        """Told before the layer's attention is computed; ``route`` guesses what the router will choose after it."""
+        """Told while the layer before computes its FFN; ``route`` guesses what the router will choose."""
         ...
 
     def submit(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Pending:
-        """Begin; the caller calls ``wait`` before anything else of the layer's, whatever happens."""
+        """Begin; the caller calls ``wait`` before this layer's experts are used again, whatever happens."""
         ...
 
 

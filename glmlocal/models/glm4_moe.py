@@ -37,23 +37,35 @@ class DecoderLayer:
     experts: Experts | None
     shared_experts: FFN | None  # added unscaled
 
-    def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """x fp32 [tokens, hidden] → the same; writes this layer's keys and values to the cache."""
-        if self.experts is not None:
-            self.experts.foresee(x.shape[0], lambda: kernels.route(self.attention, x))
+    def __call__(self, x: Tensor, context: ForwardContext, following: DecoderLayer | None = None) -> Tensor:
+        """x fp32 [tokens, hidden] → the same; writes this layer's keys and values to the cache.
+
+        ``following`` is shown what there is of its input while this layer's experts are on their way.
+        """
         out = kernels.attention_block(self.attention, x, context.step, context.kv_cache.layers[self.index])
         if self.experts is None:
+            _foresee(following, out.residual)
             return kernels.combine(out.residual, out.hidden, None, self.mlp)
         assert out.topk_ids is not None
         assert out.topk_weights is not None
         routed = self.experts.submit(out.hidden, out.topk_ids, out.topk_weights)
-        if routed.is_done or self.shared_experts is None:
-            return kernels.combine(out.residual, out.hidden, routed.wait(), self.shared_experts)
+        shared = None
         try:
-            shared = kernels.swiglu_ffn(out.hidden, *self.shared_experts)
+            if routed.is_done or self.shared_experts is None:
+                _foresee(following, out.residual)
+            else:
+                shared = kernels.swiglu_ffn(out.hidden, *self.shared_experts)
+                _foresee(following, out.residual + shared)
         finally:
             arrived = routed.wait()
+        if shared is None:
+            return kernels.combine(out.residual, out.hidden, arrived, self.shared_experts)
         return out.residual + (shared + arrived)  # as ``combine`` adds them
+
+
+def _foresee(layer: DecoderLayer | None, x: Tensor) -> None:
+    if layer is not None and layer.experts is not None:
+        layer.experts.foresee(x.shape[0], lambda: kernels.route(layer.attention, x))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +99,10 @@ class Glm4MoeForCausalLM:
         Raises StepCancelled between two layers when the context says so.
         """
         x = self.embed_tokens(input_ids)
-        for layer in self.layers:
+        for layer, following in zip(self.layers, (*self.layers[1:], None), strict=True):
             if context.is_cancelled():
                 raise StepCancelled
-            x = layer(x, context)
+            x = layer(x, context, following)
         return self.norm(x)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

@@ -38,18 +38,9 @@ class RowBuffer:
         return self._floats[: rows * row_floats].view(rows, row_floats)
 
 
-@dataclass(frozen=True, slots=True)
-class _Done:
-    out: Tensor
-    is_done: bool = True
-
-    def wait(self) -> Tensor:
-        return self.out
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Working:
-    """Some experts are computed, the others on their way; ``held`` has their leases."""
+    """Experts that are here or on their way; ``held`` has their leases."""
 
     experts: OffloadedExperts
     lease: Lease
@@ -60,7 +51,7 @@ class _Working:
     topk_ids: Tensor
     topk_weights: Tensor
     rows: Tensor
-    is_done: bool = False
+    is_done: bool  # all are here
 
     def wait(self) -> Tensor:
         return self.experts._finish(self)
@@ -68,10 +59,10 @@ class _Working:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OffloadedExperts:
-    """``submit`` computes what is in slots while the rest is read, ``wait`` whoever arrives, until all have been had.
+    """``submit`` begins to read what is missing, ``wait`` computes what is in slots and then whoever arrives.
 
-    With a GPU, what it holds is computed there meanwhile, and of a long prompt also what is faster uploaded than
-    computed here. The order does not show: results are kept apart and added in order of expert id, as
+    With a GPU, what it holds is computed there from the beginning, and of a long prompt also what is faster uploaded
+    than computed here. The order does not show: results are kept apart and added in order of expert id, as
     ``kernels.experts_ffn`` does.
     """
 
@@ -123,21 +114,14 @@ class OffloadedExperts:
             if self.gpu is not None:
                 others = held.enter_context(self.gpu.hits(self.layer, uses, x, topk_ids, rows))
             lease = held.enter_context(self.store.acquire(self.layer, others, num_tokens))
-            working = _Working(self, lease, held.pop_all(), counts, others, x, topk_ids, topk_weights, rows)
-        if lease.is_over:
-            return _Done(working.wait())
-        try:
-            if lease.has_present:
-                self._divide(lease.take(), working)
-        except BaseException:
-            working.held.close()
-            raise
-        return working
+            return _Working(self, lease, held.pop_all(), counts, others, x, topk_ids, topk_weights, rows, lease.is_over)
 
     def _finish(self, working: _Working) -> Tensor:
         stalled_s = self.store.stall_s
         with working.held:
             for wave in working.lease.waves():
+                if working.lease.is_over:
+                    self.foresight.arrived()
                 self._divide(wave, working)
         if len(working.topk_ids) <= FORESEEN_TOKENS:
             self.foresight.waited(self.store.stall_s - stalled_s)

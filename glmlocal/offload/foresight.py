@@ -1,10 +1,11 @@
 """Foresight: are guesses of what a layer will ask for good enough to read by them, and how much fits in the time?
 
-Before a layer's attention its router is asked what it would choose if attention added nothing. While the attention is
-computed the disk is idle, as all that the layer before wanted has arrived; the likeliest of the missing experts are
-read then (``ExpertStore.expect``). A guess that was right saves that time. One that was wrong costs the pieces that
-are under way when the layer knows better, and a slot's content that was worth least. So guesses are compared with what
-was asked for, read by or not, and none are made where little is waited for the disk. Torch-free.
+As soon as a layer's experts are under way, the next layer's router is asked what it would choose if neither they nor
+its own attention added anything (the shared expert has been added where experts are missing). When they have arrived
+the disk would be idle until that layer knows what it wants; the likeliest of the missing experts are read then
+(``ExpertStore.expect``). A guess that was right saves that time. One that was wrong costs the small pieces that are
+under way when the layer knows better, and a slot's content that was worth least. So guesses are compared with what was
+asked for, read by or not, and none are made where little is waited for the disk. Torch-free.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 
-RIGHT_ABOVE = 0.5  # of the experts that were guessed first; below that nothing is read
+# Of the experts that were guessed first; below that nothing is read. A wrong guess costs a quarter of what a right one
+# brings, or less: 1 MiB of the disk's time, and a slot's content (docs/design/007-reading-ahead.md).
+RIGHT_ABOVE = 0.25
 LEAST_GUESSES = 16  # compared before anything is read
 SHADOW_EVERY = 8  # layers: how often a guess is made only to be compared
 WORTH = 4.0  # waiting per layer over the cost of a guess, from which on guesses are made
@@ -24,7 +27,7 @@ class Foresight:
 
     def __init__(self) -> None:
         self._guess: tuple[int, ...] = ()
-        self._guessed_s: float | None = None  # when
+        self._idle_s: float | None = None  # since when the latest guess is read
         self._num_compared = self._turn = 0
         self._right = 0.0  # mean of what part of a guess was right
         self._stall_s = self._cost_s = self._window_s = 0.0  # means: waited per layer, of a guess, from it to the layer
@@ -47,22 +50,27 @@ class Foresight:
 
     def most_reads(self, bytes_per_s: float, record_bytes: int) -> int:
         """How many records the disk can begin before the layer knows what it wants; 1 at least."""
-        return 1 + int(self._window_s * bytes_per_s / record_bytes)
+        return 1 + round(self._window_s * bytes_per_s / record_bytes)
+
+    def arrived(self) -> None:
+        """The disk has read all that was asked for; what is guessed is read from now on."""
+        if self._idle_s is not None:
+            self._idle_s = time.perf_counter()
 
     def guessed(self, missing: Sequence[int], cost_s: float) -> None:
         """The experts, not in a slot, that are or would be read, and what it took to guess."""
-        self._guess, self._guessed_s = tuple(missing), time.perf_counter()
+        self._guess, self._idle_s = tuple(missing), time.perf_counter()
         self._cost_s = _mean(self._cost_s, cost_s)
 
     def compare(self, asked: Collection[int]) -> None:
         """What the layer asks for now, whether it was guessed or not."""
-        if self._guessed_s is not None:
-            self._window_s = _mean(self._window_s, time.perf_counter() - self._guessed_s)
+        if self._idle_s is not None:
+            self._window_s = _mean(self._window_s, time.perf_counter() - self._idle_s)
         if self._guess:
             right = sum(expert in asked for expert in self._guess) / len(self._guess)
             self._num_compared += 1
             self._right += (right - self._right) * max(_MEMORY, 1 / self._num_compared)
-        self._guess, self._guessed_s = (), None
+        self._guess, self._idle_s = (), None
 
     def waited(self, stall_s: float) -> None:
         """For the disk, in this layer."""

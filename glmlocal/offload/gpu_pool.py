@@ -156,12 +156,15 @@ class UploadSource:
         self._memory, self._host, self._view = memory, host, view
         self._under_way: dict[int, tuple[Event, int]] = {}  # slot → its event, and the host's slot
 
-    def start(self, key: ExpertKey, slot: int) -> bool:
+    def start(self, key: ExpertKey, slot: int, *, urgent: bool = True) -> bool:
         source = self._host.pin(key)
         if source is None:
             return False
         self._under_way[slot] = self._memory.upload(slot, self._view(source)), source
         return True
+
+    def hurry(self, slot: int) -> None:
+        """All uploads are as fast as can be."""
 
     def cancel(self, slot: int) -> None:
         """Uploads go on: they are few."""

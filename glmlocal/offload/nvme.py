@@ -33,7 +33,8 @@ class Reader(Protocol):
     def bytes_read(self) -> int: ...
     @property
     def busy_s(self) -> float: ...
-    def submit(self, token: int, offset: int, num_bytes: int, destination: int) -> bool: ...
+    def submit(self, token: int, offset: int, num_bytes: int, destination: int, urgent: bool) -> bool: ...
+    def hurry(self, token: int) -> bool: ...
     def cancel(self, token: int) -> bool: ...
     def next(self, timeout_s: float) -> tuple[int, int] | None:
         """(token, errno or 0, SHORT_READ or CANCELLED) of a read that has ended."""
@@ -90,14 +91,17 @@ class PackSource:
     def reader(self) -> Reader:
         return self._reader
 
-    def start(self, key: ExpertKey, slot: int) -> bool:
+    def start(self, key: ExpertKey, slot: int, *, urgent: bool = True) -> bool:
         record = self._pack.record(key.layer, key.expert)
         if record.nbytes > self._pool.slot_bytes:
             raise ValueError(f"a record of {record.nbytes} bytes for a slot of {self._pool.slot_bytes}")
-        if not self._reader.submit(slot, record.offset, record.nbytes, self._pool.address(slot)):
+        if not self._reader.submit(slot, record.offset, record.nbytes, self._pool.address(slot), urgent):
             return False
         self._under_way[slot] = record
         return True
+
+    def hurry(self, slot: int) -> None:
+        self._reader.hurry(slot)
 
     def cancel(self, slot: int) -> None:
         self._reader.cancel(slot)

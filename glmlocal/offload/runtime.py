@@ -65,7 +65,7 @@ class Offload:
             )
         self._most_reads = max(top_k, 1)
         self._pool = host.HostPool(num_slots, slot_bytes, pinned=os.environ.get(PIN) == "1")
-        self._source = PackSource(pack, self._pool, open_reader(pack, self._most_reads))
+        self._source = PackSource(pack, self._pool, open_reader(pack, 2 * self._most_reads))
         chosen = policy or lfru(num_slots, len(layers) * top_k)
         self.store = ExpertStore(layers, pack.num_experts, num_slots, self._source, chosen, most_reads=self._most_reads)
         self._buffer, self.foresight = RowBuffer(), Foresight()

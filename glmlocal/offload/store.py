@@ -36,8 +36,15 @@ class Arrival:
 class Source(Protocol):
     """Reads an expert's home copy into a slot. ``nvme.PackSource`` does; tests have faulty ones."""
 
-    def start(self, key: ExpertKey, slot: int) -> bool:
-        """Begin to read; False: too much is under way already. The slot is the reader's until it has arrived."""
+    def start(self, key: ExpertKey, slot: int, *, urgent: bool = True) -> bool:
+        """Begin to read; False: too much is under way already. The slot is the reader's until it has arrived.
+
+        Not ``urgent``: only while nothing that is urgent waits.
+        """
+        ...
+
+    def hurry(self, slot: int) -> None:
+        """What is read into the slot has become urgent."""
         ...
 
     def cancel(self, slot: int) -> None:
@@ -90,6 +97,7 @@ class ExpertStore:
         self._leases = [0] * num_slots
         self._num_pins = 0  # of the leases, those that are pins
         self._pending: set[int] = set()  # slots
+        self._unhurried: set[int] = set()  # of them, those whose reads are not urgent
         self._retired: set[int] = set()  # slots whose memory was given back
         # Worth of what is in the slot, less its layer's time; inf where it may not be evicted.
         self._rank = np.full(num_slots, NEVER)
@@ -156,7 +164,7 @@ class ExpertStore:
         self.touch(layer, uses, num_tokens)
         base = self._row[layer] * self._num_experts
         for key in self._expected.difference(base + expert for expert in uses):
-            if (slot := self._slot_of.get(key)) in self._pending and not self._leases[slot]:
+            if (slot := self._slot_of.get(key)) in self._pending:
                 self._source.cancel(slot)
         self._expected.clear()
         return Lease(self, [base + expert for expert in uses], base)
@@ -208,22 +216,23 @@ class ExpertStore:
         return begun
 
     def expect(self, layer: int, experts: Sequence[int], most: int) -> int:
-        """Begin to read what the next ``acquire`` of the layer will probably ask for, likeliest first, while the disk
-        is idle; how many of ``most`` reads have begun. None of these experts leaves for them."""
+        """Begin to read what the next ``acquire`` of the layer will probably ask for, likeliest first, behind whatever
+        is asked for now; how many of ``most`` reads have begun. None of these experts leaves for them."""
         self._collect(0.0)
-        if self._pending:
+        most = min(most, self._most_reads) - len(self._unhurried)
+        if any(lease._missing for lease in self._open):  # they wait for slots
             return 0
         keys = [self._row[layer] * self._num_experts + expert for expert in experts]
         kept = [slot for slot in map(self._slot_of.get, keys) if slot is not None]
         ranks, self._rank[kept] = self._rank[kept], np.inf
         begun: list[int] = []
         for key in keys:
-            if len(begun) == most:
+            if len(begun) >= most:
                 break
             if key in self._slot_of:
                 continue
-            slot = self._make_room()
-            if slot is None or not self._start(key, slot):
+            slot = int(np.argmin(self._rank))
+            if self._rank[slot] == np.inf or not self._start(key, slot, urgent=False):
                 break
             begun.append(key)
         self._rank[kept] = ranks
@@ -288,6 +297,9 @@ class ExpertStore:
     def _pin(self, slot: int) -> None:
         self._leases[slot] += 1
         self._rank[slot] = np.inf
+        if slot in self._unhurried:
+            self._unhurried.discard(slot)
+            self._source.hurry(slot)
 
     def _unpin(self, slot: int) -> None:
         self._leases[slot] -= 1
@@ -301,14 +313,16 @@ class ExpertStore:
 
     def _make_room(self) -> int | None:
         """A slot that may be overwritten; None while all are leased or being read into."""
-        if len(self._pending) >= self._most_reads:
+        if len(self._pending) - len(self._unhurried) >= self._most_reads:
             return None
         slot = int(np.argmin(self._rank))
         return None if self._rank[slot] == np.inf else slot
 
-    def _start(self, key: int, slot: int) -> bool:
-        if not self._source.start(self._key(key), slot):
+    def _start(self, key: int, slot: int, *, urgent: bool = True) -> bool:
+        if not self._source.start(self._key(key), slot, urgent=urgent):
             return False
+        if not urgent:
+            self._unhurried.add(slot)
         self._counts[2] += self._key_in[slot] != _EMPTY
         self._empty(slot)
         self._slot_of[key], self._key_in[slot] = slot, key
@@ -331,6 +345,7 @@ class ExpertStore:
             found = True
             slot = arrival.slot
             self._pending.discard(slot)
+            self._unhurried.discard(slot)
             if arrival.error is not None or arrival.is_cancelled:
                 for lease in self._open:
                     lease._lose(self._key_in[slot], arrival.error)
@@ -379,11 +394,6 @@ class Lease:
             store._prefetched.discard(key)
         store._counts[0] += len(keys)
         self._request()
-
-    @property
-    def has_present(self) -> bool:
-        """The next ``take`` will not wait for the disk."""
-        return bool(self._here)
 
     @property
     def is_over(self) -> bool:

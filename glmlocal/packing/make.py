@@ -116,10 +116,25 @@ class Maker:
     def dense_index(self, piece: int) -> int:
         return piece - len(self._records)
 
+    def spread(self, pieces: Iterable[int]) -> list[int]:
+        """The same pieces with dense tensors among records, both evenly. Threads that write to one file wait for one
+        another, and copying leaves the arithmetic of a core unused."""
+        kinds: tuple[list[int], list[int]] = [], []
+        for piece in pieces:
+            kinds[self.record_of(piece) is None].append(piece)
+        turns: list[tuple[float, int]] = []
+        for kind in kinds:
+            before, total = 0, sum(self.job.source_bytes[piece] for piece in kind)
+            for piece in kind:
+                turns.append((before / max(total, 1), piece))
+                before += self.job.source_bytes[piece]
+        return [piece for _, piece in sorted(turns)]
+
     def make(self, pieces: Iterable[int], tensors: TensorIndex, quant: Quant) -> None:
         """Make these pieces of tensors that are all there, and journal them. Raises CheckpointError, OSError."""
         reader = WeightReader(tensors, lambda num_bytes: None, quant)
-        futures: list[Future[None]] = [self._pool.submit(self._make, piece, tensors, reader) for piece in pieces]
+        spread = self.spread(pieces)
+        futures: list[Future[None]] = [self._pool.submit(self._make, piece, tensors, reader) for piece in spread]
         try:
             pending: Iterable[Future[None]] = futures
             while pending:

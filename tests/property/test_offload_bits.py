@@ -54,10 +54,13 @@ class Shuffled:
     def busy_s(self) -> float:
         return self._inner.busy_s
 
-    def submit(self, token: int, offset: int, num_bytes: int, destination: int) -> bool:
-        taken = self._inner.submit(token, offset, num_bytes, destination)
+    def submit(self, token: int, offset: int, num_bytes: int, destination: int, urgent: bool) -> bool:
+        taken = self._inner.submit(token, offset, num_bytes, destination, urgent)
         self._under_way += taken
         return taken
+
+    def hurry(self, token: int) -> bool:
+        return self._inner.hurry(token)
 
     def cancel(self, token: int) -> bool:
         return self._inner.cancel(token)

@@ -106,3 +106,9 @@ def test_this_module_needs_no_torch(tmp_path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert json.loads(run.stdout) is False, run.stderr
+
+
+def test_what_a_step_asks_for_does_not_leave_during_it() -> None:
+    """Even where the policy knows that it is not used again."""
+    uses = {0: [0.0, 2.0], 1: [0.0, 1.0], 2: [1.0]}
+    assert hit_rate([[0, 1], [1, 2], [0]], 2, Belady(uses)) == 1 / 5

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import tiny
 from glmlocal.engine.engine import Engine
 from glmlocal.engine.stats import EngineStats
 from glmlocal.errors import CheckpointError, EngineError, PlanError
-from glmlocal.formats.expert_pack import PACK_FILE, ExpertPack, read_pack
+from glmlocal.formats.expert_pack import PACK_FILE, ExpertPack, Record, read_pack
 from glmlocal.kernels import cpu
 
 if not cpu.available:
@@ -342,6 +343,8 @@ def test_slots_are_given_back_when_memory_runs_short_and_taken_when_it_is_back(
         check_answers(engine, answer)
     assert "expert slots were given back" in caplog.text
     assert offload.store.num_slots < 12
+    for slot in offload.store._retired:
+        assert not offload._pool.view(slot).any(), "its memory is the system's again"
     left[0], offload._next_check_s = 100 * host.RELIEF_BYTES, 0.0
     check_answers(engine, answer)
     assert offload.store.num_slots == 12
@@ -401,6 +404,76 @@ def test_a_cancelled_read_leaves_its_place_to_the_next(tmp_path: Path) -> None:
     assert bytes(pool.view(cancelled[0])) == data
 
 
+def test_reads_that_are_not_urgent_come_last_until_they_are(tmp_path: Path) -> None:
+    records, size = 6, 1 << 21
+    data = os.urandom(records * size)
+    (tmp_path / "file").write_bytes(data)
+    pool = host.HostPool(records, size)
+    reader = _cpu.NvmeReader(str(tmp_path / "file"), 1, 4096, records)  # 512 pieces each
+    urgent = (False, False, False, True, True, True)
+    for slot in range(records):
+        assert reader.submit(slot, slot * size, size, pool.address(slot), urgent[slot])
+    assert reader.hurry(2)
+    assert not reader.hurry(2), "it is urgent now"
+    assert not reader.hurry(3)
+    assert not reader.hurry(records), "there is no such read"
+    order = [reader.next(10.0) for _ in range(records)]
+    assert order == [(slot, 0) for slot in (2, 3, 4, 5, 0, 1)]
+    for slot in range(records):
+        assert bytes(pool.view(slot)) == data[slot * size : (slot + 1) * size]
+
+
+def test_few_pieces_that_are_not_urgent_are_under_way_at_a_time(tmp_path: Path) -> None:
+    """So that an urgent one finds threads, and the disk free soon."""
+    size, piece = 1 << 26, 512 << 10
+    (tmp_path / "file").write_bytes(os.urandom(size))
+    pool = host.HostPool(1, size)
+    reader = _cpu.NvmeReader(str(tmp_path / "file"), 8, size, 1)
+    assert reader.submit(0, 0, size, pool.address(0), False)
+    while not (before := reader.bytes_read):
+        time.sleep(0.0001)
+    assert before % piece == 0
+    assert reader.cancel(0), "64 MiB take a while"
+    after = reader.bytes_read
+    assert reader.next(5.0) == (0, _cpu.CANCELLED)
+    assert reader.bytes_read <= after + 2 * piece
+
+
+def test_a_file_that_changed_before_it_was_used_is_refused(directory: Path) -> None:
+    pack = read_pack(directory / PACK_FILE)
+    with open(directory / PACK_FILE, "ab") as file:
+        file.write(bytes(4096))
+    pool = host.HostPool(1, pack.layout(pack.layers()[0]).record_bytes)
+    with pytest.raises(CheckpointError, match="changed while it was opened"):
+        nvme.PackSource(pack, pool, open_reader(pack, 1))
+
+
+def test_a_record_is_checked_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, checked = packed.engine_with(model, 2), list[tuple[int, int]]()
+    check = ExpertPack.check
+
+    def noted(self: ExpertPack, record: Record, data: Any) -> None:
+        checked.append((record.layer, record.expert))
+        check(self, record, data)
+
+    monkeypatch.setattr(ExpertPack, "check", noted)
+    for _ in range(3):
+        engine.logits(TEXT)
+    stats = engine.offloads.stats()
+    assert stats is not None
+    assert stats.store.lookups - stats.store.hits > len(checked), "they were read more than once"
+    assert len(checked) == len(set(checked)) > 0
+
+
+def test_how_many_slots_come_and_go_with_the_memory_that_is_left() -> None:
+    pressure, relief, slot = host.PRESSURE_BYTES, host.RELIEF_BYTES, 10 << 20
+    assert host.slots_to_release(pressure, slot) == 0
+    assert host.slots_to_release(pressure - 1, slot) == -(-(relief - pressure + 1) // slot)
+    assert host.slots_to_release(0, relief) == 1
+    assert host.slots_to_regain(2 * relief - 1, slot) == 0
+    assert host.slots_to_regain(2 * relief + 6 * slot, slot) == 3
+
+
 def test_stats_of_several_stores_add_up(model: Path) -> None:
     from glmlocal.offload.stats import OffloadStats, bottleneck, merged, since
     from glmlocal.offload.store import StoreStats
@@ -436,7 +509,11 @@ def test_a_slow_disk_is_warned_of_once_with_advice(
     assert "more --ram would help" in caplog.text
 
 
-def test_a_fast_disk_is_not_warned_of(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fast_disk_is_not_warned_of(
+    model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_WARN_AFTER_S", 0.0)
+    monkeypatch.setattr(runtime, "STALL_WARNS_ABOVE", 1.0)  # no disk is waited for longer than the time that goes by
     engine = packed.engine_with(model, 2)
     (offload,) = engine.offloads.all
     for _ in range(3):

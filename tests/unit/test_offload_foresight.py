@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import packed
 import tiny
 from glmlocal.kernels import cpu
 from glmlocal.offload import foresight
+from glmlocal.offload.experts import FORESEEN_TOKENS
 from glmlocal.offload.foresight import Foresight
+from glmlocal.offload.tiers import ExpertKey
 
 if not cpu.available:
     pytest.skip("packs need the native kernels", allow_module_level=True)
@@ -78,15 +82,33 @@ def test_as_many_are_read_as_the_disk_can_begin_meanwhile() -> None:
     assert found.most_reads(3e9, 10_000_000) == 1
     found._window_s = 0.010
     assert found.most_reads(3e9, 10_000_000) == 4
+    found._window_s = 0.006
+    assert found.most_reads(3e9, 10_000_000) == 3, "one more than whole ones: it is begun"
     assert found.most_reads(0.0, 10_000_000) == 1
 
 
-def save(directory: Path, attention: float) -> Path:
-    """A tiny packed model whose attention adds so much to what the router of a layer sees."""
+def test_the_window_begins_when_the_disk_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(foresight.time, "perf_counter", lambda: now[0])
+    found = Foresight()
+    found.arrived()  # without a guess it is nobody's window
+    now[0] = 3.0
+    found.compare({1})
+    assert found._window_s == 0.0
+    found.guessed([1], 0.01)
+    now[0] = 8.0
+    found.arrived()
+    now[0] = 10.0
+    found.compare({1})
+    assert found._window_s == 2.0, "not from the guess on: what was asked for was read first"
+
+
+def save(directory: Path, added: float) -> Path:
+    """A tiny packed model whose layers add so much to what the router of the next one sees."""
     model = tiny.build_model(6)
     for name, weight in model.named_parameters():
-        if name.endswith("self_attn.o_proj.weight"):
-            weight.data *= attention
+        if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+            weight.data *= added
     return packed.pack(tiny.save(model, directory / "source"), directory / "packed", "int4")
 
 
@@ -105,7 +127,7 @@ def generate(directory: Path, slots: int) -> packed.Engine:
 
 
 def test_a_router_that_can_be_foreseen_is_read_ahead(tmp_path: Path) -> None:
-    """With the model's own router: attention that adds next to nothing."""
+    """With the model's own router: layers that add next to nothing."""
     engine = generate(save(tmp_path, 1e-4), 6)
     (offload,) = engine.offloads.all
     stats = offload.store.stats()
@@ -133,3 +155,48 @@ def test_wrong_guesses_that_are_trusted_change_no_bit(tmp_path: Path, monkeypatc
         assert stats.prefetched > 0
         offload.drain()
         assert offload.store.num_leased == 0
+
+
+def route_to(*experts: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    return lambda: (torch.tensor([experts], dtype=torch.int32), torch.ones(1, len(experts)))
+
+
+def test_prompts_are_not_foreseen(tmp_path: Path) -> None:
+    (offload,) = packed.engine_with(save(tmp_path, 1.0), 4).offloads.all
+    asked: list[int] = []
+
+    def route() -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(1)
+        return route_to(1, 2)()
+
+    layer = offload.experts(offload.store.layers[0])
+    layer.foresee(FORESEEN_TOKENS + 1, route)
+    assert not asked
+    layer.foresee(FORESEEN_TOKENS, route)
+    assert asked
+
+
+def test_the_disk_is_free_when_the_last_of_a_layer_has_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = packed.engine_with(save(tmp_path, 1.0), 4)
+    (offload,) = engine.offloads.all
+    freed: list[int] = []
+    monkeypatch.setattr(Foresight, "arrived", lambda self: freed.append(offload.store.num_pending))
+    engine.logits([5])
+    assert freed == [0] * len(offload.store.layers), "once a layer, with nothing under way that was asked for"
+
+
+def test_what_a_gpu_holds_is_not_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foresight, "RIGHT_ABOVE", -1.0)
+    monkeypatch.setattr(foresight, "LEAST_GUESSES", 0)
+    (offload,) = packed.engine_with(save(tmp_path, 1.0), 4).offloads.all
+    layer = offload.store.layers[0]
+
+    class Gpu:
+        def without_hits(self, asked: int, experts: Iterable[int]) -> list[int]:
+            return [expert for expert in experts if (asked, expert) != (layer, 1)]
+
+    with_gpu = replace(offload.experts(layer), gpu=Gpu())  # type: ignore[arg-type]
+    offload.foresight._stall_s, offload.foresight._window_s = 1.0, 1e9
+    with_gpu.foresee(1, route_to(1, 2))
+    offload.store.drain()
+    assert offload.store.resident() == {ExpertKey(layer, 2)}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import threading
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +24,9 @@ from glmlocal.kernels import cpu
 from glmlocal.offload.dispatch import Costs, dispatch
 from glmlocal.offload.stats import GpuStats, OffloadStats, merged, since
 from glmlocal.offload.store import StoreStats
+from glmlocal.offload.tiers import ExpertKey, Residency
 from glmlocal.planner.gpus import described
+from glmlocal.planner.ledger import EXPERT_STAGING
 from glmlocal.planner.machine import ExpertGpu, Machine, Nvme
 from glmlocal.planner.plan import CPU, Plan, Wants
 from glmlocal.planner.solve import plan
@@ -32,6 +38,8 @@ if not cpu.available:
 
 from glmlocal import LLM
 from glmlocal.offload import devices
+from glmlocal.offload.fake_gpu import FakeGpu
+from glmlocal.offload.gpu_pool import GpuPool, GpuShare
 from glmlocal.offload.torch_gpu import TorchGpu
 
 AIR = air("int4 group 32", 4.5, quant="int4")
@@ -221,3 +229,133 @@ def test_the_footer_says_where_experts_were_found() -> None:
         GpuStats(200, 120, 8, 8192, 16384, 2),
     )
     assert since(stats, stats).gpu == GpuStats(0, 0, 4, 4096, 0, 0)
+
+
+# What waits for what, on a device that does nothing until it is told to.
+
+
+@dataclass(eq=False)
+class Held:
+    """An event that ends when the test says so."""
+
+    fails: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def is_done(self) -> bool:
+        return self.ended.is_set()
+
+    def wait(self) -> None:
+        assert self.ended.wait(10)
+        if self.fails:
+            raise OSError("the device is gone")
+
+
+@dataclass
+class Recorder:
+    """A device, its memory and its experts, which note what they are asked for."""
+
+    name: str = "recorder"
+    uploads: list[tuple[int, object, Held]] = field(default_factory=list)  # slot, after, event
+    products: list[tuple[int, list[object], Held]] = field(default_factory=list)  # expert, after, event
+
+    def allocate(self, num_slots: int, slot_bytes: int) -> Any:
+        return self
+
+    def bind(self, *args: object) -> Any:
+        return self
+
+    def upload(self, slot: int, source: np.ndarray[Any, Any], after: object = None) -> Held:
+        self.uploads.append((slot, after, Held()))
+        return self.uploads[-1][2]
+
+    def rows(self, memory: object, x: object, ids: object, placed: Any, out: object, after: Any = ()) -> Held:
+        self.products.append((placed[0][0], list(after), Held()))
+        return self.products[-1][2]
+
+
+class Host:
+    """A host's store that has these experts, hot as it is said."""
+
+    def __init__(self, *experts: int) -> None:
+        self.experts, self.pinned = experts, [0] * 9
+
+    def lookup(self, key: ExpertKey) -> Residency:
+        return Residency.HIT if key.expert in self.experts else Residency.MISS
+
+    def pin(self, key: ExpertKey) -> int | None:
+        if key.expert not in self.experts:
+            return None
+        self.pinned[key.expert] += 1
+        return key.expert
+
+    def unpin(self, slot: int) -> None:
+        self.pinned[slot] -= 1
+
+
+def pool_over(host: Host, device: Recorder) -> GpuPool:
+    def view(slot: int) -> Any:
+        return np.zeros(8, np.uint8)
+
+    share = GpuShare(device, (0,), 4, Costs(1, 1, 1, 1))  # type: ignore[arg-type]
+    layouts: Any = {0: "layout"}
+    return GpuPool(share, layouts, 8, 8, host, view, top_k=2, activations="int8")  # type: ignore[arg-type]
+
+
+def test_streaming_waits_for_the_product_that_used_the_slot_and_for_the_upload() -> None:
+    device = Recorder()
+    pool, nothing = pool_over(Host(), device), torch.zeros(1)
+    record = np.zeros(8, np.uint8)
+    done = pool.stream(0, [(expert, record) for expert in range(5)], nothing, nothing, nothing)
+    staging = EXPERT_STAGING
+    for turn, (slot, after, there) in enumerate(device.uploads):
+        assert slot == 4 + turn % staging
+        assert after is (device.products[turn - staging][2] if turn >= staging else None)
+        assert device.products[turn][1] == [there]
+    for _, _, product in device.products[:-1]:
+        product.ended.set()
+    assert not done.is_done()
+    device.products[-1][2].ended.set()
+    assert done.is_done()
+
+
+def test_a_fake_upload_begins_after_what_it_has_to_wait_for() -> None:
+    memory, before = FakeGpu("fake", 1 << 20, lambda: 0.0).allocate(1, 4096), Held()
+    memory.upload(0, np.full(4096, 1, np.uint8)).wait()
+    second = memory.upload(0, np.full(4096, 2, np.uint8), before)  # type: ignore[arg-type]
+    time.sleep(0.05)
+    assert not second.is_done()
+    assert memory.pool.view(0).tolist() == [1] * 4096, "it is still in use"  # type: ignore[attr-defined]
+    before.ended.set()
+    second.wait()
+    assert memory.pool.view(0).tolist() == [2] * 4096  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_host_slot_is_pinned_while_it_is_uploaded(fails: bool) -> None:
+    device, host = Recorder(), Host(3)
+    uploads = pool_over(host, device)._uploads
+    assert not uploads.start(ExpertKey(0, 5), 0), "the host has it not"
+    assert uploads.start(ExpertKey(0, 3), 0)
+    assert host.pinned[3] == 1
+    assert uploads.arrival(0.0) is None, "a step waits for no upload"
+    assert host.pinned[3] == 1
+    event = device.uploads[0][2]
+    event.fails = fails
+    event.ended.set()
+    arrival = uploads.arrival(0.0)
+    assert arrival is not None
+    assert (arrival.error is not None) == fails
+    assert host.pinned[3] == 0
+
+
+def test_what_rises_is_hot_and_in_ram() -> None:
+    device = Recorder()
+    pool = pool_over(Host(1, 2, 3), device)
+    for expert, times in ((1, 2), (2, 1), (5, 9), (6, 8)):
+        for _ in range(times):
+            pool.store.touch(0, {expert: 1.0}, 0)
+    pool.rise(0, [1, 2, 3, 5, 6])
+    assert [slot for slot, _, _ in device.uploads] == [0]
+    assert pool.store.lookup(ExpertKey(0, 1)) is Residency.PENDING, "the hottest are not in RAM, 2 was used once"
+    device.uploads[0][2].ended.set()
+    pool.store.drain()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,12 @@ import torch
 
 import packed
 import tiny
+from glmlocal.engine.planning import plan_here
+from glmlocal.errors import PlanError
 from glmlocal.formats.expert_pack import PACK_FILE
+from glmlocal.formats.index import open_checkpoint
 from glmlocal.kernels import cpu
+from glmlocal.planner.plan import Wants
 from glmlocal.units import MIB
 
 if not cpu.available:
@@ -65,3 +70,14 @@ def test_the_resident_set_stays_within_ram(tmp_path: Path) -> None:
     assert found["read_bytes"] > found["slot_bytes"], "all slots are filled"
     assert found["planned"] <= RAM_MIB * MIB
     assert found["peak"] <= RAM_MIB * MIB
+
+
+def test_a_budget_below_the_least_names_one_that_is_enough(tmp_path: Path) -> None:
+    """Not the machine that would hold all experts."""
+    directory = packed.pack(tiny.save(tiny.build_model(5), tmp_path / "source"), tmp_path / "packed")
+    checkpoint = open_checkpoint(directory)
+    with pytest.raises(PlanError, match="does not fit") as caught:
+        plan_here(checkpoint, "keep", Wants(), ram="1MiB")
+    first = re.search(r"would fit: --ram ([\d.]+GiB) \(most experts are read from the disk", str(caught.value))
+    assert first is not None, str(caught.value)
+    assert plan_here(checkpoint, "keep", Wants(), ram=first[1]).fits

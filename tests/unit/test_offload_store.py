@@ -35,16 +35,23 @@ class Disk:
         self.is_stuck = False
         self.num_started = 0
         self.cancelled: set[int] = set()  # slots
+        self.unhurried: set[int] = set()  # slots
         self.is_deaf = False  # cancelling comes too late
 
-    def start(self, key: ExpertKey, slot: int) -> bool:
+    def start(self, key: ExpertKey, slot: int, *, urgent: bool = True) -> bool:
         if len(self.under_way) >= self.most:
             return False
         assert slot not in [other for _, other in self.under_way]
         self.slots[slot] = None  # torn
         self.under_way.append((key, slot))
         self.num_started += 1
+        if not urgent:
+            self.unhurried.add(slot)
         return True
+
+    def hurry(self, slot: int) -> None:
+        assert slot in [other for _, other in self.under_way]
+        self.unhurried.remove(slot)
 
     def cancel(self, slot: int) -> None:
         assert slot in [other for _, other in self.under_way]
@@ -55,6 +62,7 @@ class Disk:
         if not self.under_way or (self.is_stuck and timeout_s == 0.0):
             return None
         key, slot = self.under_way.popleft()
+        self.unhurried.discard(slot)
         if slot in self.cancelled:
             self.cancelled.discard(slot)
             return Arrival(slot, is_cancelled=True)
@@ -230,8 +238,9 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.num_pending == len(self.disk.under_way)
         for key in resident:
             assert self.store.lookup(key) is Residency.HIT
-        for key, _ in self.disk.under_way:
+        for key, slot in self.disk.under_way:
             assert self.store.lookup(key) is Residency.PENDING
+            assert not (slot in self.disk.unhurried and self.store._leases[slot]), "it is waited for"
 
     def teardown(self) -> None:
         for _, lease, _, _ in self.leases:
@@ -348,14 +357,51 @@ def test_expected_experts_are_read_in_time_and_those_in_vain_are_given_up() -> N
     disk.is_stuck = True
     assert store.expect(3, [1, 4, 5, 2], most=2) == 2, "the likeliest that are missing"
     assert [key.expert for key, _ in disk.under_way] == [4, 5]
-    assert store.expect(3, [3], most=1) == 0, "the disk is busy"
+    assert store.expect(3, [3], most=2) == 0, "two are on their way"
+    assert disk.unhurried == {slot for _, slot in disk.under_way}
     with store.acquire(3, uses(0, 1, 4)) as lease:
         assert disk.cancelled == {slot for key, slot in disk.under_way if key.expert == 5}
+        assert disk.unhurried == disk.cancelled, "what is asked for is urgent now"
         assert sorted(expert for wave in lease.waves() for expert, _ in wave) == [0, 1, 4]
     store.drain()
     assert store.resident() == {ExpertKey(3, expert) for expert in (0, 1, 4)}
     stats = store.stats()
     assert (stats.lookups, stats.hits, stats.prefetched, stats.prefetch_hits) == (5, 2, 2, 1)
+
+
+def test_expected_experts_are_read_behind_what_is_asked_for() -> None:
+    store, disk = store_of(5, most_reads=2)
+    disk.is_stuck = True
+    with store.acquire(3, uses(0, 1)) as lease:
+        assert store.expect(4, [0, 1, 2, 3], most=9) == 2, "no more than may be under way of those asked for"
+        assert disk.unhurried == {slot for key, slot in disk.under_way if key.layer == 4}
+        assert sorted(expert for wave in lease.waves() for expert, _ in wave) == [0, 1]
+
+
+def test_reads_ahead_leave_those_asked_for_their_places() -> None:
+    store, disk = store_of(5, most_reads=2)
+    disk.is_stuck = True
+    assert store.expect(3, [0, 1], most=2) == 2
+    with store.acquire(3, uses(4, 5)):
+        assert sum(slot not in disk.unhurried for _, slot in disk.under_way) == 2
+
+
+def test_what_is_asked_for_no_longer_counts_as_read_ahead() -> None:
+    store, disk = store_of(5, most_reads=2)
+    disk.is_stuck = True
+    assert store.expect(3, [4, 5], most=2) == 2
+    with store.acquire(3, uses(4, 5)):
+        assert store.expect(4, [0, 1], most=2) == 2
+        assert sum(slot in disk.unhurried for _, slot in disk.under_way) == 2
+
+
+def test_nothing_is_read_ahead_while_a_step_waits_for_slots() -> None:
+    store, disk = store_of(3, most_reads=2)
+    disk.is_stuck = True
+    with store.acquire(3, uses(0, 1, 2, 4)) as lease:
+        assert store.expect(4, [0], most=1) == 0
+        assert sorted(expert for wave in lease.waves() for expert, _ in wave) == [0, 1, 2, 4]
+    assert store.expect(4, [0], most=1) == 1
 
 
 def test_an_expected_expert_that_another_lease_waits_for_is_not_given_up() -> None:
@@ -442,6 +488,7 @@ def test_shrinking_gives_up_the_least_worth_and_growing_takes_it_back() -> None:
     assert len(store.shrink(5)) == 1, "one slot is left to work with"
     assert len(store.grow(9)) == 2
     assert everyone(store, 3, 0, 1, 2) == [0, 1, 2]
+    assert len(store.resident()) == 3, "those that came back are used"
 
 
 def test_heats_of_an_earlier_run_decide_at_first() -> None:

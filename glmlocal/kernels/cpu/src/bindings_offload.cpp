@@ -152,9 +152,10 @@ void bind_offload(nb::module_& m) {
           throw nb::python_error();
         }
       }, "path"_a, "threads"_a, "piece_bytes"_a, "max_queued"_a, "direct"_a = true)
-      .def("submit", [](NvmeReader& self, int64_t token, int64_t offset, int64_t num_bytes, Address destination) {
-        return self.submit(token, offset, num_bytes, pointer<std::byte>(destination, "destination"));
-      }, "token"_a, "offset"_a, "num_bytes"_a, "destination"_a)
+      .def("submit", [](NvmeReader& self, int64_t token, int64_t offset, int64_t num_bytes, Address destination, bool urgent) {
+        return self.submit(token, offset, num_bytes, pointer<std::byte>(destination, "destination"), urgent);
+      }, "token"_a, "offset"_a, "num_bytes"_a, "destination"_a, "urgent"_a = true)
+      .def("hurry", &NvmeReader::hurry, "token"_a)
       .def("cancel", &NvmeReader::cancel, "token"_a)
       .def("next", [](NvmeReader& self, double timeout_s) -> std::optional<std::tuple<int64_t, int>> {
         std::optional<ReadDone> done;

@@ -62,7 +62,7 @@ NvmeReader::~NvmeReader() {
   close(descriptor_);
 }
 
-bool NvmeReader::submit(int64_t token, int64_t offset, int64_t num_bytes, std::byte* destination) {
+bool NvmeReader::submit(int64_t token, int64_t offset, int64_t num_bytes, std::byte* destination, bool urgent) {
   if (offset < 0 || num_bytes <= 0 || offset % kSectorBytes != 0 || num_bytes % kSectorBytes != 0 ||
       reinterpret_cast<uintptr_t>(destination) % kSectorBytes != 0) {
     throw std::invalid_argument("NvmeReader: offset " + std::to_string(offset) + ", " + std::to_string(num_bytes) +
@@ -72,9 +72,9 @@ bool NvmeReader::submit(int64_t token, int64_t offset, int64_t num_bytes, std::b
     std::lock_guard lock(mutex_);
     if (unfinished_ >= max_queued_) return false;
     ++unfinished_;
-    records_.push_back({token, offset, num_bytes, destination});
+    records_.push_back({token, offset, num_bytes, destination, urgent});
   }
-  if (num_bytes > piece_bytes_) work_.notify_all();
+  if (num_bytes > piece_bytes_ || !urgent) work_.notify_all();
   else work_.notify_one();
   return true;
 }
@@ -83,8 +83,7 @@ bool NvmeReader::cancel(int64_t token) {
   bool begun;
   {
     std::lock_guard lock(mutex_);
-    const auto found = std::find_if(records_.begin(), records_.end(),
-                                    [&](const Record& each) { return each.token == token && each.next < each.num_bytes; });
+    const auto found = find(token);
     if (found == records_.end()) return false;
     found->error = kCancelled;
     found->done += found->num_bytes - found->next;
@@ -93,6 +92,17 @@ bool NvmeReader::cancel(int64_t token) {
     if (!begun) finish(*found);
   }
   if (!begun) finished_.notify_all();
+  return true;
+}
+
+bool NvmeReader::hurry(int64_t token) {
+  {
+    std::lock_guard lock(mutex_);
+    const auto found = find(token);
+    if (found == records_.end() || found->urgent) return false;
+    found->urgent = true;
+  }
+  work_.notify_all();
   return true;
 }
 
@@ -115,16 +125,29 @@ double NvmeReader::busy_s() const {
   return busy_s_ + (active_ > 0 ? seconds_since(busy_since_) : 0.0);
 }
 
-void NvmeReader::run() {
-  const auto waiting = [this] {
-    return std::find_if(records_.begin(), records_.end(), [](const Record& each) { return each.next < each.num_bytes; });
+std::deque<NvmeReader::Record>::iterator NvmeReader::find(int64_t token) {
+  return std::find_if(records_.begin(), records_.end(),
+                      [&](const Record& each) { return each.token == token && each.next < each.num_bytes; });
+}
+
+std::deque<NvmeReader::Record>::iterator NvmeReader::waiting() {
+  const auto first = [this](bool urgent) {
+    return std::find_if(records_.begin(), records_.end(),
+                        [&](const Record& each) { return each.urgent == urgent && each.next < each.num_bytes; });
   };
+  const auto found = first(true);
+  return found != records_.end() || active_idle_ >= kIdlePieces ? found : first(false);
+}
+
+void NvmeReader::run() {
   std::unique_lock lock(mutex_);
   while (true) {
     work_.wait(lock, [&] { return stopping_ || waiting() != records_.end(); });
     if (stopping_) return;
     Record& record = *waiting();
-    const int64_t begin = record.next, size = std::min(piece_bytes_, record.num_bytes - begin);
+    const bool idle = !record.urgent;
+    const int64_t begin = record.next, piece_bytes = idle ? std::min(kIdlePieceBytes, piece_bytes_) : piece_bytes_;
+    const int64_t size = std::min(piece_bytes, record.num_bytes - begin);
     record.next += size;
     const bool given_up = record.error != 0;  // another piece failed: this one is not worth reading
     const int64_t offset = record.offset + begin;
@@ -132,9 +155,11 @@ void NvmeReader::run() {
     int error = 0;
     if (!given_up) {
       if (active_++ == 0) busy_since_ = std::chrono::steady_clock::now();
+      active_idle_ += idle;
       lock.unlock();
       error = read_piece(offset, size, to);
       lock.lock();
+      active_idle_ -= idle;
       if (--active_ == 0) busy_s_ += seconds_since(busy_since_);
       if (error == 0) bytes_read_ += size;
     }

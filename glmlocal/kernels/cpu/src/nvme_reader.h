@@ -1,9 +1,10 @@
 // Records of a file into aligned memory, read by a few threads past the page cache.
 //
-// submit() queues one record; its pieces are read by whichever threads are free, records in the order of submission. next()
-// returns finished ones in the order in which they finish. The destination belongs to the reader from submit() until its
-// completion has been returned, also where the record was cancelled meanwhile. A mutex guards the queues; a completion is pushed after the last byte has been written and
-// popped under the same mutex, so whoever pops it sees the bytes.
+// submit() queues one record; its pieces are read by whichever threads are free, records in the order of submission, urgent
+// ones first. Records that are not urgent are read in small pieces, few at a time, so that an urgent one that comes waits for
+// little. next() returns finished ones in the order in which they finish. The destination belongs to the reader from submit()
+// until its completion has been returned, also where the record was cancelled meanwhile. A mutex guards the queues; a
+// completion is pushed after the last byte has been written and popped under the same mutex, so whoever pops it sees the bytes.
 #pragma once
 
 #include <chrono>
@@ -28,6 +29,10 @@ struct ReadDone {
 inline constexpr int kShortRead = -1;  // the file ends before the record does
 inline constexpr int kCancelled = -2;
 
+// Of records that are not urgent. 1 MiB under way ends within 0.5 ms at 2 GB/s, and reaches nine tenths of what a disk gives.
+inline constexpr int64_t kIdlePieceBytes = 512 << 10;
+inline constexpr int kIdlePieces = 2;
+
 class NvmeReader {
  public:
   // Opens the file with O_DIRECT, or where the filesystem refuses that, plainly, dropping what was read from the page cache.
@@ -37,7 +42,9 @@ class NvmeReader {
   NvmeReader(const NvmeReader&) = delete;
 
   // Queues `num_bytes` at `offset` into `destination`. False, and nothing is queued, while max_queued records are unfinished.
-  bool submit(int64_t token, int64_t offset, int64_t num_bytes, std::byte* destination);
+  bool submit(int64_t token, int64_t offset, int64_t num_bytes, std::byte* destination, bool urgent = true);
+  // What is left of the record is read as an urgent one from now on. False where it is one, or is not waiting.
+  bool hurry(int64_t token);
   // Pieces of the record that no thread has begun are not read any more, so that what is queued behind it comes first. False,
   // and it is read as ever, where there are none of them.
   bool cancel(int64_t token);
@@ -54,12 +61,15 @@ class NvmeReader {
   struct Record {
     int64_t token, offset, num_bytes;
     std::byte* destination;
+    bool urgent;
     int64_t next = 0;    // of the bytes, not yet given to a thread
     int64_t done = 0;    // bytes whose piece has ended, well or not
     int error = 0;
   };
 
   void run();
+  std::deque<Record>::iterator waiting();        // whose piece comes next; under the mutex
+  std::deque<Record>::iterator find(int64_t token);  // if it has pieces that no thread has begun; under the mutex
   void finish(Record& record);  // under the mutex; the reference is gone afterwards
   int read_piece(int64_t offset, int64_t num_bytes, std::byte* destination);
 
@@ -73,6 +83,7 @@ class NvmeReader {
   std::deque<ReadDone> done_;
   int unfinished_ = 0;  // records without those that wait in records_ for one in front of them
   int active_ = 0;      // pieces being read
+  int active_idle_ = 0;  // of them, those that were not urgent when they began
   int64_t bytes_read_ = 0;
   double busy_s_ = 0;
   std::chrono::steady_clock::time_point busy_since_;
