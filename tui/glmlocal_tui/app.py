@@ -374,7 +374,7 @@ class ChatApp(App[int]):
 
     def remember(self, text: str) -> None:
         self.query_one(Prompt).remember(text)
-        self.run_worker(self.keeper.ask(lambda: self.keeper.store.remember_prompt(text), None), group="life")
+        self.keeper.remember(text)
 
     def keep_settings(self, **changes: object) -> None:
         """Change settings now and for the next time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -37,6 +38,7 @@ class Connection:
         self._client, self._process, self._changed = client, process, changed
         self.state = ServerState()
         self._hurry = asyncio.Event()
+        self._quiet_until_s = 0.0
         self._restarts = False
 
     async def run(self) -> None:
@@ -55,6 +57,10 @@ class Connection:
                 await self._wait_for_restart()
                 continue
             await self._pause(self._delay(state, misses))
+
+    def be_quiet(self, duration_s: float) -> None:
+        """Ask nothing for a moment."""
+        self._quiet_until_s = time.monotonic() + duration_s
 
     def hurry(self) -> None:
         """Ask now: an answer has failed, or the user is waiting."""
@@ -119,6 +125,8 @@ class Connection:
         self._hurry.clear()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._hurry.wait(), delay_s)
+        while not self._hurry.is_set() and (left_s := self._quiet_until_s - time.monotonic()) > 0:
+            await asyncio.sleep(left_s)
 
     def _tell(self, state: ServerState) -> None:
         self.state = state

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import sys
 from pathlib import Path
 
 from glmlocal_tui.options import Options
+
+DRAWINGS_PER_S = 250  # at most: a change waits up to two ticks of Textual's clock, 33 ms at its own 60
 
 
 def read_key(path: Path) -> str:
@@ -25,6 +28,7 @@ def read_key(path: Path) -> str:
 
 def run(options: Options) -> int:
     """Open the app and stay in it; a server of our own ends with it."""
+    os.environ.setdefault("TEXTUAL_FPS", str(DRAWINGS_PER_S))  # read when Textual is imported
     from glmlocal_tui.app import ChatApp
 
     gc.freeze()  # code and styles stay for good: a full collection among them would hold a key up for 0.1 s

@@ -16,7 +16,7 @@ from glmlocal_tui.cleaning import one_line
 from glmlocal_tui.conversation import Attachment, Message
 from glmlocal_tui.messages import BranchStep, CopyRequested, EditRequested, TypedOutside
 from glmlocal_tui.stats import size
-from glmlocal_tui.widgets.laid_out import Column
+from glmlocal_tui.widgets.laid_out import Column, Words
 
 
 class Branches(Static):
@@ -89,8 +89,8 @@ class UserView(MessageView):
 
     def __init__(self, message: Message, position: int = 1, count: int = 1) -> None:
         super().__init__(message, position, count)
-        self._text = Static(classes="text", markup=False)
-        self._chips = Static(classes="chips", markup=False)
+        self._text = Words(classes="text", markup=False)
+        self._chips = Words(classes="chips", markup=False)
         self.show_message(message)
 
     def compose(self) -> ComposeResult:

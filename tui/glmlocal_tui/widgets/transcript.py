@@ -32,9 +32,10 @@ class Earlier(Button):
 
 
 class Transcript(LaidOutOnce, VerticalScroll, can_focus=False):
+    # The bar has its place always (one that comes and goes is two more layouts), and is not seen without need.
     # The box inside is never shorter than the screen: Textual's anchor would scroll a short one below its start.
     DEFAULT_CSS = """
-    Transcript { height: 1fr; scrollbar-gutter: stable; }
+    Transcript { height: 1fr; overflow-y: scroll; scrollbar-size-vertical: 1; scrollbar-background: $background; }
     Transcript > Column { height: auto; min-height: 100%; padding: 1 0 0 0; }
     """
 
