@@ -126,7 +126,7 @@ async def test_escape_stops_keeps_the_partial_answer_and_the_server_stops_too(
         runner._drawn = lambda: (waits.append(runner.answering), original())[1]  # type: ignore[method-assign]
         await app.press("escape")
         await app.wait("stopped")
-        assert not any(waits)  # the app itself waits for the end of the answer, and would draw nothing until it gives up
+        assert not any(waits)  # the app itself waits for the end of the answer: it would draw nothing until it gave up
         assert "first part" in app.text
         await app.wait(server.aborted.is_set)
         await app.say("go on")

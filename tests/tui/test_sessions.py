@@ -74,7 +74,7 @@ async def test_search_finds_and_opens_the_message(tmp_path: Path, server: Script
         await app.press("f3")
         await app.wait("search all conversations")
         await app.type("混合模型")
-        await app.wait("1 messages")
+        await app.wait("1 message")
         assert "talk about experts" in app.text
         await app.press("enter")
         await app.wait(lambda: "talk about experts" in app.text and "nothing here" not in app.text)

@@ -101,7 +101,7 @@ class AnswerRunner:
 
     async def _drawn(self) -> None:
         """Until the screen shows it: laying out and writing cost more than the text, and the pace counts them too."""
-        if self._app.screen.is_current and self._app.is_running:
+        if self._app.is_running and self._app.screen_stack and self._app.screen.is_current:
             drawn = asyncio.Event()
             if self._app.call_after_refresh(drawn.set):
                 with contextlib.suppress(asyncio.TimeoutError):

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from glmlocal_tui.client import GONE, LOADING, REFUSED, Client, ServerError
+from glmlocal_tui.client import BUSY, GONE, LOADING, ODD, REFUSED, Client, ServerError
 from glmlocal_tui.server_process import ServerProcess, StartError
 from glmlocal_tui.stats import Stats
 
 STARTING, LOADS, READY, FAILED, LOST, NO_KEY = "starting", "loading", "ready", "error", "gone", "refused"
-_ASK_LOADING_S, _ASK_READY_S, _ASK_FOREIGN_S, _MOST_BACKOFF_S = 0.25, 1.0, 5.0, 5.0
+_ASK_LOADING_S, _ASK_READY_S, _ASK_FOREIGN_S, _MOST_BACKOFF_S = 0.25, 1.0, 30.0, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,10 @@ class Connection:
             if stats is None:
                 return ServerState(READY, "", tuple(await self._client.models()))
         except ServerError as error:
+            if self._client.ours is False:
+                if error.kind in (ODD, BUSY):  # it lists no models, and may answer all the same
+                    return ServerState(READY, "", old.models)
+                self._client.ours = None  # who comes back may be another one
             phases = {GONE: LOST, REFUSED: NO_KEY, LOADING: LOADS}
             return replace(old, phase=phases.get(error.kind, LOST), problem=str(error))
         phase = {"loading": LOADS, "ready": READY, "error": FAILED}[stats.state]

@@ -37,11 +37,17 @@ def run(options: Options) -> int:
 
     async def live() -> int:
         app = ChatApp(options)
-        for number in (
-            signal.SIGTERM,
-            signal.SIGHUP,
-        ):  # leave by unwinding, so that the terminal gets its settings back
-            asyncio.get_running_loop().add_signal_handler(number, app.exit, 128 + number)
+
+        def hang_up() -> None:
+            """The terminal is gone: what is written to it would be waited for for ever."""
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(nowhere, stream)
+            app.exit(128 + signal.SIGHUP)
+
+        # Leave by unwinding, so that the terminal gets its settings back.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, app.exit, 128 + signal.SIGTERM)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
         try:
             code = await app.run_async()
         finally:

@@ -16,6 +16,7 @@ from glmlocal_tui.cleaning import one_line
 from glmlocal_tui.conversation import Attachment, Message
 from glmlocal_tui.messages import BranchStep, CopyRequested, EditRequested, TypedOutside
 from glmlocal_tui.stats import size
+from glmlocal_tui.widgets.bars import counted
 from glmlocal_tui.widgets.laid_out import Column, Words
 
 
@@ -110,5 +111,5 @@ class UserView(MessageView):
 
 
 def chip(item: Attachment) -> str:
-    what = one_line(item.name, 40) if item.kind == "file" else f"{item.text.count(chr(10)) + 1} lines pasted"
+    what = one_line(item.name, 40) if item.kind == "file" else f"{counted(item.text.count(chr(10)) + 1, 'line')} pasted"
     return f"▐ {what} · {size(len(item.text.encode('utf-8', 'replace')))} ▌"
