@@ -214,6 +214,7 @@ class CommandRunner:
         app.query_one(Banner).tell("editing", "")
         app.conversation = conversation
         await app.show_conversation(message_id)
+        await app.query_one(Transcript).make_ready()
         await app.show_sessions()
 
     # -- messages
