@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 from textual.widgets import TextArea
 
-from glmlocal_tui import answer_runner
+from glmlocal_tui import answer_runner, connection
 from glmlocal_tui.widgets.prompt import Prompt
 from glmlocal_tui.widgets.transcript import SHOWN, Earlier, Transcript
 from tui.driving import Driver, running
@@ -148,6 +149,41 @@ async def test_the_first_token_and_the_end_of_an_answer_move_nothing(
             server.script(says("another"))
             await app.press("ctrl+n")
             await app.wait("ready: ask")
+
+
+async def test_a_question_is_one_layout_and_nothing_else_happens_then(
+    tmp_path: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer_runner, "QUIET_S", 2.0)
+    monkeypatch.setattr(connection, "_ASK_READY_S", 0.05)
+    layouts: list[bool] = []
+    original = Screen._refresh_layout
+    monkeypatch.setattr(
+        Screen, "_refresh_layout", lambda self, *a, **k: (layouts.append(True), original(self, *a, **k))
+    )
+    server.script(says("a\n\n" * 9), [GATE, text("so"), finish(), usage()])
+    async with running(tmp_path, server.url) as app:
+        await app.wait("ready: ask")
+        await app.say("a first question, so that the conversation is there")
+        await app.wait("12 + 34 tokens")
+        await app.wait(lambda: app.app.query_one(Transcript)._ready is not None)
+        await app.pilot.pause(0.5)
+        await app.type("second")
+        await app.pilot.pause(0.3)
+        layouts.clear()
+        await app.press("enter")
+        await app.wait("▌ …")
+        await app.pilot.pause(0.3)
+        assert layouts == [True]
+        asked = len(server.paths)
+        assert not gc.isenabled()
+        await app.pilot.pause(0.5)
+        assert len(server.paths) <= asked + 1  # one may have been on its way
+        server.open_gate()
+        await app.wait("so")
+        await app.wait(lambda: app.app.answering is None)
+        assert gc.isenabled()
+        await app.wait(lambda: len(server.paths) > asked + 2)
 
 
 async def test_widgets_that_were_made_ahead_show_their_own_message(tmp_path: Path, server: ScriptedServer) -> None:
