@@ -161,7 +161,7 @@ async def test_a_question_is_one_layout_and_nothing_else_happens_then(
     monkeypatch.setattr(
         Screen, "_refresh_layout", lambda self, *a, **k: (layouts.append(True), original(self, *a, **k))
     )
-    server.script(says("a\n\n" * 9), [GATE, text("so"), finish(), usage()])
+    server.script(says("a\n\n" * 6), [GATE, text("so"), finish(), usage()])
     async with running(tmp_path, server.url) as app:
         await app.wait("ready: ask")
         await app.say("a first question, so that the conversation is there")
@@ -206,9 +206,11 @@ async def test_widgets_that_were_made_ahead_show_their_own_message(tmp_path: Pat
             transcript.keep_thinking_open = True  # a setting that is newer than the widgets
         assert "thought 0" not in app.text
         assert "thought 2" in app.text
-        lines = [line.strip("▌ ") for line in app.lines]
+        await app.wait(lambda: transcript._ready is not None)
+        await app.pilot.pause(0.3)
+        lines = app.lines
         end = next(y for y in reversed(range(len(lines))) if "12 + 34 tokens" in lines[y])
-        assert not any(lines[end + 1 : end + 12])  # what is ready for the next question takes no room
+        assert not any(line.strip() for line in lines[end + 1 : end + 7])  # the next question's takes no room yet
 
 
 async def test_a_question_before_the_widgets_are_ready_is_drawn_all_the_same(
