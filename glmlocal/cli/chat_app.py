@@ -123,6 +123,11 @@ def _check_url(args: argparse.Namespace, *, interactive: bool) -> None:
         raise ConfigError(f"--url is {args.url!r}; give the server's root, such as http://127.0.0.1:8000")
     if not interactive or not sys.stdout.isatty():
         raise ConfigError("--url opens the terminal app, which needs a terminal; without one, use curl or a client")
+    if os.environ.get("TERM", "dumb") == "dumb":
+        raise ConfigError(
+            "--url opens the terminal app, which TERM=dumb cannot show; set TERM to what your terminal is, such as "
+            "TERM=xterm-256color"
+        )
     for name in ("plain", "raw", "json"):
         if getattr(args, name):
             raise ConfigError(f"--{name} runs the model in this process and takes no --url; leave one of them out")

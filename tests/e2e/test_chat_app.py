@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,7 +64,7 @@ def test_a_model_from_start_to_quit(open_chat: Open, directory: Path) -> None:
     terminal.type(F3)
     terminal.wait("search all conversations")
     terminal.type("quick brown")
-    terminal.wait("1 messages")
+    terminal.wait("1 message")
     terminal.type(ESC)
     terminal.type(CTRL_Q)
     assert terminal.end() == 0
@@ -96,6 +98,34 @@ def test_a_server_that_runs_is_asked_stopped_and_left(open_chat: Open, server: S
     assert "half an answer" in terminal.text
     terminal.type(CTRL_Q)
     assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "closed"])
+def test_it_ends_and_saves_when_it_is_ended_from_outside(
+    open_chat: Open, server: ScriptedServer, tmp_path: Path, way: str
+) -> None:
+    server.script([text("half an answer"), GATE])
+    terminal = open_chat("--url", server.url, XDG_DATA_HOME=str(tmp_path))
+    terminal.wait("ready: ask something")
+    terminal.type("why?" + ENTER)
+    terminal.wait("half an answer")
+    process = psutil.Process(terminal.process.pid)
+    if way == "closed":
+        terminal.process.ptyproc.fileobj.close()  # as a window that is closed
+        terminal.process.ptyproc.closed = terminal.process.ptyproc.terminated = True
+        assert process.wait(20) == 128 + signal.SIGHUP
+    else:
+        process.send_signal(signal.SIGTERM)
+        assert terminal.end() == 128 + signal.SIGTERM
+        assert "Traceback" not in terminal.text
+    found = sqlite3.connect(next(tmp_path.rglob("sessions.db"))).execute("SELECT text FROM messages ORDER BY n")
+    assert [text for (text,) in found] == ["why?", "half an answer"]
+
+
+def test_a_terminal_that_cannot_be_drawn_on_is_told(open_chat: Open) -> None:
+    terminal = open_chat("--url", "http://127.0.0.1:1", TERM="dumb")
+    terminal.wait("glmlocal: error: --url opens the terminal app, which TERM=dumb")
+    assert terminal.end() == 2
 
 
 def test_options_that_do_not_go_together_are_one_line(open_chat: Open) -> None:

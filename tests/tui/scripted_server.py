@@ -25,6 +25,15 @@ class Refusal:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass
+class Page:
+    """Instead of anything that a chat server says: these bytes."""
+
+    body: bytes
+    kind: str = "application/json"
+    status: int = 200
+
+
 def text(content: str) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": {"content": content}}]}
 
@@ -103,12 +112,15 @@ class ScriptedServer:
         self, *, stats: dict[str, Any] | None = None, key: str = "", models: Sequence[str] = ("GLM-4.5-Air",)
     ) -> None:
         self.stats, self.key, self.models = stats, key, list(models)
+        self.pages: dict[str, Page] = {}  # by path: what stands there instead
+        self.paths: list[str] = []  # of all requests
+        self.refused: set[str] = set()  # fields of a request for an answer that are answered with 400
         self.requests: list[dict[str, Any]] = []
         self.aborted = threading.Event()  # the client went away in the middle of an answer
         self.asked_s: list[float] = []  # time.monotonic of each request for an answer
         self.sent_s: list[float] = []  # time.monotonic of each step that was sent
         self.step_s = 0.0  # pause before each step
-        self._answers: list[Sequence[Any] | Refusal] = [says("Hello.")]
+        self._answers: list[Sequence[Any] | Refusal | Page] = [says("Hello.")]
         self._gate = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._server: asyncio.Server | None = None
@@ -123,7 +135,7 @@ class ScriptedServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._port}"
 
-    def script(self, *answers: Sequence[Any] | Refusal) -> None:
+    def script(self, *answers: Sequence[Any] | Refusal | Page) -> None:
         self._answers = list(answers)
 
     def open_gate(self) -> None:
@@ -187,7 +199,10 @@ class ScriptedServer:
                 name.lower(): value for name, _, value in (line.partition(": ") for line in head.split("\r\n")[1:])
             }
             body = await reader.readexactly(int(headers.get("content-length", 0)))
-            if self.key and headers.get("authorization") != f"Bearer {self.key}":
+            self.paths.append(path)
+            if path in self.pages:
+                await self._page(writer, self.pages[path])
+            elif self.key and headers.get("authorization") != f"Bearer {self.key}":
                 await self._reply(writer, 401, {"error": {"message": "wrong key", "code": "invalid_api_key"}})
             elif (method, path) == ("GET", "/v1/stats") and self.stats is not None:
                 await self._reply(writer, 200, self.stats)
@@ -196,6 +211,10 @@ class ScriptedServer:
             elif (method, path) == ("POST", "/v1/chat/completions"):
                 self.asked_s.append(time.monotonic())
                 self.requests.append(json.loads(body))
+                odd = self.refused & set(self.requests[-1])
+                if odd:
+                    await self._reply(writer, 400, {"error": {"message": f"unknown field {min(odd)}"}})
+                    continue
                 await self._answer(reader, writer)
                 return
             else:
@@ -206,6 +225,9 @@ class ScriptedServer:
         if isinstance(answer, Refusal):
             error = {"error": {"message": answer.message, "code": answer.code}}
             await self._reply(writer, answer.status, error, answer.headers)
+            return
+        if isinstance(answer, Page):
+            await self._page(writer, answer)
             return
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n: ping\n\n")
         gone = asyncio.ensure_future(reader.read(1))
@@ -233,6 +255,11 @@ class ScriptedServer:
             await writer.drain()
         finally:
             gone.cancel()
+
+    async def _page(self, writer: asyncio.StreamWriter, page: Page) -> None:
+        head = f"HTTP/1.1 {page.status} X\r\nContent-Type: {page.kind}\r\nContent-Length: {len(page.body)}\r\n\r\n"
+        writer.write(head.encode() + page.body)
+        await writer.drain()
 
     async def _reply(
         self, writer: asyncio.StreamWriter, status: int, data: Any, headers: dict[str, str] | None = None

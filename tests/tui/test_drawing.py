@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,11 @@ from textual.strip import Strip
 from textual.widget import Widget
 from textual.widgets import TextArea
 
-from glmlocal_tui import answer_runner
+from glmlocal_tui import answer_runner, connection
 from glmlocal_tui.widgets.prompt import Prompt
 from glmlocal_tui.widgets.transcript import SHOWN, Earlier, Transcript
 from tui.driving import Driver, running
-from tui.scripted_server import GATE, ScriptedServer, finish, says, text, think, tool, usage
+from tui.scripted_server import GATE, ScriptedServer, finish, progress, says, text, think, tool, usage
 
 pytestmark = pytest.mark.anyio
 ANSWER = "A *few* words.\n\n```py\nx = 1\n```\n\n| 模型 | b |\n|---|---|\n| 你好 | 2 |\n\n"
@@ -108,6 +111,156 @@ async def test_a_new_line_is_one_layout_and_a_key_draws_no_message(
         app.app.screen._compositor._render_chops(app.app.query_one(Prompt).region, lambda y: True)
         assert asked == ["Prompt"]
         server.open_gate()
+
+
+def row(app: Driver, word: str) -> int:
+    return next(y for y, line in enumerate(app.lines) if word in line)
+
+
+async def test_the_first_token_and_the_end_of_an_answer_move_nothing(
+    tmp_path: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first line and the line under it are kept free: laying out the screen anew costs more than drawing them."""
+    layouts: list[bool] = []
+    original = Screen._refresh_layout
+    monkeypatch.setattr(
+        Screen, "_refresh_layout", lambda self, *a, **k: (layouts.append(True), original(self, *a, **k))
+    )
+    async with running(tmp_path, server.url) as app:
+        await app.wait("ready: ask")
+        for question in ("in the place of the start screen", "with widgets that were made ahead"):
+            server.script([GATE, text("first"), GATE, finish(), usage()])
+            await app.wait(lambda: app.app.query_one(Transcript)._ready is not None)
+            await app.say(question)
+            await app.wait(question)
+            await app.wait(lambda: app.app.answering is not None)
+            await app.wait("▌ …")
+            await app.pilot.pause(0.5)
+            place = row(app, "▌ …")
+            layouts.clear()
+            server.open_gate()
+            await app.wait("▌ first")
+            assert row(app, "▌ first") == place
+            assert layouts == []
+            server.open_gate()
+            await app.wait("12 + 34 tokens")
+            assert row(app, "12 + 34 tokens") == place + 1
+            assert layouts == []
+            server.script(says("another"))
+            await app.press("ctrl+n")
+            await app.wait("ready: ask")
+
+
+async def test_a_question_is_one_layout_and_nothing_else_happens_then(
+    tmp_path: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer_runner, "QUIET_S", 2.0)
+    monkeypatch.setattr(connection, "_ASK_READY_S", 0.05)
+    layouts: list[bool] = []
+    original = Screen._refresh_layout
+    monkeypatch.setattr(
+        Screen, "_refresh_layout", lambda self, *a, **k: (layouts.append(True), original(self, *a, **k))
+    )
+    server.script(says("a\n\n" * 6), [GATE, text("so"), finish(), usage()])
+    async with running(tmp_path, server.url) as app:
+        await app.wait("ready: ask")
+        await app.say("a first question, so that the conversation is there")
+        await app.wait("12 + 34 tokens")
+        await app.wait(lambda: app.app.query_one(Transcript)._ready is not None)
+        await app.pilot.pause(0.5)
+        await app.type("second")
+        await app.pilot.pause(0.3)
+        layouts.clear()
+        await app.press("enter")
+        await app.wait("▌ …")
+        await app.pilot.pause(0.3)
+        assert layouts == [True]
+        asked = len(server.paths)
+        assert not gc.isenabled()
+        await app.pilot.pause(0.5)
+        assert len(server.paths) <= asked + 1  # one may have been on its way
+        server.open_gate()
+        await app.wait("so")
+        await app.wait(lambda: app.app.answering is None)
+        assert gc.isenabled()
+        await app.wait(lambda: len(server.paths) > asked + 2)
+
+
+async def test_widgets_that_were_made_ahead_show_their_own_message(tmp_path: Path, server: ScriptedServer) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    async with running(tmp_path, server.url, size=(80, 40)) as app:
+        await app.wait("ready: ask")
+        seen: list[str] = []
+        transcript = app.app.query_one(Transcript)
+        for number in range(3):
+            await app.wait(lambda: transcript._ready is not None)
+            server.script([think(f"thought {number}"), text(f"answer {number}"), finish(), usage()])
+            await app.say(f"question {number} @notes.txt" if number == 1 else f"question {number}")
+            await app.wait(f"answer {number}")
+            await app.wait(lambda: app.app.answering is None)
+            seen += [f"question {number}", f"answer {number}"]
+            places = [row(app, word) for word in seen]
+            assert places == sorted(places)
+            assert app.text.count("Thought for") == number + 1
+            assert app.text.count("notes.txt · 1 B") == (number > 0)
+            transcript.keep_thinking_open = True  # a setting that is newer than the widgets
+        assert "thought 0" not in app.text
+        assert "thought 2" in app.text
+        await app.wait(lambda: transcript._ready is not None)
+        await app.pilot.pause(0.3)
+        lines = app.lines
+        end = next(y for y in reversed(range(len(lines))) if "12 + 34 tokens" in lines[y])
+        assert not any(line.strip() for line in lines[end + 1 : end + 7])  # the next question's takes no room yet
+
+
+async def test_a_question_before_the_widgets_are_ready_is_drawn_all_the_same(
+    tmp_path: Path, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(self: Transcript) -> None:
+        self._ready = None
+
+    monkeypatch.setattr(Transcript, "make_ready", nothing)
+    async with running(tmp_path, server.url) as app:
+        await app.wait("ready: ask")
+        await app.say("why?")
+        await app.wait("Hello.")
+        assert row(app, "why?") < row(app, "Hello.") < row(app, "12 + 34 tokens")
+
+
+async def test_a_held_line_says_what_is_waited_for_and_goes(tmp_path: Path, server: ScriptedServer) -> None:
+    server.script([progress(1, 4), GATE, progress(3, 4), GATE, think("hm"), GATE, text("so"), finish(), usage()])
+    async with running(tmp_path, server.url) as app:
+        await app.wait("ready: ask")
+        await app.say("go")
+        await app.wait("reading the prompt: 1 of 4 tokens (25%)")
+        place = row(app, "reading the prompt")
+        server.open_gate()
+        await app.wait("3 of 4 tokens (75%)")
+        assert row(app, "reading the prompt") == place
+        server.open_gate()
+        await app.wait("hm")
+        assert "reading the prompt" not in app.text
+        server.open_gate()
+        await app.wait("12 + 34 tokens")
+        assert row(app, "so") == row(app, "Thought for") + 2
+        assert row(app, "12 + 34 tokens") == row(app, "so") + 1
+
+
+async def test_a_change_is_drawn_within_a_few_milliseconds() -> None:
+    """The app sets Textual's clock, which is read when Textual is imported: in a process of its own."""
+    code = (
+        "import glmlocal_tui.run as run\n"
+        "from glmlocal_tui.options import Options\n"
+        "class Ended(Exception): pass\n"
+        "def end(*a): raise Ended\n"
+        "run.asyncio.run = lambda coroutine: (coroutine.close(), end())\n"
+        "try: run.run(Options('m'))\n"
+        "except Ended: pass\n"
+        "from textual.screen import UPDATE_PERIOD\n"
+        "assert UPDATE_PERIOD <= 0.005, UPDATE_PERIOD\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 async def test_a_key_is_drawn_before_the_answer_but_does_not_hold_it_up(

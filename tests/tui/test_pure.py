@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,25 @@ def test_lines_end_with_cr_lf_or_both_wherever_they_are_cut() -> None:
             reader = sse.Lines()
             assert [*reader.feed(data[:at]), *reader.feed(data[at:])] == ['{"a": 1}', '{"b": 2}'], (end, at)
             assert reader.done
+
+
+def test_a_very_long_line_costs_no_more_than_its_length() -> None:
+    piece, reader = b"x" * 1000, sse.Lines()
+    assert list(reader.feed(b"data: ")) == []
+    start_s = time.process_time()
+    for _ in range(4000):
+        assert list(reader.feed(piece)) == []
+    assert len(next(reader.feed(b"\n"))) == 4_000_000
+    assert time.process_time() - start_s < 0.5  # 8 s where each piece is put to the whole line
+
+    def feed_on() -> None:
+        for _ in range(9000):
+            assert list(reader.feed(piece)) == []
+
+    with pytest.raises(sse.ProtocolError, match="longer than"):
+        feed_on()
+    with pytest.raises(sse.ProtocolError, match="longer than"):
+        list(sse.Lines().feed(piece * 9000 + b"\n"))
 
 
 def test_calls_without_an_index_are_told_apart_by_their_ids() -> None:

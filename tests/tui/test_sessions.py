@@ -74,7 +74,7 @@ async def test_search_finds_and_opens_the_message(tmp_path: Path, server: Script
         await app.press("f3")
         await app.wait("search all conversations")
         await app.type("混合模型")
-        await app.wait("1 messages")
+        await app.wait("1 message")
         assert "talk about experts" in app.text
         await app.press("enter")
         await app.wait(lambda: "talk about experts" in app.text and "nothing here" not in app.text)
@@ -159,7 +159,15 @@ async def test_settings_are_kept_and_bad_fields_told(tmp_path: Path, server: Scr
     async with running(tmp_path, server.url) as app:
         await app.wait("ready: ask")
         await app.press("f5")
-        await app.wait("keep the thinking open")
+        await app.wait("keep the thinking open       ○ off")
+        assert "think before answering       ● on" in app.text
+        app.app.screen.query_one("#keep_thinking_open").focus()
+        await app.press("space")
+        await app.wait("keep the thinking open       ● on")
+        await app.pilot.click("#keep_thinking_open")
+        await app.wait("keep the thinking open       ○ off")
+        await app.press("enter")
+        await app.wait("keep the thinking open       ● on")
         app.app.screen.query_one("#temperature").focus()
         await app.type("9")
         await app.wait("temperature is a number from 0 to 2")
@@ -173,6 +181,7 @@ async def test_settings_are_kept_and_bad_fields_told(tmp_path: Path, server: Scr
         await app.wait(lambda: app.app.theme == "nord")
     data = json.loads((tmp_path / "config" / "chat.json").read_text())
     assert (data["temperature"], data["theme"]) == (0.25, "nord")
+    assert data["keep_thinking_open"] is True
     async with running(tmp_path, server.url) as app:
         await app.wait("ready: ask")
         assert app.app.theme == "nord"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from glmlocal_tui.widgets.transcript import Transcript
 if TYPE_CHECKING:
     from glmlocal_tui.app import ChatApp
 
+QUIET_S = 0.3  # after a question: its first token is what is waited for
 KEY_S, MOST_HOLD_S = 0.03, 0.1  # the time a key has for itself, and the most that keys hold the answer up
 
 
@@ -36,6 +38,9 @@ class AnswerRunner:
 
     def start(self, parent_id: str, *new: Message) -> None:
         """Ask for an answer to a message; it is drawn as it comes, after messages that are not drawn yet."""
+        self._app.connection.be_quiet(QUIET_S)
+        gc.disable()  # a collection takes up to 8 ms
+        asyncio.get_running_loop().call_later(QUIET_S, gc.enable)
         run = self._run(self._app.conversation, parent_id, new)
         self._worker = self._app.run_worker(run, group="answer")
 
@@ -80,8 +85,10 @@ class AnswerRunner:
             finished = replace(answering.current(), ending="stopped")
             await paint(finished)
         finally:
+            gc.enable()
             await asyncio.shield(showing)
         self._done(finished)
+        await self._drawn()  # what is tidied up now is not to keep the end of the answer from the screen
         await transcript.let_go()
         await transcript.make_ready()
         await app.show_sessions()
@@ -94,7 +101,7 @@ class AnswerRunner:
 
     async def _drawn(self) -> None:
         """Until the screen shows it: laying out and writing cost more than the text, and the pace counts them too."""
-        if self._app.screen.is_current and self._app.is_running:
+        if self._app.is_running and self._app.screen_stack and self._app.screen.is_current:
             drawn = asyncio.Event()
             if self._app.call_after_refresh(drawn.set):
                 with contextlib.suppress(asyncio.TimeoutError):

@@ -51,17 +51,19 @@ from glmlocal_tui.widgets.start import StartView
 from glmlocal_tui.widgets.status_bar import Status, StatusBar
 from glmlocal_tui.widgets.transcript import SHOWN, Transcript
 
-NARROW = 100  # below this many columns the side panels lie over the conversation
+TINY, WIDE = 66, 100  # columns from which on a panel covers no conversation, and stays when one was chosen
 
 
 class ChatApp(App[int]):
     TITLE = "glmlocal chat"
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (NARROW, "-wide")]  # noqa: RUF012 - Textual's own declaration
+    HORIZONTAL_BREAKPOINTS = [(0, "-tiny"), (TINY, "-narrow"), (WIDE, "-wide")]  # noqa: RUF012 - Textual's own declaration
     CSS = """
-    Screen { layers: base above; }
-    #main { width: 1fr; }
+    #all { layers: base above; }
+    #main { width: 1fr; min-width: 10; }
     #talk { height: 1fr; }
     Transcript { display: none; }
+    Screen.-tiny Dashboard, Screen.-tiny Sidebar { dock: left; layer: above; width: 100%; min-width: 10; border: none; }
+    VerticalScroll, OptionList, TextArea { scrollbar-size-vertical: 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f1", "command('help')", "Help", priority=True),
@@ -80,6 +82,7 @@ class ChatApp(App[int]):
     def __init__(self, options: Options) -> None:
         super().__init__()
         self.options = options
+        self._target = one_line(options.target)
         loaded = settings.load(options.settings_path)
         self.settings, self._settings_problem = loaded.settings, loaded.problem
         self.client = Client(options.url, options.key)
@@ -88,7 +91,7 @@ class ChatApp(App[int]):
         self.keeper = Keeper(Store(options.data_dir / "sessions.db"), self._store_told)
         self.commands = CommandRunner(self)
         self.conversation = self.new_conversation()
-        self.model = options.model
+        self.model = one_line(options.model)
         self.sampling = self._sampling()
         self.answers = AnswerRunner(self)
         self.editing: Message | None = None  # the message that the prompt's text will take the place of
@@ -98,11 +101,11 @@ class ChatApp(App[int]):
         return ChatScreen()
 
     def compose(self) -> ComposeResult:
-        with Horizontal():
+        with Horizontal(id="all"):
             yield Sidebar()
             with Vertical(id="main"):
                 with Vertical(id="talk"):
-                    yield StartView(self.options.target)
+                    yield StartView(self._target)
                     yield Transcript()
                 yield Jump()
                 yield Banner()
@@ -126,10 +129,11 @@ class ChatApp(App[int]):
     async def _begin(self) -> None:
         """What may take a while, after the first paint."""
         self.run_worker(self.connection.run(), group="life")
+        transcript = self.query_one(Transcript)  # now: the app may be closing when the others have ended
         self.query_one(Prompt).use_history(await self.keeper.open())
         self.run_worker(self.keeper.run(), group="life")
         await self.show_sessions()
-        await self.query_one(Transcript).make_ready()
+        await transcript.make_ready()
         await asyncio.to_thread(warm_up)
 
     # -- the server
@@ -170,7 +174,7 @@ class ChatApp(App[int]):
         rate = answering.tokens_per_s if answering else self.answers.measured.tokens_per_s
         thinking = self.sampling.thinking if thinks else None
         used = self.context_used()
-        status = Status(self.model_name or self.options.target, phase, thinking, used, state.context, rate)
+        status = Status(self.model_name or self._target, phase, thinking, used, state.context, rate)
         self.query_one(StatusBar).show(status)
         first = answering.first_token_s if answering else self.answers.measured.first_token_s
         self.query_one(Dashboard).show(state.stats, Measured(rate, first, used))
@@ -368,13 +372,14 @@ class ChatApp(App[int]):
         self.exit(0)
 
     async def aclose(self) -> None:
-        """After the screen is gone: the server of our own, the connection, the file."""
+        """After the screen is gone: what is not saved, the server of our own, the connection, the file."""
+        await self.keeper.flush()
         await self.connection.aclose()
         await asyncio.to_thread(self.keeper.store.close)
 
     def remember(self, text: str) -> None:
         self.query_one(Prompt).remember(text)
-        self.run_worker(self.keeper.ask(lambda: self.keeper.store.remember_prompt(text), None), group="life")
+        self.keeper.remember(text)
 
     def keep_settings(self, **changes: object) -> None:
         """Change settings now and for the next time."""

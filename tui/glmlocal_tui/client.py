@@ -48,6 +48,7 @@ class Client:
     url: str
     key: str = field(default="", repr=False)
     ours: bool | None = None
+    _bare: bool = False  # the server refuses stream_options
     _http: httpx.AsyncClient | None = None
 
     async def _client(self) -> httpx.AsyncClient:
@@ -74,14 +75,16 @@ class Client:
             await http.aclose()
 
     async def stats(self) -> stats.Stats | None:
-        """None: a server of another kind. Raises ServerError."""
+        """None: a server of another kind, which is not asked again. Raises ServerError."""
+        if self.ours is False:
+            return None
         response = await self._get("/v1/stats")
         if response.status_code == 200:
             found = stats.parse(_json(response))
             if found is not None:
                 self.ours = True
                 return found
-        elif response.status_code not in (400, 404, 405, 501):
+        elif self.ours or response.status_code in (401, 403, 429, 503):  # anything else is no answer of ours
             raise refusal(response.status_code, response.content, response.headers)
         self.ours = False
         return None
@@ -107,32 +110,60 @@ class Client:
         http = await self._client()
         import httpx
 
-        body = self._body(model, messages, sampling)
         timeout = httpx.Timeout(_WAIT_S, read=None)
         try:
-            async with http.stream("POST", "/v1/chat/completions", json=body, timeout=timeout) as response:
-                if response.status_code != 200:
-                    raise refusal(response.status_code, await response.aread(), response.headers)
-                lines, ended = sse.Lines(), False
-                async for data in response.aiter_bytes():
-                    for payload in lines.feed(data):
-                        for event in sse.events(payload):
-                            ended = ended or isinstance(event, (sse.Finish, sse.Failure))
+            while True:
+                body = self._body(model, messages, sampling)
+                async with http.stream("POST", "/v1/chat/completions", json=body, timeout=timeout) as response:
+                    if response.status_code == 200:
+                        async for event in self._events(response):
                             yield event
-                    if lines.done:
                         return
-                if not ended:
-                    raise ServerError(GONE, "the server closed the connection in the middle of the answer")
+                    error = refusal(response.status_code, await response.aread(), response.headers)
+                odd = response.status_code in (400, 422) and error.kind == ODD and not self.ours
+                self._bare = odd and not self._bare  # once more without what an old server does not know
+                if not self._bare:
+                    raise error
         except (httpx.HTTPError, OSError) as error:
             raise _unreachable(self.url, error) from error
         except sse.ProtocolError as error:
-            raise ServerError(ODD, f"{self.url} does not speak OpenAI's protocol: {error}") from error
+            raise ServerError(ODD, f"{one_line(self.url)} does not speak OpenAI's protocol: {error}") from error
+
+    async def _events(self, response: httpx.Response) -> AsyncIterator[sse.Event]:
+        lines, ended = sse.Lines(), False
+        async for data in response.aiter_bytes():
+            for payload in lines.feed(data):
+                for event in sse.events(payload):
+                    ended = ended or isinstance(event, (sse.Finish, sse.Failure))
+                    yield event
+            if lines.done:
+                return
+        if lines.instead:
+            for event in self._whole(lines.instead):
+                yield event
+        elif not ended:
+            when = "in the middle of the answer" if lines.began else "before the answer began"
+            raise ServerError(GONE, f"the server closed the connection {when}")
+
+    def _whole(self, text: str) -> list[sse.Event]:
+        """The events of an answer that is no stream. Raises ServerError for one that is no answer either."""
+        try:
+            found = list(sse.events(text))
+        except sse.ProtocolError:
+            found = []
+        if found:
+            return found
+        page = "a web page: " if text.startswith("<") else ""
+        said = f"the server sent no chat completion but {page}{one_line(text, 80)!r}"
+        raise ServerError(ODD, said + ("; is --url the root of an OpenAI-compatible server?" if page else ""))
 
     def _body(self, model: str, messages: list[dict[str, Any]], sampling: Sampling) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": model, "messages": messages, "stream": True}
-        body["stream_options"] = {"include_usage": True}
+        body: dict[str, Any] = {"model": model} if model else {}  # a server that lists none may need none
+        body |= {"messages": messages, "stream": True}
         if self.ours:  # others refuse fields they do not know
-            body["stream_options"]["include_progress"] = True
+            body["stream_options"] = {"include_usage": True, "include_progress": True}
+        elif not self._bare:
+            body["stream_options"] = {"include_usage": True}
         for name in ("temperature", "top_p", "max_tokens"):
             value = getattr(sampling, name)
             if value is not None:
@@ -201,4 +232,4 @@ def _json(response: httpx.Response) -> Any:
 
 def _unreachable(url: str, error: Exception) -> ServerError:
     reason = one_line(str(error)) or type(error).__name__
-    return ServerError(GONE, f"no answer from {url}: {reason}")
+    return ServerError(GONE, f"no answer from {one_line(url)}: {reason}")

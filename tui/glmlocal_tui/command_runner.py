@@ -128,7 +128,7 @@ class CommandRunner:
         if message_id in conversation.messages:
             conversation.show(message_id)
         await self._show(conversation, message_id)
-        if self._app.screen.has_class("-narrow"):
+        if not self._app.screen.has_class("-wide"):
             self._app.query_one(Sidebar).remove_class("-shown")
         if not message_id:
             self._app.query_one(Prompt).focus()
@@ -214,6 +214,7 @@ class CommandRunner:
         app.query_one(Banner).tell("editing", "")
         app.conversation = conversation
         await app.show_conversation(message_id)
+        await app.query_one(Transcript).make_ready()
         await app.show_sessions()
 
     # -- messages

@@ -6,20 +6,15 @@ in the prompt has all containers around it draw the height of the screen. The re
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import cast
 
-from textual import events
 from textual._compositor import Compositor, ReflowResult
 from textual.geometry import Region, Size
 from textual.screen import Screen
 from textual.strip import Strip
-from textual.timer import Timer
 from textual.widget import Widget
-
-FRAME_S = 0.004  # from the end of one drawing to the next: what comes in between is drawn together
 
 
 class VisibleCompositor(Compositor):
@@ -69,23 +64,3 @@ class ChatScreen(Screen[None]):
     def __init__(self) -> None:
         super().__init__(id="_default")
         self._compositor = VisibleCompositor()
-        self._drawn_s = 0.0
-        self._frame: Timer | None = None
-
-    async def _on_idle(self, event: events.Idle) -> None:
-        """Draw what has changed, at once where nothing was drawn just now. Textual would wait for the next tick of a
-        clock, up to 17 ms, whatever was drawn before."""
-        if not self.is_current or self.app._batch_count:
-            return
-        if self._layout_required or self._scroll_required or self._repaint_required or self._dirty_widgets:
-            event.prevent_default()
-            left_s = self._drawn_s + FRAME_S - time.monotonic()
-            if left_s <= 0:
-                self._on_timer_update()
-            elif self._frame is None:
-                self._frame = self.set_timer(left_s, self._on_timer_update)
-
-    def _on_timer_update(self) -> None:
-        self._frame = None
-        super()._on_timer_update()
-        self._drawn_s = time.monotonic()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from glmlocal_tui.client import GONE, LOADING, REFUSED, Client, ServerError
+from glmlocal_tui.client import BUSY, GONE, LOADING, ODD, REFUSED, Client, ServerError
 from glmlocal_tui.server_process import ServerProcess, StartError
 from glmlocal_tui.stats import Stats
 
 STARTING, LOADS, READY, FAILED, LOST, NO_KEY = "starting", "loading", "ready", "error", "gone", "refused"
-_ASK_LOADING_S, _ASK_READY_S, _ASK_FOREIGN_S, _MOST_BACKOFF_S = 0.25, 1.0, 5.0, 5.0
+_ASK_LOADING_S, _ASK_READY_S, _ASK_FOREIGN_S, _MOST_BACKOFF_S = 0.25, 1.0, 30.0, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Connection:
         self._client, self._process, self._changed = client, process, changed
         self.state = ServerState()
         self._hurry = asyncio.Event()
+        self._quiet_until_s = 0.0
         self._restarts = False
 
     async def run(self) -> None:
@@ -55,6 +57,10 @@ class Connection:
                 await self._wait_for_restart()
                 continue
             await self._pause(self._delay(state, misses))
+
+    def be_quiet(self, duration_s: float) -> None:
+        """Ask nothing for a moment."""
+        self._quiet_until_s = time.monotonic() + duration_s
 
     def hurry(self) -> None:
         """Ask now: an answer has failed, or the user is waiting."""
@@ -98,6 +104,10 @@ class Connection:
             if stats is None:
                 return ServerState(READY, "", tuple(await self._client.models()))
         except ServerError as error:
+            if self._client.ours is False:
+                if error.kind in (ODD, BUSY):  # it lists no models, and may answer all the same
+                    return ServerState(READY, "", old.models)
+                self._client.ours = None  # who comes back may be another one
             phases = {GONE: LOST, REFUSED: NO_KEY, LOADING: LOADS}
             return replace(old, phase=phases.get(error.kind, LOST), problem=str(error))
         phase = {"loading": LOADS, "ready": READY, "error": FAILED}[stats.state]
@@ -119,6 +129,8 @@ class Connection:
         self._hurry.clear()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._hurry.wait(), delay_s)
+        while not self._hurry.is_set() and (left_s := self._quiet_until_s - time.monotonic()) > 0:
+            await asyncio.sleep(left_s)
 
     def _tell(self, state: ServerState) -> None:
         self.state = state

@@ -21,6 +21,7 @@ class Keeper:
         self.store = store
         self._told = told
         self._changed: dict[str, tuple[Conversation, dict[str, Message]]] = {}  # by conversation
+        self._typed: list[str] = []  # for the prompt's history
         self._wake = asyncio.Event()
         self._saving = asyncio.Lock()
 
@@ -44,6 +45,11 @@ class Keeper:
             return
         _, known = self._changed.setdefault(conversation.id, (conversation, {}))
         known.update({message.id: message for message in messages})
+        self._wake.set()
+
+    def remember(self, typed: str) -> None:
+        """Save a line of the prompt's history soon."""
+        self._typed.append(typed)
         self._wake.set()
 
     async def run(self) -> None:
@@ -70,6 +76,9 @@ class Keeper:
                     self._told(f"not saved: {error} · /export FILE.md keeps a copy elsewhere; saving is tried again")
                     return False
                 self._told(self._aside())
+            while self._typed:
+                typed = self._typed.pop(0)
+                await self.ask(lambda: self.store.remember_prompt(typed), None)  # noqa: B023 - awaited here
         return True
 
     async def ask(self, action: Callable[[], T], otherwise: T) -> T:

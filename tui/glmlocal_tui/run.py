@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import sys
 from pathlib import Path
 
 from glmlocal_tui.options import Options
+
+DRAWINGS_PER_S = 250  # at most: a change waits up to two ticks of Textual's clock, 33 ms at its own 60
 
 
 def read_key(path: Path) -> str:
@@ -25,6 +28,7 @@ def read_key(path: Path) -> str:
 
 def run(options: Options) -> int:
     """Open the app and stay in it; a server of our own ends with it."""
+    os.environ.setdefault("TEXTUAL_FPS", str(DRAWINGS_PER_S))  # read when Textual is imported
     from glmlocal_tui.app import ChatApp
 
     gc.freeze()  # code and styles stay for good: a full collection among them would hold a key up for 0.1 s
@@ -33,11 +37,17 @@ def run(options: Options) -> int:
 
     async def live() -> int:
         app = ChatApp(options)
-        for number in (
-            signal.SIGTERM,
-            signal.SIGHUP,
-        ):  # leave by unwinding, so that the terminal gets its settings back
-            asyncio.get_running_loop().add_signal_handler(number, app.exit, 128 + number)
+
+        def hang_up() -> None:
+            """The terminal is gone: what is written to it would be waited for for ever."""
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(nowhere, stream)
+            app.exit(128 + signal.SIGHUP)
+
+        # Leave by unwinding, so that the terminal gets its settings back.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, app.exit, 128 + signal.SIGTERM)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
         try:
             code = await app.run_async()
         finally:

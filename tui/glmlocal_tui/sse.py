@@ -12,6 +12,8 @@ from typing import Any
 from glmlocal_tui.cleaning import clean
 
 MAX_LINE_CHARS = 8 << 20  # a line longer than this is no chat server's
+_FIELDS = (":", "event:", "id:", "retry:")
+_MOST_OTHERS = 100_000  # lines of another kind of answer that are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,31 +76,50 @@ class ProtocolError(Exception):
 
 
 class Lines:
-    """Bytes, cut anywhere → the data of each event; comments and other fields are skipped. ``[DONE]`` ends it."""
+    """Bytes, cut anywhere → the data of each event; comments and other fields are skipped. ``[DONE]`` ends it.
+
+    ``instead`` is what came before the first event and is nothing that a stream has: where none follows, another kind
+    of answer.
+    """
 
     def __init__(self) -> None:
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder = io.IncrementalNewlineDecoder(utf8, translate=True)  # a line ends with CR, LF or both
-        self._rest = ""
+        self._parts: list[str] = []  # of the line that has not ended yet
+        self._chars = 0
+        self._others: list[str] = []
+        self.began = False
         self.done = False
 
+    @property
+    def instead(self) -> str:
+        return "" if self.began else "\n".join([*self._others, "".join(self._parts)]).strip()
+
     def feed(self, data: bytes) -> Iterator[str]:
-        self._rest += self._decoder.decode(data)
-        if len(self._rest) > MAX_LINE_CHARS:
-            raise ProtocolError(f"a line of the stream is longer than {MAX_LINE_CHARS:,} characters")
-        *lines, self._rest = self._rest.split("\n")
-        for line in lines:
-            if not line.startswith("data:"):
-                continue
+        for number, part in enumerate(self._decoder.decode(data).split("\n")):
+            if number:
+                line, self._parts, self._chars = "".join(self._parts), [], 0
+                yield from self._take(line)
+            self._parts.append(part)
+            self._chars += len(part)
+            if self._chars > MAX_LINE_CHARS:
+                raise ProtocolError(f"a line of the stream is longer than {MAX_LINE_CHARS:,} characters")
+
+    def _take(self, line: str) -> Iterator[str]:
+        if line.startswith("data:"):
+            self.began, self._others = True, []
             payload = line[5:].strip()
             if payload == "[DONE]":
                 self.done = True
             elif payload:
                 yield payload
+        elif not self.began and line and not line.startswith(_FIELDS) and len(self._others) < _MOST_OTHERS:
+            self._others.append(line)
 
 
 def events(payload: str) -> Iterator[Event]:
-    """The events of one chunk. Raises ProtocolError for what is not JSON or not an object."""
+    """The events of one chunk, or of a whole chat completion. Raises ProtocolError for what is not JSON or not an
+    object."""
     try:
         chunk = json.loads(payload)
     except (ValueError, RecursionError):
@@ -142,7 +163,7 @@ def rate(value: Any) -> float | None:
 
 
 def _choice(choice: dict[str, Any]) -> Iterator[Event]:
-    delta = choice.get("delta")
+    delta = choice.get("delta", choice.get("message"))
     if isinstance(delta, dict):
         content, reasoning = text(delta.get("content")), text(delta.get("reasoning_content") or delta.get("reasoning"))
         if content or reasoning:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import ClassVar
 
+from rich.cells import cell_len
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
@@ -11,7 +13,7 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from glmlocal_tui.commands import COMMANDS
+from glmlocal_tui.commands import COMMANDS, Command
 from glmlocal_tui.widgets.bars import fit
 
 KEYS = (
@@ -28,6 +30,20 @@ KEYS = (
     ("Ctrl+N, Ctrl+P, Ctrl+Q", "new chat, command palette, leave"),
 )
 
+_LABEL = 25  # cells of the left column
+
+
+class Keys(Static):
+    """Both lists, as wide as there is room."""
+
+    DEFAULT_CSS = "Keys { width: 1fr; height: auto; padding: 0 1 0 0; }"
+
+    def __init__(self) -> None:
+        super().__init__(markup=False)
+
+    def on_resize(self) -> None:
+        self.update(text(self.content_region.width))
+
 
 class HelpScreen(ModalScreen[None]):
     DEFAULT_CSS = """
@@ -41,17 +57,23 @@ class HelpScreen(ModalScreen[None]):
         with VerticalScroll() as box:
             box.border_title = "keys and commands"
             box.border_subtitle = "Esc closes"
-            yield Static(text(), markup=False)
+            yield Keys()
 
     def on_mount(self) -> None:
         self.query_one(VerticalScroll).focus()
 
 
-def text() -> Content:
-    lines = [Content.styled(fit(keys, 24), "bold $primary") + Content(what) for keys, what in KEYS]
-    lines.append(Content(""))
-    for command in COMMANDS:
-        name = fit(f"/{command.name} {command.takes}", 24)
-        keys = f" ({command.keys})" if command.keys else ""
-        lines.append(Content.styled(name, "bold $primary") + Content(command.help + keys))
+def text(width: int) -> Content:
+    """Two columns; on a narrow screen what a key does stands below it."""
+    label = _LABEL if width >= 2 * _LABEL else 2
+    lines: list[Content] = []
+    for name, what in (*KEYS, ("", ""), *((f"/{item.name} {item.takes}", _help(item)) for item in COMMANDS)):
+        first, *more = textwrap.wrap(what, max(width - label, 10)) or [""]
+        bold = Content.styled(fit(name, max(label, cell_len(name))), "bold $primary")
+        lines += [bold + Content(first)] if label == _LABEL else [bold, Content("  " + first)]
+        lines += [Content(" " * label + line) for line in more]
     return Content("\n").join(lines)
+
+
+def _help(command: Command) -> str:
+    return f"{command.help} ({command.keys})" if command.keys else command.help

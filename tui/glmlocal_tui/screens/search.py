@@ -17,12 +17,14 @@ from textual.widgets.option_list import Option
 from glmlocal_tui.cleaning import one_line
 from glmlocal_tui.messages import SessionChosen
 from glmlocal_tui.store import Hit
+from glmlocal_tui.widgets.bars import counted
 
 
 class SearchScreen(ModalScreen[SessionChosen | None]):
     DEFAULT_CSS = """
     SearchScreen { align: center middle; }
-    SearchScreen > Vertical { width: 90%; max-width: 110; height: 80%; border: round $primary; background: $surface; }
+    SearchScreen > Vertical { width: 90%; min-width: 10; max-width: 110; height: 80%; }
+    SearchScreen > Vertical { border: round $primary; background: $surface; }
     SearchScreen Input, SearchScreen Input:focus { border: none; height: 1; background: $surface; }
     SearchScreen OptionList, SearchScreen OptionList:focus { border: none; height: 1fr; background: $surface; }
     SearchScreen Static { height: 1; color: $text-muted; padding: 0 1; }
@@ -72,7 +74,7 @@ class SearchScreen(ModalScreen[SessionChosen | None]):
         options.clear_options()
         options.add_options([Option(_line(hit)) for hit in self._hits])
         options.highlighted = 0 if self._hits else None
-        found = f"{len(self._hits)} messages" if self._hits else "nothing found" if text.strip() else ""
+        found = counted(len(self._hits), "message") if self._hits else "nothing found" if text.strip() else ""
         self.query_one(Static).update(Content(found))
 
     def _open(self, number: int | None) -> None:

@@ -6,24 +6,44 @@ import time
 from dataclasses import replace
 from typing import ClassVar
 
+from rich.cells import cell_len
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.content import Content
-from textual.widgets import Static
 
 from glmlocal_tui.conversation import Message
 from glmlocal_tui.messages import CopyRequested, RegenerateRequested
+from glmlocal_tui.widgets.laid_out import Words
 from glmlocal_tui.widgets.markdown_text import MarkdownText
 from glmlocal_tui.widgets.message_view import MessageView
 from glmlocal_tui.widgets.thinking import Thinking
 from glmlocal_tui.widgets.tool_card import ToolCard
 
 
-class AnswerView(MessageView):
+class Note(Words):
+    """The line under an answer. It is there, empty, while the answer is written: its end moves nothing."""
+
     DEFAULT_CSS = """
-    AnswerView > .note { width: 1fr; height: auto; color: $text-muted; }
-    AnswerView > .note.-error { color: $text-error; }
+    Note { width: 1fr; height: auto; min-height: 1; color: $text-muted; }
+    Note.-error { color: $text-error; }
     """
+
+    def __init__(self, message: Message) -> None:
+        super().__init__(Content(ending(message)), markup=False)
+        self._look(message)
+
+    def tell(self, message: Message) -> None:
+        text = ending(message)
+        self._look(message)
+        fits = self.size.height == 1 and cell_len(text) <= self.size.width and "\n" not in text
+        self.update(Content(text), layout=not fits)
+
+    def _look(self, message: Message) -> None:
+        self.set_class(bool(message.error), "-error")
+        self.display = not message.ending or bool(ending(message))
+
+
+class AnswerView(MessageView):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("r", "regenerate", "Answer again"),
         Binding("y", "copy_code", "Copy code block"),
@@ -39,7 +59,7 @@ class AnswerView(MessageView):
         self._since_s: float | None = None  # when the first of the answer was there
         self._text = MarkdownText(message.content)
         self._cards: list[ToolCard] = []
-        self._note = Static(markup=False, classes="note")
+        self._note = Note(message)
 
     def compose(self) -> ComposeResult:
         yield from self.branches()
@@ -48,7 +68,6 @@ class AnswerView(MessageView):
         self._cards = [ToolCard(call) for call in self.message.tool_calls]
         yield from self._cards
         yield self._note
-        self._tell(self.message)
 
     def begin(self, message: Message, *, keep_thinking_open: bool) -> None:
         """An empty answer in the place of the one it was made with. Its first line is kept free from now on, so that
@@ -82,7 +101,7 @@ class AnswerView(MessageView):
         if message.ending:
             self._stop_thinking()
             self._text.finish()
-        self._tell(message)
+        self._note.tell(message)
 
     def waiting(self, text: str) -> None:
         """What happens before the first token: prompt progress, or a queue."""
@@ -112,12 +131,6 @@ class AnswerView(MessageView):
         if self._thinks:
             self._thinks = False
             self._thinking.finish(fold=not self._keep_open)
-
-    def _tell(self, message: Message) -> None:
-        text = ending(message)
-        self._note.update(Content(text))
-        self._note.set_class(bool(message.error), "-error")
-        self._note.display = bool(text)
 
 
 def ending(message: Message) -> str:

@@ -26,6 +26,11 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return line.rjust(width)
 
 
+def counted(number: int, what: str) -> str:
+    """``1 message``, ``2 messages``."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def fit(text: str, width: int) -> str:
     """Exactly ``width`` cells, wide characters counted as two; what does not fit ends in …"""
     if cell_len(text) <= width:

@@ -39,7 +39,7 @@ class Composer(Vertical):
         completions, prompt = self.query_one(Completions), self.query_one(Prompt)
         completions.offer(await self._choices(event.before), event.before)
         prompt.menu_is_open = completions.is_open
-        found = await asyncio.to_thread(mentions.find, event.text, self._root)
+        found = await asyncio.to_thread(mentions.find, event.text, self._root) if "@" in event.text else []
         chips = [
             ChipInfo(item.token, f"{one_line(item.path, 40)} · {size(item.nbytes)}", item.problem) for item in found
         ]

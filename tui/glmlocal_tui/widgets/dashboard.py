@@ -28,7 +28,6 @@ class Dashboard(VerticalScroll, can_focus=False):
     Dashboard { width: 36; display: none; border-left: solid $primary; padding: 0 1; background: $surface; }
     Dashboard { scrollbar-gutter: stable; scrollbar-size-vertical: 1; }
     Dashboard.-shown { display: block; }
-    Screen.-narrow Dashboard { dock: right; layer: above; }
     Dashboard > Static { height: auto; }
     """
 

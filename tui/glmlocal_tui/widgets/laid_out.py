@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from textual.containers import Vertical
 from textual.geometry import Size
+from textual.widgets import Static
 
 if TYPE_CHECKING:
     from textual.widget import Widget as _Base
@@ -23,3 +24,7 @@ class LaidOutOnce(_Base):
 
 class Column(LaidOutOnce, Vertical):
     """A Vertical that grows."""
+
+
+class Words(LaidOutOnce, Static):
+    """A Static as wide as its parent and as high as its text."""

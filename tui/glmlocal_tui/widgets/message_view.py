@@ -16,7 +16,8 @@ from glmlocal_tui.cleaning import one_line
 from glmlocal_tui.conversation import Attachment, Message
 from glmlocal_tui.messages import BranchStep, CopyRequested, EditRequested, TypedOutside
 from glmlocal_tui.stats import size
-from glmlocal_tui.widgets.laid_out import Column
+from glmlocal_tui.widgets.bars import counted
+from glmlocal_tui.widgets.laid_out import Column, Words
 
 
 class Branches(Static):
@@ -89,8 +90,8 @@ class UserView(MessageView):
 
     def __init__(self, message: Message, position: int = 1, count: int = 1) -> None:
         super().__init__(message, position, count)
-        self._text = Static(classes="text", markup=False)
-        self._chips = Static(classes="chips", markup=False)
+        self._text = Words(classes="text", markup=False)
+        self._chips = Words(classes="chips", markup=False)
         self.show_message(message)
 
     def compose(self) -> ComposeResult:
@@ -110,5 +111,5 @@ class UserView(MessageView):
 
 
 def chip(item: Attachment) -> str:
-    what = one_line(item.name, 40) if item.kind == "file" else f"{item.text.count(chr(10)) + 1} lines pasted"
+    what = one_line(item.name, 40) if item.kind == "file" else f"{counted(item.text.count(chr(10)) + 1, 'line')} pasted"
     return f"▐ {what} · {size(len(item.text.encode('utf-8', 'replace')))} ▌"

@@ -23,7 +23,6 @@ class Sidebar(Vertical):
     DEFAULT_CSS = """
     Sidebar { width: 30; display: none; border-right: solid $primary; background: $surface; }
     Sidebar.-shown { display: block; }
-    Screen.-narrow Sidebar { dock: left; layer: above; }
     Sidebar > Static { height: 1; padding: 0 1; color: $text-muted; }
     Sidebar > OptionList, Sidebar > OptionList:focus { height: 1fr; border: none; background: $surface; padding: 0; }
     """

@@ -8,7 +8,7 @@ from textual.widgets import Static
 
 from glmlocal_tui.connection import FAILED, LOADS, LOST, NO_KEY, STARTING, ServerState
 from glmlocal_tui.stats import Device, Loading, size
-from glmlocal_tui.widgets.bars import bar, fit
+from glmlocal_tui.widgets.bars import bar, counted, fit
 
 _HINTS = (
     "Enter sends · Ctrl+J new line · Esc stops · @file attaches",
@@ -40,7 +40,7 @@ def lines(state: ServerState, target: str, width: int, height: int) -> list[Cont
     if model is not None:
         facts += [f"context {model.context:,}"] if model.context else []
         facts += [word for word in (model.quant, f"KV {model.kv_dtype}" if model.kv_dtype else "") if word]
-        facts += [f"{model.mtp_drafts} MTP drafts"] if model.mtp_drafts else []
+        facts += [counted(model.mtp_drafts, "MTP draft")] if model.mtp_drafts else []
     shown = [
         Content.styled(fit(name, width).rstrip(), "bold $primary"),
         Content.styled(" · ".join(facts), "$text-muted"),

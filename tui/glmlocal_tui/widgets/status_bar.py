@@ -46,6 +46,8 @@ class StatusBar(Static):
         elif status.context_used:
             right.append(f"context {status.context_used:,}")
         right.append("F1 help")
+        while right and cell_len(left[0]) + cell_len(" · ".join(right)) + 1 > width:
+            right.pop()  # the model's name is worth more
         end = " · ".join(right)
         room = max(width - cell_len(end) - 1, 0)
         shown = [part for part in left if part]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 
 from textual.content import Content
-from textual.widgets import Static
 
 from glmlocal_tui.cleaning import clean, one_line
 from glmlocal_tui.conversation import ToolCall
+from glmlocal_tui.widgets.laid_out import Words
 
 _MAX_CHARS = 4000
 
 
-class ToolCard(Static):
+class ToolCard(Words):
     """This app runs no tools: the card says what was asked for."""
 
     DEFAULT_CSS = """

@@ -11,6 +11,7 @@ from textual.widgets import Button
 from glmlocal_tui.conversation import Conversation, Message
 from glmlocal_tui.messages import EarlierRequested
 from glmlocal_tui.widgets.answer_view import AnswerView
+from glmlocal_tui.widgets.bars import counted
 from glmlocal_tui.widgets.laid_out import Column, LaidOutOnce
 from glmlocal_tui.widgets.message_view import MessageView, UserView
 
@@ -23,7 +24,7 @@ class Earlier(Button):
     DEFAULT_CSS = "Earlier { width: 1fr; min-width: 10; margin: 0 1 1 1; }"
 
     def __init__(self, count: int) -> None:
-        super().__init__(f"show {count} earlier messages", compact=True)
+        super().__init__(f"show {counted(count, 'earlier message')}", compact=True)
         self.count = count
 
     def on_button_pressed(self, event: Button.Pressed) -> None:
@@ -32,9 +33,10 @@ class Earlier(Button):
 
 
 class Transcript(LaidOutOnce, VerticalScroll, can_focus=False):
+    # The bar has its place always (one that comes and goes is two more layouts), and is not seen without need.
     # The box inside is never shorter than the screen: Textual's anchor would scroll a short one below its start.
     DEFAULT_CSS = """
-    Transcript { height: 1fr; scrollbar-gutter: stable; }
+    Transcript { height: 1fr; overflow-y: scroll; scrollbar-size-vertical: 1; scrollbar-background: $background; }
     Transcript > Column { height: auto; min-height: 100%; padding: 1 0 0 0; }
     """
 
