@@ -223,16 +223,11 @@ def _plans(
     footprints: Sequence[Footprint], machine: Machine, wants: Wants
 ) -> tuple[list[Plan | None], tuple[str, ...]]:
     """A plan for each, None where a wish rules it out, and a note on those. Raises ConfigError where none is left."""
-    from glmlocal.planner.solve import plan
+    from glmlocal.planner.solve import plan_all
 
-    plans: list[Plan | None] = []
-    refused: list[ConfigError] = []
-    for footprint in footprints:
-        try:
-            plans.append(plan(footprint, machine, wants, with_advice=False))
-        except ConfigError as error:  # a context beyond its limit, drafts without an MTP layer
-            plans.append(None)
-            refused.append(error)
+    found = plan_all(footprints, machine, wants)
+    refused = [each for each in found if isinstance(each, ConfigError)]
+    plans = [None if isinstance(each, ConfigError) else each for each in found]
     if len(refused) == len(plans):
         raise refused[0]
     return plans, (f"{len(refused)} left out, for example: {refused[0]}",) if refused else ()

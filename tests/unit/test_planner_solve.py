@@ -351,7 +351,7 @@ def test_choose_takes_the_finest_that_needs_no_nvme():
 def test_choosing_places_no_model_twice_and_none_below_the_chosen(ram_gib, placed, monkeypatch):
     """What keeps `glmlocal plan FAMILY` below half a second: a whole forecast is dear."""
     forecasts, real = [], solve.forecast
-    monkeypatch.setattr(solve, "forecast", lambda *args: forecasts.append(args) or real(*args))
+    monkeypatch.setattr(solve, "forecast", lambda *args, **how: forecasts.append(args) or real(*args, **how))
     models = [air(), air(**INT8), air(**INT4)]
     choose(models, machine(ram_gib=ram_gib, nvme=DISK), Wants())
     assert len(forecasts) <= placed
