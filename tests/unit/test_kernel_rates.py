@@ -75,6 +75,25 @@ def test_every_form_runs_like_one_that_is_measured() -> None:
 
 
 @pytest.mark.skipif(not cpu.available, reason="measures native kernels")
+@pytest.mark.parametrize(("quick", "passes"), [(True, 1), (False, 2)])
+def test_all_is_measured_twice_unless_quick(quick: bool, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A while of disturbance is then half of what is kept, not all of it."""
+    made: list[KernelRates] = []
+
+    def once(*rest: object) -> KernelRates:
+        made.append(KernelRates("x", {}, {}, {}, {"int8": 1.0, "fp32": 1.0}, 1.0 + len(made)))
+        return made[-1]
+
+    monkeypatch.setattr(calibrate, "HIDDEN", 256)
+    monkeypatch.setattr(calibrate, "INTERMEDIATE", 128)
+    monkeypatch.setattr(calibrate, "MANY_OUT", 192)
+    monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 0)
+    monkeypatch.setattr(calibrate, "_measure_once", once)
+    found = calibrate.measure(quick=quick, schemes=("Q8_0",))
+    assert (len(made), found.token_s) == (passes, (1.0 + passes) / 2)
+
+
+@pytest.mark.skipif(not cpu.available, reason="measures native kernels")
 def test_measuring_finds_every_rate_and_survives_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "QUICK_SCHEMES", ("Q4_0", "bf16"))
     monkeypatch.setattr(calibrate, "HIDDEN", 256)
