@@ -95,6 +95,14 @@ def test_spread() -> None:
     assert Spread.of([1.0, 4.0, 2.0, 3.0]) == Spread(2.5, 1.0, 4.0, pytest.approx(1.2909944))
 
 
+@pytest.mark.parametrize(("fraction", "is_wrong"), [(0.99, False), (1.0, False), (1.01, True)])
+def test_more_than_a_ceiling_is_an_error(fraction: float, is_wrong: bool) -> None:
+    for row, ceiling in ((Row(8), "peak"), (Row(8, 4), "read bandwidth")):
+        error = bench.Measured(row, bench.Spread(1.0, 1.0, 1.0, 0.0), 1, 1.0, fraction).error
+        assert (error is not None) == is_wrong
+        assert not is_wrong or (ceiling in str(error) and row.name in str(error))
+
+
 def test_fractions_are_rates_over_ceilings() -> None:
     ceilings = Peaks(1, read_gb_per_s=2e-6, fp32_gflop_per_s=4e-5, int8_gop_per_s=None, read_bytes=1)
     prefill = bench.judge(Row(8), [5.0, 10.0, 15.0], COST, ceilings)
