@@ -103,6 +103,15 @@ def test_more_than_a_ceiling_is_an_error(fraction: float, is_wrong: bool) -> Non
         assert not is_wrong or (ceiling in str(error) and row.name in str(error))
 
 
+def test_a_row_that_the_model_would_just_allow_is_left_out_for_memory() -> None:
+    row = Row(8)
+    fitting, skipped = bench.split([row], row.positions - 1, row.positions)
+    assert (fitting, [each.reason for each in skipped]) == ([], ["needs 9 tokens, memory allows a context of 8"])
+    assert bench.split([row], row.positions, row.positions) == ([row], [])
+    _, skipped = bench.split([row], 8, 8)
+    assert skipped[0].reason == "needs 9 tokens, the model's context is 8"
+
+
 def test_fractions_are_rates_over_ceilings() -> None:
     ceilings = Peaks(1, read_gb_per_s=2e-6, fp32_gflop_per_s=4e-5, int8_gop_per_s=None, read_bytes=1)
     prefill = bench.judge(Row(8), [5.0, 10.0, 15.0], COST, ceilings)
