@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,13 @@ def test_the_cost_is_that_of_the_loaded_model(directory: Path) -> None:
     assert not any(part.is_integer for part in cost.parts)
     assert cost.kv_bytes_per_token == 3 * 2 * 2 * 16 * item_bytes
     assert (cost.num_layers, cost.num_attention_heads, cost.head_dim) == (3, 4, 16)
+
+
+def test_layers_for_speculation_are_no_part_of_the_cost(directory: Path) -> None:
+    with LLM(directory, context=64) as llm:
+        runner, cost = llm.engine.runner, bench.cost_of(llm)
+        runner.model = replace(runner.model, mtp=runner.model.layers[-1:])  # type: ignore[arg-type]
+        assert bench.cost_of(llm) == cost
 
 
 @pytest.mark.parametrize("activations", ["int8", "fp32"])
