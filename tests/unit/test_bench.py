@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from glmlocal.bench import Row, Spread
 from glmlocal.cli import bench as bench_command
 from glmlocal.cli import main as cli
 from glmlocal.cost import HEAD, ModelCost, Part
+from glmlocal.errors import PlanError
 from glmlocal.peaks import Peaks
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -111,6 +113,20 @@ def test_a_row_that_the_model_would_just_allow_is_left_out_for_memory() -> None:
     assert bench.split([row], row.positions, row.positions) == ([row], [])
     _, skipped = bench.split([row], 8, 8)
     assert skipped[0].reason == "needs 9 tokens, the model's context is 8"
+
+
+@pytest.mark.parametrize("found", [0, 3, 5])
+def test_a_model_that_stops_early_is_not_timed(found: int) -> None:
+    class Short:
+        def generate(self, prompt: object, **options: object) -> Iterator[SimpleNamespace]:
+            return iter([SimpleNamespace(token_ids=(1,))] * found)
+
+    subject = bench.Model(Short())  # type: ignore[arg-type]
+    if found == 5:
+        assert min(subject.run([1], 5)) >= 0
+        return
+    with pytest.raises(PlanError, match=f"stopped after {found} of 5 tokens"):
+        subject.run([1], 5)
 
 
 def test_fractions_are_rates_over_ceilings() -> None:
