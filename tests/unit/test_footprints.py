@@ -386,3 +386,10 @@ def test_two_mtp_layers_are_one_with_the_experts_of_both() -> None:
     assert (both.num_experts, both.nbytes, both.params) == (8, 2 * layer.nbytes, 2 * layer.params)
     assert [part.nbytes for part in both.parts] == [12, 8]
     assert (joined([]), joined([layer])) == (None, layer)
+
+
+def test_what_is_downloaded_is_the_weights_and_the_text_files_beside_them() -> None:
+    release = catalogue.find("GLM-4.5-Air-BF16")
+    assert isinstance(release, Release)
+    footprint = of_release(release)
+    assert footprint.file_bytes == footprint.weights_bytes + 20_000_000
