@@ -4,8 +4,8 @@
 
 MODEL is what ``glmlocal chat`` takes (``demo``, or what ``benchmarks/synth.py`` wrote). Each model is loaded in a
 process of its own, so that its memory can be compared with the plan's. A round measures the kernels on doctor's shapes,
-which no released model has, and then every model once; medians of all rounds are compared, and of doctor's repeats in
-each, not the best: that way other work on the machine slows both sides down alike. ``--doctor`` takes what doctor has
+which no released model has, and then every model once; medians of all rounds are compared: that way other work on the
+machine slows both sides down alike. ``--doctor`` takes what doctor has
 stored instead of measuring, for a machine that does nothing else.
 
 ``--cpu-time`` counts the seconds that the processor worked for us, which other work changes little, instead of those on
@@ -84,7 +84,7 @@ class Calibrator:
         from glmlocal import calibrate
         from glmlocal.machine.kernel_rates import as_json
 
-        return as_json(calibrate.measure(schemes=self.schemes, clock=self.clock, pick=median))
+        return as_json(calibrate.measure(schemes=self.schemes, clock=self.clock, quick=True))
 
 
 def middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:

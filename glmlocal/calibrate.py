@@ -1,9 +1,9 @@
 """Measuring our own kernels: the rates that ``glmlocal doctor`` keeps for the forecast.
 
 Only the native ones: importing this raises ImportError where they were not built. Shapes are none that a released
-model has. Everything is done until it settles, a few times at most, and the lower quartile counts: what disturbs a
-measurement only makes it slower, so a quarter of undisturbed turns is enough, while the fastest of all is a piece of
-luck that whole models, which the forecast is compared with, do not have.
+model has. Everything is done until it settles, a few times at most, and the median counts, as it does of a model's
+runs: what was lucky once is no forecast. All of it is done twice, some twenty seconds apart, and the mean is kept,
+because machines that share their memory with others are slower for seconds to minutes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from glmlocal import kernels
@@ -25,12 +26,12 @@ from glmlocal.formats.forms import FORMS
 from glmlocal.formats.quant import QuantizedMatrix
 from glmlocal.formats.schemes import Activations, QuantScheme
 from glmlocal.kernels.cpu import ops
-from glmlocal.kernels.cpu.linear import bind_experts
-from glmlocal.kernels.cpu.packing import duplicate, pack
+from glmlocal.kernels.cpu.linear import PackedExperts, bind_experts
+from glmlocal.kernels.cpu.packing import PackedWeight, duplicate, pack, record_buffer
 from glmlocal.layers.kv_cache import TORCH_DTYPE
 from glmlocal.machine.cpu import last_level_cache_bytes
 from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate, build_id
-from glmlocal.skeleton import Skeleton
+from glmlocal.skeleton import SMALL, Skeleton
 from glmlocal.units import MIB
 
 Clock = Callable[[], float]
@@ -43,10 +44,11 @@ TOP_K = 8
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # per expert, of those that all tokens go to
 ARITHMETIC_ROWS = 16  # from so many on half of the experts are enough: arithmetic binds, and takes long
 FEW_ROWS = (1, 4, 16, 64)  # the same with fp32 activations, which integers meet where somebody asks for it
-MANY_ROWS = 512  # of one matrix
+MANY_ROWS, MANY_OUT = 512, 6144  # of one matrix, as large as those that so many rows meet in a model
 BEYOND_CACHE = 4  # weights of one row's products are this much larger than the last-level cache
 BLOCK_SIZE, CHUNK = 32, 512
-SMALL_HIDDEN, SMALL_VOCAB, SMALL_SCHEME = 384, 4096, "Q4_0"  # of the model whose layers' overhead is measured
+SMALL_VOCAB, SMALL_SCHEME = 4096, "Q4_0"  # of the model whose layers' overhead is measured
+PASSES = 2
 _LEAST_TURNS, _SETTLED = 3, 1.02  # median over lower quartile
 # Calls of some microseconds take more turns: when the first run, OpenMP's threads that filled the matrices still spin.
 _LEAST_S, _MOST_TURNS = 0.03, 200
@@ -77,67 +79,69 @@ class AttentionShape:
 ATTENTION = (AttentionShape(48, 4, 128, 6000, 1500), AttentionShape(8, 4, 64, 1500, 1500))
 
 
-def lower_quartile(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 4]
-
-
 def measure(
     *,
     quick: bool = False,
     schemes: Sequence[str] | None = None,
     clock: Clock = time.perf_counter,
-    pick: Callable[[Sequence[float]], float] = lower_quartile,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> KernelRates:
     """All rates of the native kernels, with the threads and the instruction set in use.
 
-    ``schemes`` limits them to those that somebody needs, and SMALL_SCHEME; ``pick`` chooses among the times of a call.
+    ``schemes`` limits them to those that somebody needs, and SMALL_SCHEME; ``quick`` means fewer of them, once.
     """
-    best = _Turns(clock, most=1 if quick else 2, pick=pick)
+    wanted = dict.fromkeys((*(schemes or (QUICK_SCHEMES if quick else SCHEMES)), SMALL_SCHEME))
+    subjects = {
+        f"{scheme} {activations}": _Subject.of(scheme, activations)
+        for scheme in wanted
+        for activations in (get_args(Activations) if FORMS[scheme].is_integer else ("fp32",))
+    }
+    memory = record_buffer(max(subject.nbytes for subject in subjects.values()))
+    turns = _Turns(clock)
+    passes = [_measure_once(subjects, memory, turns, on_step) for _ in range(1 if quick else PASSES)]
+    return KernelRates.mean(passes)
+
+
+def _measure_once(
+    subjects: Mapping[str, _Subject], memory: NDArray[np.uint8], turns: _Turns, on_step: Callable[[str], None]
+) -> KernelRates:
     products = {}
-    for scheme in dict.fromkeys((*(schemes or (QUICK_SCHEMES if quick else SCHEMES)), SMALL_SCHEME)):
-        on_step(f"measuring the kernels: {scheme}")
-        both: tuple[Activations, ...] = ("int8", "fp32") if FORMS[scheme].is_integer else ("fp32",)
-        for activations in both:
-            products[f"{scheme} {activations}"] = _product(scheme, activations, best)
+    for name, subject in subjects.items():
+        on_step(f"measuring the kernels: {name}")
+        products[name] = _product(subject, memory, turns)
     on_step("measuring the kernels: attention")
     dtypes = tuple(TORCH_DTYPE)
-    decode = {dtype: _attention(dtype, 1, best) for dtype in dtypes}
-    prefill = {dtype: _attention(dtype, CHUNK, best) for dtype in dtypes}
+    decode = {dtype: _attention(dtype, 1, turns) for dtype in dtypes}
+    prefill = {dtype: _attention(dtype, CHUNK, turns) for dtype in dtypes}
     on_step("measuring what a layer and a token cost beside their products")
-    layer_s, token_s = _overheads(best, products)
-    row_s = {activations: _row_s(activations, best, products, prefill["bf16"]) for activations in get_args(Activations)}
+    layer_s, token_s = _overheads(turns, products)
+    row_s = {each: _row_s(each, turns, products, prefill["bf16"]) for each in get_args(Activations)}
     return KernelRates(build_id(), products, decode, prefill, layer_s, token_s, row_s)
 
 
 class _Turns:
-    """Seconds of a call: what ``pick`` says of some turns, fewer where they agree soon."""
+    """Seconds of a call: the median of some turns, fewer where they agree soon."""
 
-    def __init__(self, clock: Clock, most: int, pick: Callable[[Sequence[float]], float] = lower_quartile) -> None:
-        self._clock, self._most, self._pick = clock, most, pick
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
 
     def of(self, calls: Iterable[Callable[[], object]], times: int) -> float:
         """The calls take turns, so that none finds its weights in a cache; the first turn does not count."""
         taken: list[float] = []
         turns = cycle(calls)
         next(turns)()
-        while not self._is_enough(taken, times):
+        while not _is_enough(taken, times):
             call = next(turns)
             start = self._clock()
             call()
             taken.append(self._clock() - start)
-        return max(self._pick(taken), 1e-9)
-
-    def _is_enough(self, taken: Sequence[float], times: int) -> bool:
-        if sum(taken) < _LEAST_S and len(taken) < _MOST_TURNS:
-            return False
-        return len(taken) >= max(_LEAST_TURNS, times * self._most) or _is_settled(taken)
+        return max(median(taken), 1e-9)
 
     def rounds(self, calls: Sequence[Callable[[], object]], times: int) -> list[tuple[float, ...]]:
         """Seconds of each call in rounds of all of them, to be subtracted within a round: a machine that is slower for
         a while is so for all calls of a round. The first round does not count."""
         taken: list[tuple[float, ...]] = []
-        for _ in range(1 + times * self._most):
+        for _ in range(1 + times):
             marks = [self._clock()]
             for call in calls:
                 call()
@@ -146,35 +150,64 @@ class _Turns:
         return taken[1:]
 
 
+def _is_enough(taken: Sequence[float], times: int) -> bool:
+    if sum(taken) < _LEAST_S and len(taken) < _MOST_TURNS:
+        return False
+    return len(taken) >= max(_LEAST_TURNS, times) or _is_settled(taken)
+
+
 def _is_settled(taken: Sequence[float]) -> bool:
-    return len(taken) > _LEAST_TURNS and median(taken) <= _SETTLED * lower_quartile(taken)
+    lower_quartile = sorted(taken)[len(taken) // 4]
+    return len(taken) > _LEAST_TURNS and median(taken) <= _SETTLED * lower_quartile
 
 
-def _product(scheme: str, activations: Activations, best: _Turns) -> ProductRate:
-    wide, tall = (_matrix(scheme, *shape) for shape in ((INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)))
-    nbytes = 3 * FORMS[scheme].held_bytes(INTERMEDIATE, HIDDEN)
-    wanted = max(BEYOND_CACHE * last_level_cache_bytes(), 64 * MIB)
-    num_experts = min(64, max(2, -(-wanted // (nbytes * TOP_K)))) * TOP_K
-    gate, down = pack(wide, activations), pack(tall, activations)
-    copies = (tuple(duplicate(weight) for _ in range(num_experts)) for weight in (gate, gate, down))
-    experts = bind_experts(*copies)
-    rates = []
-    is_asked_for = activations == "fp32" and FORMS[scheme].is_integer
-    chosen_rows = FEW_ROWS if is_asked_for else ROWS
-    for rows in chosen_rows:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Subject:
+    """A kind of weights and activations: an expert's matrices, of which there are copies beyond every cache, and one
+    that many rows meet."""
+
+    rows: tuple[int, ...]  # per expert
+    gate: PackedWeight
+    down: PackedWeight
+    large: PackedWeight
+    num_experts: int
+
+    @classmethod
+    def of(cls, scheme: str, activations: Activations) -> _Subject:
+        shapes = (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE), (MANY_OUT, HIDDEN)
+        gate, down, large = (pack(_matrix(scheme, *shape), activations) for shape in shapes)
+        wanted = max(BEYOND_CACHE * last_level_cache_bytes(), 64 * MIB)
+        groups = min(64, max(2, -(-wanted // ((2 * gate.nbytes + down.nbytes) * TOP_K))))
+        is_asked_for = activations == "fp32" and FORMS[scheme].is_integer
+        return cls(FEW_ROWS if is_asked_for else ROWS, gate, down, large, groups * TOP_K)
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_experts * (2 * self.gate.nbytes + self.down.nbytes)
+
+    def experts(self, memory: NDArray[np.uint8]) -> PackedExperts:
+        """All of them, written to that memory."""
+        copies: list[list[PackedWeight]] = [[], [], []]
+        end = 0
+        for _ in range(self.num_experts):
+            for column, weight in zip(copies, (self.gate, self.gate, self.down), strict=True):
+                begin, end = end, end + weight.nbytes
+                column.append(duplicate(weight, memory[begin:end]))
+        return bind_experts(*map(tuple, copies))
+
+
+def _product(subject: _Subject, memory: NDArray[np.uint8], turns: _Turns) -> ProductRate:
+    experts, rates = subject.experts(memory), []
+    for rows in subject.rows:
         top_k = TOP_K if rows < ARITHMETIC_ROWS else TOP_K // 2
-        weights = top_k * 3 * HIDDEN * INTERMEDIATE
         x, topk_weights = torch.randn(rows, HIDDEN), torch.rand(rows, top_k)
-        ids = [(torch.arange(top_k, dtype=torch.int32) + first).repeat(rows, 1) for first in _firsts(num_experts)]
+        firsts = range(0, subject.num_experts, TOP_K)
+        ids = [(torch.arange(top_k, dtype=torch.int32) + first).repeat(rows, 1) for first in firsts]
         calls = [partial(ops.experts_ffn, x, i, topk_weights, experts) for i in ids]
-        rates.append(weights / best.of(calls, 8 if rows <= 4 else 2))
+        rates.append(top_k * 3 * HIDDEN * INTERMEDIATE / turns.of(calls, 8 if rows <= 4 else 2))
     x = torch.randn(MANY_ROWS, HIDDEN)
-    many = best.of([lambda: ops.linear(x, experts.gate[0])], 2)
-    return ProductRate((*chosen_rows, MANY_ROWS), (*rates, HIDDEN * INTERMEDIATE / many))
-
-
-def _firsts(num_experts: int) -> range:
-    return range(0, num_experts, TOP_K)
+    rates.append(MANY_OUT * HIDDEN / turns.of([lambda: ops.linear(x, subject.large)], 2))
+    return ProductRate((*subject.rows, MANY_ROWS), tuple(rates))
 
 
 def _matrix(name: str, rows: int, columns: int) -> Tensor | QuantizedMatrix:
@@ -214,15 +247,16 @@ def _fp8_codes(values: np.ndarray) -> np.ndarray:
     return scaled.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
-def _attention(kv_dtype: str, new: int, best: _Turns) -> AttentionCost:
+def _attention(kv_dtype: str, new: int, turns: _Turns) -> AttentionCost:
     """Of each of ``new`` queries."""
     first, second = (
-        (float(shape.numbers), float(shape.operations), _attention_s(kv_dtype, shape, new, best)) for shape in ATTENTION
+        (float(shape.numbers), float(shape.operations), _attention_s(kv_dtype, shape, new, turns))
+        for shape in ATTENTION
     )
     return AttentionCost.of_two(first, second)
 
 
-def _attention_s(kv_dtype: str, shape: AttentionShape, new: int, best: _Turns) -> float:
+def _attention_s(kv_dtype: str, shape: AttentionShape, new: int, turns: _Turns) -> float:
     """Seconds of a query for each of its positions. One query finds no key in a cache, and a chunk finds all."""
     context = shape.context if new == 1 else shape.prefill_context
     num_blocks, dtype = -(-context // BLOCK_SIZE), TORCH_DTYPE[kv_dtype]
@@ -242,10 +276,10 @@ def _attention_s(kv_dtype: str, shape: AttentionShape, new: int, best: _Turns) -
         for table in torch.arange(copies * num_blocks, dtype=torch.int32).split(num_blocks)  # as one sequence gets them
     ]
     pairs = new * context - new * (new - 1) // 2
-    return best.of(calls, 8 if new == 1 else 2) / pairs
+    return turns.of(calls, 8 if new == 1 else 2) / pairs
 
 
-def _overheads(best: _Turns, products: Mapping[str, ProductRate]) -> tuple[dict[str, float], float]:
+def _overheads(turns: _Turns, products: Mapping[str, ProductRate]) -> tuple[dict[str, float], float]:
     """Seconds of a layer by activations, and of a step around the layers, beside products.
 
     Around: from models of tiny layers and a whole vocabulary. A layer: from layers like a small model's, whose products
@@ -253,37 +287,39 @@ def _overheads(best: _Turns, products: Mapping[str, ProductRate]) -> tuple[dict[
     the rate of large ones counts as the layer's, which for a large model is next to nothing.
     """
     few, many = 2, 18
-    rounds = best.rounds([Skeleton(few).step, Skeleton(many).step, Skeleton(few).head], 8)
+    rounds = turns.rounds([Skeleton(few).step, Skeleton(many).step, Skeleton(few).head], 8)
     tiny_s = max(median(deep_s - shallow_s for shallow_s, deep_s, _ in rounds) / (many - few), 1e-7)
     token_s = median(shallow_s - head_s for shallow_s, _, head_s in rounds) - few * tiny_s
     layer_s = {}
     for activations in get_args(Activations):
-        beyond_s = _small_layer_s(activations, best)
-        weights = Skeleton.layer_weights(SMALL_HIDDEN)
-        layer_s[activations] = max(beyond_s - weights / products[f"{SMALL_SCHEME} {activations}"].at(1), tiny_s)
+        product_s = SMALL.layer_weights / products[f"{SMALL_SCHEME} {activations}"].at(1)
+        layer_s[activations] = max(_small_layer_s(activations, turns) - product_s, tiny_s)
     return layer_s, max(token_s, 1e-6)
 
 
 def _row_s(
-    activations: Activations, best: _Turns, products: Mapping[str, ProductRate], attention: AttentionCost
+    activations: Activations, turns: _Turns, products: Mapping[str, ProductRate], attention: AttentionCost
 ) -> float:
     """Seconds of a small model's layer for each number of each hidden state of a chunk, beyond what its products would
     take as large ones and its attention does: norms, rotation, routing, rounding, sums, and matrices that are narrow.
 
     All of that grows with the width of the hidden state, products with its square: little for a large model.
     """
-    square, few = _matrix(SMALL_SCHEME, SMALL_HIDDEN, SMALL_HIDDEN), 2
-    chunks = [partial(Skeleton(few + more, square, activations, SMALL_VOCAB).chunk, CHUNK) for more in (0, 8)]
-    layer_s = median(deep_s - shallow_s for shallow_s, deep_s in best.rounds(chunks, 2)) / 8
-    product_s = Skeleton.layer_weights(SMALL_HIDDEN) / products[f"{SMALL_SCHEME} {activations}"].at(CHUNK)
-    attention_s = attention.seconds(*Skeleton.attention_work(SMALL_HIDDEN)) * CHUNK * (CHUNK + 1) / 2
-    return max(layer_s - product_s - attention_s, 0.0) / (CHUNK * SMALL_HIDDEN)
+    few, more = 2, 8
+    chunks = [partial(_small(layers, activations).chunk, CHUNK) for layers in (few, few + more)]
+    layer_s = median(deep_s - shallow_s for shallow_s, deep_s in turns.rounds(chunks, 2)) / more
+    product_s = SMALL.layer_weights / products[f"{SMALL_SCHEME} {activations}"].at(CHUNK)
+    attention_s = attention.seconds(SMALL.numbers, SMALL.operations) * CHUNK * (CHUNK + 1) / 2
+    return max(layer_s - product_s - attention_s, 0.0) / (CHUNK * SMALL.hidden)
 
 
-def _small_layer_s(activations: Activations, best: _Turns) -> float:
+def _small_layer_s(activations: Activations, turns: _Turns) -> float:
     """Seconds of a layer that is like a small model's, of a model that no cache holds."""
-    square = _matrix(SMALL_SCHEME, SMALL_HIDDEN, SMALL_HIDDEN)
-    nbytes = FORMS[SMALL_SCHEME].held_bytes(SMALL_HIDDEN, SMALL_HIDDEN) * Skeleton.layer_weights(1)
-    few = min(32, 4 + 2 * last_level_cache_bytes() // nbytes)
-    steps = [Skeleton(few + more, square, activations, SMALL_VOCAB).step for more in (0, 16)]
-    return median(deep_s - shallow_s for shallow_s, deep_s in best.rounds(steps, 8)) / 16
+    nbytes = FORMS[SMALL_SCHEME].held_bytes(1, SMALL.layer_weights)
+    few, more = min(32, 4 + 2 * last_level_cache_bytes() // nbytes), 16
+    steps = [_small(layers, activations).step for layers in (few, few + more)]
+    return median(deep_s - shallow_s for shallow_s, deep_s in turns.rounds(steps, 8)) / more
+
+
+def _small(layers: int, activations: Activations) -> Skeleton:
+    return Skeleton(layers, SMALL, partial(_matrix, SMALL_SCHEME), activations, SMALL_VOCAB)

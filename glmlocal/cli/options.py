@@ -127,6 +127,15 @@ def wishes(args: argparse.Namespace) -> Any:
     )
 
 
+def planning_options_given(args: argparse.Namespace) -> list[str]:
+    """Which of the options above were said, as they are typed."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_machine_options(parser)
+    add_wish_options(parser)
+    defaults = vars(parser.parse_args([]))
+    return [f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(args, name) != default]
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """How and with what the model runs, whatever the command does with it; ``engine_options`` reads them back."""
     group = parser.add_argument_group("engine")

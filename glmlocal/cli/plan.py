@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from glmlocal.cli.options import add_machine_options, add_wish_options, wishes
+from glmlocal.cli.options import add_machine_options, add_wish_options, planning_options_given, wishes
 from glmlocal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,8 +71,9 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     if args.model is not None and args.model.endswith(".json") and Path(args.model).is_file():
-        if args.compare or args.engine:
-            raise ConfigError("a saved plan is shown as it is; give the MODEL that it was made for")
+        if args.compare or args.engine or (given := planning_options_given(args)):
+            what = "--compare" if args.compare else "--engine" if args.engine else given[0]
+            raise ConfigError(f"a saved plan is shown as it is, without {what}; give the MODEL that it was made for")
         from glmlocal.planner.plan_json import load
 
         return _report(load(Path(args.model)), (), args)
@@ -223,16 +224,11 @@ def _plans(
     footprints: Sequence[Footprint], machine: Machine, wants: Wants
 ) -> tuple[list[Plan | None], tuple[str, ...]]:
     """A plan for each, None where a wish rules it out, and a note on those. Raises ConfigError where none is left."""
-    from glmlocal.planner.solve import plan
+    from glmlocal.planner.solve import plan_all
 
-    plans: list[Plan | None] = []
-    refused: list[ConfigError] = []
-    for footprint in footprints:
-        try:
-            plans.append(plan(footprint, machine, wants, with_advice=False))
-        except ConfigError as error:  # a context beyond its limit, drafts without an MTP layer
-            plans.append(None)
-            refused.append(error)
+    found = plan_all(footprints, machine, wants)
+    refused = [each for each in found if isinstance(each, ConfigError)]
+    plans = [None if isinstance(each, ConfigError) else each for each in found]
     if len(refused) == len(plans):
         raise refused[0]
     return plans, (f"{len(refused)} left out, for example: {refused[0]}",) if refused else ()

@@ -7,6 +7,8 @@ Publishers may deviate (Unsloth's dynamic "UD" mixes do), so what follows from i
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from glmlocal.formats.schemes import QUANTIZED_DTYPES, block_layout
 
 FILE_TYPES = (
@@ -21,6 +23,7 @@ _ATTN_V = {"Q2_K": "Q4_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ4_NL": "Q5_K",
 _FFN_DOWN = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}
 
 
+@lru_cache(maxsize=1 << 14)
 def tensor_type(file_type: str, role: str, columns: int, layer: int = 0, num_layers: int = 1) -> str:
     """Type of a matrix with rows of ``columns`` weights, in block ``layer`` of ``num_layers`` (MTP blocks counted).
 

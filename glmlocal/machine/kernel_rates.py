@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,31 @@ class KernelRates:
     token_s: float  # of a step, outside the layers and the head
     # By activations: of a layer, for each number of each hidden state of a chunk, beside products and attention.
     row_s: Mapping[str, float] = field(default_factory=lambda: {"int8": 0.0, "fp32": 0.0})
+
+    @classmethod
+    def mean(cls, passes: Sequence[KernelRates]) -> KernelRates:
+        """Of several measurements of the same kernels: the mean seconds of everything."""
+        first, number = passes[0], len(passes)
+
+        def mean(seconds: Iterable[float]) -> float:
+            return sum(seconds) / number
+
+        def product(name: str) -> ProductRate:
+            rates = zip(*(each.products[name].weights_per_s for each in passes), strict=True)
+            return ProductRate(first.products[name].rows, tuple(number / sum(1 / r for r in row) for row in rates))
+
+        def attention(costs: Sequence[AttentionCost]) -> AttentionCost:
+            return AttentionCost(mean(cost.number_s for cost in costs), mean(cost.operation_s for cost in costs))
+
+        return cls(
+            first.kernels_id,
+            {name: product(name) for name in first.products},
+            {dtype: attention([each.attention_decode[dtype] for each in passes]) for dtype in first.attention_decode},
+            {dtype: attention([each.attention_prefill[dtype] for each in passes]) for dtype in first.attention_prefill},
+            {name: mean(each.layer_s[name] for each in passes) for name in first.layer_s},
+            mean(each.token_s for each in passes),
+            {name: mean(each.row_s[name] for each in passes) for name in first.row_s},
+        )
 
     def product(self, scheme: str, activations: str) -> ProductRate | None:
         """None where nothing like it was measured; floats meet fp32 whatever is asked."""

@@ -7,9 +7,9 @@ they run one after another, and what it costs outside them. Every constant is in
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 
 from glmlocal.models.footprint import Footprint, Layer, Part
 from glmlocal.planner.efficiency import DEFAULT, GUESSES, Efficiency, Speeds
@@ -29,6 +29,7 @@ class _Step:
     """One layer as it is placed; equal ones are counted, not repeated."""
 
     layer: Layer
+    hit_curve: tuple[float, ...] | None
     device: int
     gpu_experts: int
     ram_experts: int  # homes and slots
@@ -39,7 +40,6 @@ class _Step:
     index_flops: int
     kv_numbers: int  # of one position's keys and values, the window's; scales are not counted
     index_kv_numbers: int
-    hit_curve: tuple[float, ...] | None
 
     @property
     def near(self) -> float:
@@ -89,11 +89,16 @@ def forecast(
     machine: Machine,
     resolved: Resolved,
     efficiency: Efficiency = DEFAULT,
+    *,
+    in_brief: bool = False,
 ) -> Forecast:
-    """Decode, prefill and time to first token of one sequence that has the machine to itself, without drafts."""
+    """Decode, prefill and time to first token of one sequence that has the machine to itself, without drafts.
+
+    ``in_brief``: for tables, decode at an empty context and prefill alone.
+    """
     model = PlacedModel(footprint, placement, machine, resolved, efficiency)
-    contexts = sorted({c for c in DECODE_CONTEXTS if c < resolved.context} | {resolved.context})
-    prompts = [n for n in FIRST_TOKEN_PROMPTS if n <= resolved.context]
+    contexts = [0] if in_brief else sorted({c for c in DECODE_CONTEXTS if c < resolved.context} | {resolved.context})
+    prompts = [] if in_brief else [n for n in FIRST_TOKEN_PROMPTS if n <= resolved.context]
     prefill_tokens = min(PREFILL_TOKENS, resolved.context)
     return Forecast(
         decode_tokens_per_s={context: model.rate(partial(model.decode, context=context)) for context in contexts},
@@ -101,7 +106,7 @@ def forecast(
         time_to_first_token_s={n: model.duration(partial(model.prefill, tokens=n)) for n in prompts},
         hit_rate=model.hit_rate,
         hit_rate_basis="modelled" if footprint.hit_curve is None else "measured",
-        drafts_tokens_per_s=model.drafts(),
+        drafts_tokens_per_s={} if in_brief else model.drafts(),
     )
 
 
@@ -116,10 +121,15 @@ class PlacedModel:
         self.footprint, self.placement, self.machine, self.resolved = footprint, placement, machine, resolved
         self.efficiency = efficiency
         self.speeds = [Speeds(machine, efficiency, guess) for guess in range(GUESSES)]
-        self.steps: Counter[_Step] = Counter(_steps(footprint, placement, resolved.kv_dtype))
+        self.steps = _steps(footprint, placement, resolved.kv_dtype)
         self.head = [part for part in footprint.top if part.component != "embeddings"]
         # As if every GPU had layers: more memory may spread them over more GPUs, and is not to cost a hop for that.
         self.hops = len(machine.gpus) + 1 if set(placement.layer_device) != {CPU} else 0
+
+    @cached_property
+    def mtp(self) -> _Step:
+        """The MTP layer of a model that has one."""
+        return _mtp_step(self.footprint, self.placement, self.resolved.kv_dtype)
 
     @property
     def hit_rate(self) -> float | None:
@@ -285,9 +295,8 @@ class PlacedModel:
         }
 
     def _speculate(self, s: Speeds, drafts: int) -> _Clock:
-        assert self.footprint.mtp is not None
         clock = self.decode(s, 0, rows=drafts + 1)
-        step, mtp = _mtp_step(self.footprint, self.placement, self.resolved.kv_dtype), _Clock()
+        step, mtp = self.mtp, _Clock()
         if step.device == CPU:
             self._decode_on_cpu(mtp, s, step, 1, 0, 1)
         else:
@@ -360,33 +369,35 @@ class PlacedModel:
         return "modelled" if "modelled" in used else "measured"
 
 
-def _steps(footprint: Footprint, placement: Placement, kv_dtype: str) -> Iterable[_Step]:
-    kv, nothing = footprint.kv_bytes[kv_dtype], (0,) * len(footprint.layers)
+def _steps(footprint: Footprint, placement: Placement, kv_dtype: str) -> dict[_Step, int]:
+    """The layers as they are placed, and how many are alike."""
+    layers = {id(layer): layer for layer in footprint.layers}  # alike ones are mostly one: told apart without a look
+    steps: dict[_Step, int] = {}
+    for (layer, *rest), count in Counter(_placed(footprint, placement, kv_dtype)).items():
+        step = _Step(layers[layer], footprint.hit_curve, *rest)
+        steps[step] = steps.get(step, 0) + count
+    return steps
+
+
+def _placed(footprint: Footprint, placement: Placement, kv_dtype: str) -> list[tuple[int, ...]]:
+    """For each decoder layer its id and what a _Step has from ``device`` on."""
+    num_layers, kv = len(footprint.layers), footprint.kv_bytes[kv_dtype]
+    nothing = (0,) * num_layers
     index_kv, index_flops = footprint.index_kv_bytes.get(kv_dtype, nothing), footprint.index_flops or nothing
-    numbers = [nbytes // 2 for nbytes in footprint.kv_bytes["bf16"]]
     index_numbers = [nbytes // 2 for nbytes in footprint.index_kv_bytes.get("bf16", nothing)]
-    for i, layer in enumerate(footprint.layers):
-        yield _Step(
-            layer,
-            placement.layer_device[i],
-            placement.gpu_experts[i],
-            placement.ram_experts[i] + placement.ram_slots[i],
-            placement.nvme_experts[i],
-            kv[i],
-            footprint.attention_flops[i],
-            index_kv[i],
-            index_flops[i],
-            numbers[i] - index_numbers[i],
-            index_numbers[i],
-            footprint.hit_curve,
-        )
+    numbers = [nbytes // 2 - own for nbytes, own in zip(footprint.kv_bytes["bf16"], index_numbers, strict=True)]
+    in_ram = [homes + slots for homes, slots in zip(placement.ram_experts, placement.ram_slots, strict=True)]
+    columns = (map(id, footprint.layers), placement.layer_device, placement.gpu_experts, in_ram, placement.nvme_experts)
+    more = (kv, footprint.attention_flops, index_kv, index_flops, numbers, index_numbers)
+    return list(zip(*columns, *more, strict=False))  # a placement may have the MTP layer behind these
 
 
 def _mtp_step(footprint: Footprint, placement: Placement, kv_dtype: str) -> _Step:
     """The MTP layer as it is placed, or as it would be: all of it beside the last layer."""
     layer, last = footprint.mtp, len(footprint.layers)
     assert layer is not None
-    like = list(_steps(footprint, placement, kv_dtype))[-1]  # its attention is that of the decoder layers
+    _, *rest = _placed(footprint, placement, kv_dtype)[-1]
+    like = _Step(footprint.layers[-1], footprint.hit_curve, *rest)  # its attention is that of the decoder layers
     device = placement.layer_device[-1]
     if len(placement.layer_device) > last:
         gpu, nvme = placement.gpu_experts[last], placement.nvme_experts[last]

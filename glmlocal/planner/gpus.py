@@ -112,6 +112,22 @@ _STRIX_HALO = ("strixhalo", "8060s", "max395", "ryzenmax395", "ryzenmax395w8060s
 #   MI325X (6 TB/s, PCIe 5 x16)  wiaix.com/amd-instincttm-mi325x-accelerators
 #   RX 7900 XTX, XT              guru3d.com/review/xfx-radeon-rx-7900-xtx-magair-review/page-4
 #   RX 9070 XT (640 GB/s)        multiplayer.it/notizie/amd-radeon-rx-9070-xt-rx-9070-specifiche.html
+# and in December 2026 these, which all agreed:
+#   RTX A5000 (768 GB/s)         topcpu.net/en/gpu-c/tesla-t4-vs-rtx-a5000
+#   RTX A4000, A40 (bandwidth)   cpu-gpu.alldbin.com/graphics-card-comparison/RTX-A40-and-RTX-A4000-comparison.html
+#   RTX 5000, 4000 Ada           topcpu.net/en/gpu-c/rtx-4000-ada-generation-vs-rtx-5000-ada-generation (bandwidth);
+#                                hmc-tech.com/gpu/nvidia-rtx-5000-ada-vs-nvidia-rtx-4000-ada (rates)
+#   RTX 4500 Ada (432 GB/s)      askgeek.io/es/gpus/NVIDIA/RTX-4500-Ada-Generation
+#   RTX 5060 (bandwidth, lanes)  utechway.com/nvidia-confirms-rtx-5060-series-specs; tochka.by/articles/technology/…
+#   RTX 3060, 3090 Ti            cpu-gpu.alldbin.com/graphics-card-comparison/GeForce-RTX-3090-Ti-and-GeForce-RTX-3060-…
+#   RTX 3080 12GB (912 GB/s)     sysrqmts.com/tr/gpus/compare/nvidia-geforce-rtx-3080-12-gb-vs-nvidia-rtx-a4000
+#   RTX 3060 Ti (448 GB/s)       cputronic.com/gpu/compare/nvidia-geforce-rtx-3060-ti-vs-…
+#   H100 NVL (94 GB, 3.93 TB/s)  grokipedia.com/page/210100120
+#   A30 (165 TFLOP/s)            calwoo.github.io/notes/concepts/deep-learning-engineering/nvidia-gpu-hardware
+#   MI50 (1024 GB/s, PCIe 4)     en.wikipedia.org/wiki/Radeon_Instinct
+#   MI350X, MI355X (8 TB/s)      gangliao.me/blog/2026/amd-gpu-architecture-deep-dive
+#   RX 6900 XT (rates)           fpsbench.com/compare/gpu/amd-radeon-rx-6900-xt-vs-amd-radeon-rx-vega-56
+#   PRO W7900 (864 GB/s)         itcreations.com/amd-gpu/amd-radeon-pro-w7900-gpu
 # The others rest on the datasheets alone: no page that lists them without sparsity was found again.
 SPECS: tuple[Spec, ...] = (
     # NVIDIA H100 datasheet (SXM5, PCIe, NVL); memory from nvidia-smi, as are all lines' of NVIDIA.

@@ -83,6 +83,8 @@ def _count(part: str, whole: str) -> tuple[int, str]:
     """``2xH100`` → (2, "H100"). A name that begins like a count, 7900XT, has more digits than a count may."""
     if not part:
         raise ConfigError(f"--gpus {whole[:80]!r} has nothing between two commas or at an end; {_GPUS_EXAMPLES}")
+    if part.casefold() in ("none", "auto"):
+        raise ConfigError(f"--gpus {whole[:80]!r}: {part.casefold()} stands alone; {_GPUS_EXAMPLES}")
     match = _COUNT.fullmatch(part)
     if match is None:
         return 1, part

@@ -7,7 +7,9 @@ Every rule is monotone: more memory never moves a layer, nor an expert, to a slo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 
 _STEPS = 16  # of a bisection over how full a GPU is: to 2e-5 of its memory
 
@@ -17,16 +19,34 @@ def pack(loads: Sequence[int], budgets: Sequence[float]) -> list[int] | None:
 
     No other contiguous split in this order fits where this one does not.
     """
+    return _pack(_runs(loads), budgets)
+
+
+def _runs(loads: Sequence[int]) -> list[tuple[int, int]]:
+    """Loads and how many of the same follow one another: most layers are alike."""
+    return [(load, len(list(run))) for load, run in groupby(loads)]
+
+
+def _pack(runs: Sequence[tuple[int, int]], budgets: Sequence[float]) -> list[int] | None:
     owners: list[int] = []
     device, used = 0, 0
-    for load in loads:
-        while device < len(budgets) and used + load > budgets[device]:
-            device, used = device + 1, 0
-        if device == len(budgets):
-            return None
-        used += load
-        owners.append(device)
+    for load, left in runs:
+        while left:
+            if device == len(budgets):
+                return None
+            taken = _most(load, left, budgets[device] - used)
+            if taken == 0:
+                device, used = device + 1, 0
+            owners += [device] * taken
+            used, left = used + taken * load, left - taken
     return owners
+
+
+def _most(load: int, count: int, room: float) -> int:
+    """How many of ``count`` such loads there is room for."""
+    if room >= load * count:
+        return count
+    return int(room // load) if room >= load > 0 else 0
 
 
 def spread(loads: Sequence[int], budgets: Sequence[int], rates: Sequence[float]) -> list[int] | None:
@@ -49,12 +69,12 @@ def level(loads: Sequence[int], budgets: Sequence[int]) -> list[int]:
 
 def _level(loads: Sequence[int], full: Sequence[int], shared: Sequence[int], most: float) -> list[int]:
     """The first devices full, the others up to the same least fraction (at most ``most``, which is enough)."""
-    low, high = 0.0, most
+    low, high, runs = 0.0, most, _runs(loads)
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        fits = pack(loads, [*full, *(budget * middle for budget in shared)]) is not None
+        fits = _pack(runs, [*full, *(budget * middle for budget in shared)]) is not None
         low, high = (low, middle) if fits else (middle, high)
-    owners = pack(loads, [*full, *(budget * high for budget in shared)])
+    owners = _pack(runs, [*full, *(budget * high for budget in shared)])
     assert owners is not None, "most is enough"
     return owners
 
@@ -64,10 +84,10 @@ def fill(sizes: Sequence[int], counts: Sequence[int], free: int) -> list[int]:
 
     The chance that an expert is there rises steeply at first and ever more slowly then: even shares are the fastest.
     """
-    low, high = 0, max(counts, default=0)
+    low, high, alike = 0, max(counts, default=0), Counter(zip(sizes, counts, strict=True))
     while low < high:  # the number of whole rounds
         middle = (low + high + 1) // 2
-        needed = sum(size * min(middle, count) for size, count in zip(sizes, counts, strict=True))
+        needed = sum(layers * size * min(middle, count) for (size, count), layers in alike.items())
         low, high = (middle, high) if needed <= free else (low, middle - 1)
     given = [min(low, count) for count in counts]
     free -= sum(size * number for size, number in zip(sizes, given, strict=True))

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 
 from glmlocal.models.footprint import Footprint, Layer, Part
 from glmlocal.planner import layers
@@ -89,6 +90,10 @@ class Demand:
             return False
         memory = sum(self.gpu_free_bytes(gpu) for _, gpu in self.gpus) + self.ram_bytes
         return sum(self.weights.full) > memory
+
+    @cached_property
+    def laid_out(self) -> Callable[[int], Layout]:
+        return cache(partial(_first_that_fits, self))
 
     @property
     def needs_gpus(self) -> bool:
@@ -195,7 +200,14 @@ def pace(demand: Demand, kv_tokens: int) -> float:
 
 
 def lay_out(demand: Demand, kv_tokens: int) -> Layout:
-    """Place everything beside a KV pool of so many tokens. What does not fit shows as a device with too much."""
+    """Place everything beside a KV pool of so many tokens. What does not fit shows as a device with too much.
+
+    The demand remembers it: searches for a context ask for the same again.
+    """
+    return demand.laid_out(kv_tokens)
+
+
+def _first_that_fits(demand: Demand, kv_tokens: int) -> Layout:
     first: Layout | None = None
     for layout in layouts(demand, kv_tokens):  # the others are not made where one fits
         if layout.fits:
@@ -366,20 +378,24 @@ def _gpu_devices(demand: Demand, placement: Placement, kv_tokens: int) -> list[D
 def _weight_lines(demand: Demand, mine: Sequence[int], experts: Sequence[int], *, head: bool) -> list[Line]:
     """Weights of the layers ``mine`` by component and scheme, without the embedding table."""
     num_layers = len(demand.footprint.layers)
-    parts = [part for i in mine if i < num_layers for part in demand.footprint.layers[i].parts]
+    layers_here = demand.footprint.layers
+    alike = Counter(id(layers_here[i].parts) for i in mine if i < num_layers)  # nearly all are: faster added up
+    parts = {id(layers_here[i].parts): layers_here[i].parts for i in mine if i < num_layers}
+    counted = [(part, alike[key]) for key, some in parts.items() for part in some]
     if head:
-        parts += [part for part in demand.footprint.top if part.component != "embeddings"]
-    lines = _part_lines(demand, parts)
+        counted += [(part, 1) for part in demand.footprint.top if part.component != "embeddings"]
+    lines = _part_lines(demand, counted)
     if any(i >= num_layers for i in mine):
-        lines += _part_lines(demand, demand.chain[-1].parts, "MTP ")
+        lines += _part_lines(demand, [(part, 1) for part in demand.chain[-1].parts], "MTP ")
     return lines + _expert_lines(demand, mine, experts)
 
 
-def _part_lines(demand: Demand, parts: Iterable[Part], prefix: str = "") -> list[Line]:
+def _part_lines(demand: Demand, parts: Iterable[tuple[Part, int]], prefix: str = "") -> list[Line]:
+    """Of parts and how many there are of each."""
     totals: dict[tuple[str, str], int] = {}
-    for part in parts:
+    for part, count in parts:
         component = "weights" if part.component == "mtp" else part.component
-        totals[component, part.scheme] = totals.get((component, part.scheme), 0) + part.nbytes
+        totals[component, part.scheme] = totals.get((component, part.scheme), 0) + count * part.nbytes
     return [
         Line(f"{prefix}{component}, {scheme}", nbytes, _basis(demand), "sum over the layers that live here")
         for (component, scheme), nbytes in totals.items()
@@ -392,10 +408,11 @@ def _expert_lines(
 ) -> list[Line]:
     """Experts of the layers ``mine``, ``counts`` of each layer of the chain."""
     totals: dict[tuple[str, str], list[int]] = {}
-    for i in mine:
-        expert = demand.chain[i].expert
+    chain, num_layers = demand.chain, len(demand.footprint.layers)
+    for i in mine if any(counts) else ():
+        expert = chain[i].expert
         if expert is not None and counts[i]:
-            name = f"MTP {what}" if i >= len(demand.footprint.layers) else what
+            name = f"MTP {what}" if i >= num_layers else what
             sums = totals.setdefault((name, expert.scheme), [0, 0])
             sums[0] += counts[i]
             sums[1] += counts[i] * expert.nbytes

@@ -7,7 +7,7 @@ Every "auto" is resolved here and nowhere later.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from glmlocal.errors import ConfigError, PlanError
@@ -47,6 +47,39 @@ def plan(
     """
     found = _with_max_context(*_solve(footprint, machine, wants, efficiency))
     return _advised(found, footprint, alternatives) if with_advice else found
+
+
+def plan_all(footprints: Iterable[Footprint], machine: Machine, wants: Wants) -> list[Plan | ConfigError]:
+    """Plans for a table, without advice and with the forecast in brief; the error instead where a wish cannot be met.
+
+    Models that differ in nothing but their names and files, as GLM-4.5 and 4.7 do, are solved once.
+    """
+    solved: dict[tuple[object, ...], list[tuple[Footprint, Plan | ConfigError]]] = {}
+    out = []
+    for footprint in footprints:
+        known = solved.setdefault((footprint.layers, footprint.top, footprint.mtp), [])
+        alike = replace(footprint, name="", file_bytes=0)
+        found = next((result for other, result in known if other == alike), None)
+        if found is None:
+            try:
+                found = _with_max_context(*_solve(footprint, machine, wants, DEFAULT, in_brief=True))
+            except ConfigError as error:  # a context beyond its limit, drafts without an MTP layer
+                found = error
+            known.append((alike, found))
+        out.append(found if isinstance(found, ConfigError) else _named(found, footprint))
+    return out
+
+
+def _named(found: Plan, footprint: Footprint) -> Plan:
+    """The plan of another model that is like it in everything but its name and files."""
+    short = found.shortfall
+    return replace(
+        found,
+        name=footprint.name,
+        download_bytes=footprint.file_bytes,
+        disk_bytes=footprint.file_bytes + found.disk_bytes - found.download_bytes,
+        shortfall=short and replace(short, text=footprint.name + short.text.removeprefix(found.name)),
+    )
 
 
 def _with_max_context(found: Plan, demand: Demand, layout: Layout) -> Plan:
@@ -93,7 +126,9 @@ def _best(plans: Sequence[Plan]) -> Plan:
     return min(plans, key=lambda each: sum(device.used_bytes for device in each.devices))
 
 
-def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Efficiency) -> tuple[Plan, Demand, Layout]:
+def _solve(
+    footprint: Footprint, machine: Machine, wants: Wants, efficiency: Efficiency, *, in_brief: bool = False
+) -> tuple[Plan, Demand, Layout]:
     """A plan without its largest context and advice, and what it was made of."""
     _check(footprint, wants)
     demand, context, kv_tokens, layout = _resolve(footprint, machine, wants)
@@ -111,7 +146,7 @@ def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Eff
     tried = layout  # whose tiers the largest context is of
     if layout.fits and not layout.is_fast:
         layout = _fastest(demand, resolved, efficiency)
-    fits = layout.fits
+    fits, placement = layout.fits, layout.placement
     pack_bytes = sum(device.used_bytes for device in layout.devices if device.kind == "nvme")
     found = Plan(
         name=footprint.name,
@@ -127,9 +162,9 @@ def _solve(footprint: Footprint, machine: Machine, wants: Wants, efficiency: Eff
         machine=machine,
         wants=wants,
         resolved=resolved,
-        placement=layout.placement if fits else None,
+        placement=placement if fits else None,
         devices=layout.devices,
-        forecast=forecast(footprint, layout.placement, machine, resolved, efficiency) if fits else None,
+        forecast=forecast(footprint, placement, machine, resolved, efficiency, in_brief=in_brief) if fits else None,
         shortfall=None if fits else advise.shortfall(footprint, layout),
         advice=(),
     )
@@ -189,9 +224,7 @@ def _with_context(demand: Demand, most_pace: float) -> tuple[int, int, Layout]:
         if fast < least:
             fast = largest(least, lambda kv_tokens: holds(demand, kv_tokens))
     if fast < (wanted or least):
-        spilled = wanted or _largest(
-            min(limit, SPILL_CONTEXT), lambda most: lay_out(demand, _shared_pool(demand, most)).fits
-        )
+        spilled = wanted or _largest_spilled(demand, min(limit, SPILL_CONTEXT))
         context = spilled if spilled >= least else wanted or least
         kv_tokens = _shared_pool(demand, context)
         return context, kv_tokens, lay_out(demand, kv_tokens)
@@ -227,6 +260,13 @@ def _max_context(demand: Demand, layout: Layout) -> int:
     limit = demand.footprint.max_position_embeddings
     if layout.is_fast:
         return _largest(limit, lambda context: holds(demand, _least_pool(demand, context)))
+    return _largest_spilled(demand, limit)
+
+
+def _largest_spilled(demand: Demand, limit: int) -> int:
+    """The largest context that fits with experts outside the fastest tier."""
+    if demand.is_hopeless:
+        return 0
     return _largest(limit, lambda context: lay_out(demand, _shared_pool(demand, context)).fits)
 
 

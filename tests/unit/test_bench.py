@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from glmlocal.bench import Row, Spread
 from glmlocal.cli import bench as bench_command
 from glmlocal.cli import main as cli
 from glmlocal.cost import HEAD, ModelCost, Part
+from glmlocal.errors import PlanError
 from glmlocal.peaks import Peaks
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -95,6 +98,37 @@ def test_spread() -> None:
     assert Spread.of([1.0, 4.0, 2.0, 3.0]) == Spread(2.5, 1.0, 4.0, pytest.approx(1.2909944))
 
 
+@pytest.mark.parametrize(("fraction", "is_wrong"), [(0.99, False), (1.0, False), (1.01, True)])
+def test_more_than_a_ceiling_is_an_error(fraction: float, is_wrong: bool) -> None:
+    for row, ceiling in ((Row(8), "peak"), (Row(8, 4), "read bandwidth")):
+        error = bench.Measured(row, bench.Spread(1.0, 1.0, 1.0, 0.0), 1, 1.0, fraction).error
+        assert (error is not None) == is_wrong
+        assert not is_wrong or (ceiling in str(error) and row.name in str(error))
+
+
+def test_a_row_that_the_model_would_just_allow_is_left_out_for_memory() -> None:
+    row = Row(8)
+    fitting, skipped = bench.split([row], row.positions - 1, row.positions)
+    assert (fitting, [each.reason for each in skipped]) == ([], ["needs 9 tokens, memory allows a context of 8"])
+    assert bench.split([row], row.positions, row.positions) == ([row], [])
+    _, skipped = bench.split([row], 8, 8)
+    assert skipped[0].reason == "needs 9 tokens, the model's context is 8"
+
+
+@pytest.mark.parametrize("found", [0, 3, 5])
+def test_a_model_that_stops_early_is_not_timed(found: int) -> None:
+    class Short:
+        def generate(self, prompt: object, **options: object) -> Iterator[SimpleNamespace]:
+            return iter([SimpleNamespace(token_ids=(1,))] * found)
+
+    subject = bench.Model(Short())  # type: ignore[arg-type]
+    if found == 5:
+        assert min(subject.run([1], 5)) >= 0
+        return
+    with pytest.raises(PlanError, match=f"stopped after {found} of 5 tokens"):
+        subject.run([1], 5)
+
+
 def test_fractions_are_rates_over_ceilings() -> None:
     ceilings = Peaks(1, read_gb_per_s=2e-6, fp32_gflop_per_s=4e-5, int8_gop_per_s=None, read_bytes=1)
     prefill = bench.judge(Row(8), [5.0, 10.0, 15.0], COST, ceilings)
@@ -162,6 +196,13 @@ def test_the_cost_is_that_of_the_loaded_model(directory: Path) -> None:
     assert not any(part.is_integer for part in cost.parts)
     assert cost.kv_bytes_per_token == 3 * 2 * 2 * 16 * item_bytes
     assert (cost.num_layers, cost.num_attention_heads, cost.head_dim) == (3, 4, 16)
+
+
+def test_layers_for_speculation_are_no_part_of_the_cost(directory: Path) -> None:
+    with LLM(directory, context=64) as llm:
+        runner, cost = llm.engine.runner, bench.cost_of(llm)
+        runner.model = replace(runner.model, mtp=runner.model.layers[-1:])  # type: ignore[arg-type]
+        assert bench.cost_of(llm) == cost
 
 
 @pytest.mark.parametrize("activations", ["int8", "fp32"])

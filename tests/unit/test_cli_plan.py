@@ -606,3 +606,32 @@ def test_planning_takes_half_a_second_of_the_processor() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 1.0  # twice the promise: slower machines than ours
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--gpus", "8xH100"), "--gpus"),
+        (("--ram", "64GiB"), "--ram"),
+        (("--context", "4096"), "--context"),
+        (("--batch", "2"), "--batch"),
+        (("--quant", "int4"), "--quant"),
+        (("--no-offload",), "--no-offload"),
+        (("--cpu-offload-gb", "0"), "--cpu-offload-gb"),
+        (("--compare",), "--compare"),
+        (("--engine", "vllm"), "--engine"),
+    ],
+)
+def test_a_saved_plan_is_not_planned_anew(
+    more: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Options that would change it are refused, not ignored."""
+    file = tmp_path / "plan.json"
+    assert main(["plan", "GLM-4.5-Air-FP8", *H100S, "--ram", "64GiB", "--save", str(file)]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(file), "--explain"]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(file), *more]) != 0
+    error = capsys.readouterr().err
+    assert f"without {named};" in error
+    assert error.count("\n") == 1

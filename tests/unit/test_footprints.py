@@ -27,7 +27,8 @@ from glmlocal.formats.llama_cpp_types import tensor_type
 from glmlocal.kernels import cpu
 from glmlocal.kernels.reference import takes_int8
 from glmlocal.models.config import ModelConfig, expected_mtp_tensors, expected_tensors, optional_mtp_tensors
-from glmlocal.models.footprint import COMPONENTS, Footprint
+from glmlocal.models.footprint import COMPONENTS, Footprint, Layer, Part
+from glmlocal.models.footprint_parts import joined
 from glmlocal.models.footprints import of_checkpoint, of_release
 from glmlocal.models.held import held_bytes
 from glmlocal.paths import demo_dir
@@ -375,3 +376,20 @@ def test_planning_needs_no_torch() -> None:
     assert (
         subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=False).returncode == 0
     )
+
+
+def test_two_mtp_layers_are_one_with_the_experts_of_both() -> None:
+    parts = (Part("attention", "bf16", 3, 6, 6), Part("norms", "f32", 1, 4, 4))
+    layer = Layer(parts, Part("routed", "bf16", 5, 10, 10), 4)
+    both = joined([layer, layer])
+    assert both is not None
+    assert (both.num_experts, both.nbytes, both.params) == (8, 2 * layer.nbytes, 2 * layer.params)
+    assert [part.nbytes for part in both.parts] == [12, 8]
+    assert (joined([]), joined([layer])) == (None, layer)
+
+
+def test_what_is_downloaded_is_the_weights_and_the_text_files_beside_them() -> None:
+    release = catalogue.find("GLM-4.5-Air-BF16")
+    assert isinstance(release, Release)
+    footprint = of_release(release)
+    assert footprint.file_bytes == footprint.weights_bytes + 20_000_000

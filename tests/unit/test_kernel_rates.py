@@ -7,8 +7,10 @@ import time
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from glmlocal import calibrate
 from glmlocal.formats.forms import FORMS
@@ -16,11 +18,20 @@ from glmlocal.kernels import cpu
 from glmlocal.machine import kernel_rates
 from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate
 from glmlocal.planner.efficiency import kernel_class
+from glmlocal.skeleton import SMALL, TINY, Skeleton, SkeletonShape
 
 SMALL_ATTENTION = (
     calibrate.AttentionShape(8, 2, 64, context=64, prefill_context=80),
     calibrate.AttentionShape(4, 4, 32, context=64, prefill_context=80),
 )
+
+
+def cpu_memory(num_bytes: int) -> NDArray[np.uint8]:
+    from glmlocal.kernels.cpu.packing import record_buffer
+
+    return record_buffer(num_bytes)
+
+
 RATE = ProductRate((1, 4, 64), (16.0, 8.0, 1.0))
 
 
@@ -64,13 +75,33 @@ def test_every_form_runs_like_one_that_is_measured() -> None:
 
 
 @pytest.mark.skipif(not cpu.available, reason="measures native kernels")
+@pytest.mark.parametrize(("quick", "passes"), [(True, 1), (False, 2)])
+def test_all_is_measured_twice_unless_quick(quick: bool, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A while of disturbance is then half of what is kept, not all of it."""
+    made: list[KernelRates] = []
+
+    def once(*rest: object) -> KernelRates:
+        made.append(KernelRates("x", {}, {}, {}, {"int8": 1.0, "fp32": 1.0}, 1.0 + len(made)))
+        return made[-1]
+
+    monkeypatch.setattr(calibrate, "HIDDEN", 256)
+    monkeypatch.setattr(calibrate, "INTERMEDIATE", 128)
+    monkeypatch.setattr(calibrate, "MANY_OUT", 192)
+    monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 0)
+    monkeypatch.setattr(calibrate, "_measure_once", once)
+    found = calibrate.measure(quick=quick, schemes=("Q8_0",))
+    assert (len(made), found.token_s) == (passes, (1.0 + passes) / 2)
+
+
+@pytest.mark.skipif(not cpu.available, reason="measures native kernels")
 def test_measuring_finds_every_rate_and_survives_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "QUICK_SCHEMES", ("Q4_0", "bf16"))
     monkeypatch.setattr(calibrate, "HIDDEN", 256)
     monkeypatch.setattr(calibrate, "INTERMEDIATE", 128)
+    monkeypatch.setattr(calibrate, "MANY_OUT", 512)
     monkeypatch.setattr(calibrate, "ATTENTION", SMALL_ATTENTION)
     monkeypatch.setattr(calibrate, "CHUNK", 16)
-    monkeypatch.setattr(calibrate, "SMALL_HIDDEN", 64)
+    monkeypatch.setattr(calibrate, "SMALL", TINY)
     monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 0)
     steps: list[str] = []
     rates = calibrate.measure(quick=True, clock=time.process_time, on_step=steps.append)
@@ -82,7 +113,7 @@ def test_measuring_finds_every_rate_and_survives_json(monkeypatch: pytest.Monkey
     assert all(1e-7 <= seconds < 0.1 for seconds in rates.layer_s.values())
     assert rates.token_s < 1
     assert set(rates.row_s) == {"int8", "fp32"}
-    assert len(steps) == 4
+    assert len(steps) == 5
     again = kernel_rates.from_json(json.loads(json.dumps(kernel_rates.as_json(rates))))
     assert again == rates
 
@@ -90,15 +121,41 @@ def test_measuring_finds_every_rate_and_survives_json(monkeypatch: pytest.Monkey
 def test_a_clock_that_doubles_halves_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations are counted right: a call that takes a second by the clock does its own number of them."""
     ticks = iter(range(10_000))
-    best = calibrate._Turns(lambda: float(next(ticks)), most=1)
+    best = calibrate._Turns(lambda: float(next(ticks)))
     assert calibrate._attention_s("bf16", SMALL_ATTENTION[0], 1, best) == 1 / 64
     assert calibrate._attention_s("bf16", SMALL_ATTENTION[0], 16, best) == 1 / sum(range(80 - 16 + 1, 81))
     monkeypatch.setattr(calibrate, "HIDDEN", 256)
     monkeypatch.setattr(calibrate, "INTERMEDIATE", 128)
     monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 0)
-    product = calibrate._product("Q8_0", "int8", best)
+    monkeypatch.setattr(calibrate, "MANY_OUT", 320)
+    subject = calibrate._Subject.of("Q8_0", "int8")
+    product = calibrate._product(subject, cpu_memory(subject.nbytes), best)
     assert product.weights_per_s[0] == 8 * 3 * 256 * 128
     assert product.weights_per_s[4] == 4 * 3 * 256 * 128  # half of the experts
+    assert product.weights_per_s[-1] == 320 * 256  # one matrix, beyond what smoothing would make of it
+
+
+@pytest.mark.skipif(not cpu.available, reason="measures native kernels")
+def test_experts_are_copies_that_fill_memory_beyond_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in memory of its own: what is measured must be read from memory, and memory of one kind serves the next."""
+    monkeypatch.setattr(calibrate, "HIDDEN", 256)
+    monkeypatch.setattr(calibrate, "INTERMEDIATE", 128)
+    monkeypatch.setattr(calibrate, "MANY_OUT", 192)
+    monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 20 << 20)
+    subject = calibrate._Subject.of("Q8_0", "int8")
+    assert subject.nbytes >= 80 << 20 or subject.num_experts == 64 * calibrate.TOP_K
+    monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 0)
+    subject = calibrate._Subject.of("f32", "fp32")
+    assert subject.nbytes == subject.num_experts * 3 * 256 * 128 * 4
+    memory = cpu_memory(subject.nbytes + 4096)
+    experts = subject.experts(memory)
+    places = sorted(w.buffer.ctypes.data for group in (experts.gate, experts.up, experts.down) for w in group)
+    assert len(set(places)) == 3 * subject.num_experts
+    assert min(b - a for a, b in pairwise(places)) == 256 * 128 * 4
+    assert places[0] == memory.ctypes.data
+    for weight in (experts.gate[3], experts.up[-1]):
+        assert torch.equal(weight.dequantize(), subject.gate.dequantize())
+    assert torch.equal(experts.down[-1].dequantize(), subject.down.dequantize())
 
 
 def test_attention_goes_through_both_shapes_and_depends_on_how_many_heads_share_a_key() -> None:
@@ -117,12 +174,40 @@ def test_attention_that_was_disturbed_is_never_negative(first_s: float, second_s
     assert found.seconds(512.0, 2048.0) >= 0.999 * second_s
 
 
-def test_the_lower_quartile_counts_whatever_disturbs_the_others() -> None:
-    assert calibrate.lower_quartile([5.0, 1.0, 1.1, 9.0, 8.0, 1.05, 7.0, 6.0]) == 1.1
-    assert calibrate.lower_quartile([3.0]) == 3.0
+def test_the_mean_of_passes_is_that_of_their_seconds() -> None:
+    one, two = (
+        KernelRates(
+            "x",
+            {"Q4_0 int8": ProductRate((1, 4), (speed, speed / 2))},
+            {"bf16": AttentionCost(1 / speed, 2 / speed)},
+            {"bf16": AttentionCost(3 / speed, 4 / speed)},
+            {"int8": 5 / speed, "fp32": 6 / speed},
+            7 / speed,
+            {"int8": 8 / speed, "fp32": 9 / speed},
+        )
+        for speed in (1.0, 0.5)
+    )
+    mean = KernelRates.mean([one, two])
+    assert mean.products["Q4_0 int8"].weights_per_s == pytest.approx((1 / 1.5, 0.5 / 1.5))
+    assert mean.attention_decode["bf16"] == AttentionCost(1.5, 3.0)
+    assert mean.attention_prefill["bf16"] == AttentionCost(4.5, 6.0)
+    assert (mean.layer_s, mean.token_s) == ({"int8": 7.5, "fp32": 9.0}, 10.5)
+    assert mean.row_s == {"int8": 12.0, "fp32": 13.5}
+    assert KernelRates.mean([one]) == one
 
 
-def _turns(seconds: list[float], most: int) -> tuple[float, list[str]]:
+def test_the_median_of_the_turns_counts() -> None:
+    """The luckiest turn is not what a model sees, and the worst one is not either."""
+    now = [0.0]
+    seconds = iter([50.0, 5.0, 1.0, 3.0, 9.0, 2.0])
+
+    def call() -> None:
+        now[0] += next(seconds)
+
+    assert calibrate._Turns(lambda: now[0]).of([call], 5) == 3.0
+
+
+def _turns(seconds: list[float], times: int) -> tuple[float, list[str]]:
     """What is found of two calls that take turns and so many seconds, and who was called."""
     now, called = [0.0], []
 
@@ -130,15 +215,15 @@ def _turns(seconds: list[float], most: int) -> tuple[float, list[str]]:
         called.append(name)
         now[0] += seconds[min(len(called), len(seconds)) - 1]
 
-    best = calibrate._Turns(lambda: now[0], most=most)
-    return best.of([partial(call, "a"), partial(call, "b")], 4), called
+    turns = calibrate._Turns(lambda: now[0])
+    return turns.of([partial(call, "a"), partial(call, "b")], times), called
 
 
 def test_turns_end_when_they_agree_and_the_first_does_not_count() -> None:
-    found, called = _turns([50.0, 1.0, 1.0, 1.0, 1.0], most=10)
+    found, called = _turns([50.0, 1.0, 1.0, 1.0, 1.0], times=40)
     assert (found, called) == (1.0, ["a", "b", "a", "b", "a"])
-    found, called = _turns([50.0, 3.0, 1.0, 3.0, 1.0, 3.0, 3.0, 3.0, 3.0], most=2)
-    assert (found, len(called)) == (3.0, 9)  # they disagree: 4 · 2 turns
+    found, called = _turns([50.0, 3.0, 1.0, 3.0, 1.0, 3.0, 3.0, 3.0, 3.0], times=8)
+    assert (found, len(called)) == (3.0, 9)  # they disagree: 8 turns
 
 
 @pytest.mark.skipif(not cpu.available, reason="measures native kernels")
@@ -149,7 +234,7 @@ def test_attention_is_measured_over_pages_that_were_written(monkeypatch: pytest.
     monkeypatch.setattr(calibrate.kernels, "paged_attention", lambda *arguments: seen.append(arguments))
     monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 1 << 20)
     monkeypatch.setattr(calibrate, "CHUNK", 16)
-    calibrate._attention_s("fp8", SMALL_ATTENTION[0], new, calibrate._Turns(time.perf_counter, most=20))
+    calibrate._attention_s("fp8", SMALL_ATTENTION[0], new, calibrate._Turns(time.perf_counter))
     assert all(float(each.float().min()) == 1.0 for arguments in seen for each in arguments[1:3])
     blocks = [frozenset(arguments[3].flatten().tolist()) for arguments in seen]
     copies = min(64, 1 + 2 * (1 << 20) // (64 * 2 * 2 * 64)) if new == 1 else 1
@@ -159,7 +244,7 @@ def test_attention_is_measured_over_pages_that_were_written(monkeypatch: pytest.
 
 def test_short_calls_take_more_turns() -> None:
     """What disturbs the first milliseconds (threads that have not gone to sleep) must not be half of what is seen."""
-    found, called = _turns([*[3e-4] * 60, *[1e-4] * 400], most=1)
+    found, called = _turns([*[3e-4] * 60, *[1e-4] * 400], times=4)
     assert found == pytest.approx(1e-4)
     assert 100 < len(called) <= calibrate._MOST_TURNS + 1
 
@@ -175,7 +260,7 @@ def test_rounds_subtract_what_a_slower_while_adds() -> None:
     def second() -> None:
         now[0] += 3.0 * pace[0]
 
-    rounds = calibrate._Turns(lambda: now[0], most=1).rounds([first, second], 6)
+    rounds = calibrate._Turns(lambda: now[0]).rounds([first, second], 6)
     assert [round(b - a, 9) for a, b in rounds] == [1.0, 1.0, 5.0, 5.0, 1.0, 1.0]
 
 
@@ -190,12 +275,10 @@ def test_fp8_weights_that_are_measured_are_as_real_ones() -> None:
 
 @pytest.mark.skipif(not cpu.available, reason="measures native kernels")
 def test_what_a_chunk_costs_is_what_is_left_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, real = [0.0], calibrate.Skeleton
+    now = [0.0]
 
     class Fake:
         """Two seconds a layer."""
-
-        attention_work, layer_weights = staticmethod(real.attention_work), staticmethod(real.layer_weights)
 
         def __init__(self, layers: int, *rest: object) -> None:
             self.layers = layers
@@ -203,15 +286,15 @@ def test_what_a_chunk_costs_is_what_is_left_of_a_layer(monkeypatch: pytest.Monke
         def chunk(self, tokens: int) -> None:
             now[0] += 2.0 * self.layers
 
-    monkeypatch.setattr(calibrate, "SMALL_HIDDEN", 64)
+    monkeypatch.setattr(calibrate, "SMALL", TINY)
     monkeypatch.setattr(calibrate, "CHUNK", 16)
     monkeypatch.setattr(calibrate, "Skeleton", Fake)
-    weights = real.layer_weights(64)
+    weights = TINY.layer_weights
 
     def found(product_s: float, attention_s: float) -> float:
         rate = ProductRate((1, 16), (weights / product_s,) * 2)
         attention = AttentionCost(0.0, max(attention_s, 1e-9) / (4 * 64 * 16 * 17 / 2))
-        return calibrate._row_s("int8", calibrate._Turns(lambda: now[0], most=1), {"Q4_0 int8": rate}, attention)
+        return calibrate._row_s("int8", calibrate._Turns(lambda: now[0]), {"Q4_0 int8": rate}, attention)
 
     assert found(0.5, 0.0) == pytest.approx(1.5 / (16 * 64))
     assert found(0.5, 1.0) == pytest.approx(0.5 / (16 * 64))
@@ -222,3 +305,20 @@ def test_floats_meet_fp32_whatever_is_asked() -> None:
     rates = KernelRates("x", {"bf16 fp32": RATE}, {}, {}, {}, 1.0)
     assert rates.product("bf16", "int8") is RATE
     assert rates.product("Q4_0", "int8") is None
+
+
+@pytest.mark.parametrize("shape", [TINY, SMALL])
+def test_a_skeleton_has_the_weights_that_its_shape_says(shape: SkeletonShape) -> None:
+    asked: list[int] = []
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        asked.append(rows * columns)
+        return torch.full((rows, columns), 2.0**-8, dtype=torch.bfloat16)
+
+    skeleton = Skeleton(1, shape, matrix, vocab=64)
+    query, key, out, wide, tall = asked
+    assert shape.layer_weights == query + 2 * key + out + 9 * (2 * wide + tall)
+    keys = skeleton._engine.runner.kv_cache.layers[0].tensors.keys  # type: ignore[attr-defined]
+    assert shape.numbers == 2 * keys.shape[2] * keys.shape[3]
+    assert shape.operations == 4 * query // shape.hidden
+    skeleton.step()

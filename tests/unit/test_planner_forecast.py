@@ -8,7 +8,7 @@ import pytest
 
 from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate
 from glmlocal.planner.efficiency import DEFAULT, Efficiency, Speeds
-from glmlocal.planner.forecast import ACCEPTANCE, forecast
+from glmlocal.planner.forecast import ACCEPTANCE, PlacedModel, forecast
 from glmlocal.planner.hits import hit_rate
 from glmlocal.planner.machine import Nvme
 from glmlocal.planner.plan import Plan, Wants
@@ -337,3 +337,82 @@ def test_rates_of_kernels_count_for_the_threads_they_were_measured_with():
     assert (same.decode_tokens_per_s[0].basis, other.decode_tokens_per_s[0].basis) == ("measured", "modelled")
     plain = replace(hardware, cpu=replace(hardware.cpu, kernels=None, basis="modelled"))
     assert other == plan(air(**Q4), plain, Wants(threads=3)).forecast
+
+
+def placed(model, hardware, **wants) -> PlacedModel:
+    found = plan(model, hardware, Wants(**wants), with_advice=False)
+    return PlacedModel(model, found.placement, found.machine, found.resolved, IDEAL)
+
+
+def indexed(model, *, index_bytes: int, index_flops: int):
+    """With an indexer in every second layer whose keys are part of the cache, and a window, as GLM-5 has."""
+    has = [i % 2 == 0 for i in range(len(model.layers))]
+    own = {dtype: tuple(index_bytes if each else 0 for each in has) for dtype in ("bf16", "fp8")}
+    kv = {dtype: tuple(a + b for a, b in zip(model.kv_bytes[dtype], own[dtype], strict=True)) for dtype in own}
+    return replace(
+        model,
+        kv_bytes=kv,
+        index_kv_bytes=own,
+        index_flops=tuple(index_flops if each else 0 for each in has),
+        attention_window=256,
+        mtp=None,
+    )
+
+
+def test_layers_that_are_equal_but_not_one_are_counted():
+    """A checkpoint's layers are made one by one; a release's alike ones are one value."""
+    one, hardware = air(**INT4), machine(ram_gib=96)
+    apart = replace(one, layers=tuple(replace(layer) for layer in one.layers))
+    assert placed(apart, hardware).steps == placed(one, hardware).steps
+    assert sum(placed(apart, hardware).steps.values()) == 46
+
+
+def test_an_indexers_keys_are_counted_once():
+    model = indexed(air(**INT4), index_bytes=512, index_flops=1)
+    for step in placed(model, machine(ram_gib=96), context=4096).steps:
+        own = step.index_kv_numbers
+        assert own in (0, 256)
+        assert step.kv_numbers + own == 2048 + own  # 4096 bytes of bf16, and the indexer's
+        assert step.kv_bytes - step.index_kv_bytes == 4096
+
+
+def test_an_indexer_scores_every_pair_of_a_prompt_and_attention_those_in_its_window():
+    hardware = machine(ram_gib=96)
+    without, with_it = (indexed(air(**INT4), index_bytes=512, index_flops=flops) for flops in (0, 10**9))
+    seconds = {}
+    for tokens in (1, 2, 400):
+        clocks = (placed(model, hardware, context=4096) for model in (without, with_it))
+        first, second = (model.prefill(model.speeds[1], tokens).total for model in clocks)
+        seconds[tokens] = second - first
+    assert seconds[2] / seconds[1] == pytest.approx(3.0)
+    assert seconds[400] / seconds[1] == pytest.approx(400 * 401 / 2)
+
+
+def test_attention_of_the_mtp_layer_is_that_of_the_last():
+    model = air("fp8_channel", 8)
+    model = replace(model, attention_flops=(1,) * 45 + (7,))
+    assert placed(model, machine(H200)).mtp.attention_flops == 7
+
+
+def test_measured_rates_have_a_range_of_their_own():
+    """Products, attention, layers, rows of a chunk and the token alike: 0.87 to 1.13 of the rates."""
+    kernels = KernelRates(
+        "x",
+        {"Q4_0 int8": ProductRate((1,), (1e9,))},
+        {"bf16": AttentionCost(1e-9, 0.0)},
+        {"bf16": AttentionCost(2e-9, 0.0)},
+        {"int8": 1e-3, "fp32": 2e-3},
+        3e-3,
+        {"int8": 4e-9, "fp32": 5e-9},
+    )
+    hardware = machine(ram_gib=96)
+    hardware = replace(hardware, cpu=replace(hardware.cpu, kernels=kernels, basis="measured"))
+    for guess, part in enumerate(DEFAULT.measured):
+        speeds = Speeds(hardware, DEFAULT, guess)
+        assert sum(speeds.product("int4", 1.0, 1e9, 1, is_integer=True)) == pytest.approx(1.0 / part)
+        assert speeds.attention("bf16", 10**9, 0, in_prefill=False) == pytest.approx(1.0 / part)
+        assert speeds.attention("bf16", 10**9, 0, in_prefill=True) == pytest.approx(2.0 / part)
+        assert speeds.layer_s("int8") == pytest.approx(1e-3 / part)
+        assert speeds.row_s("fp32") == pytest.approx(5e-9 / part)
+        assert speeds.token_s == pytest.approx(3e-3 / part)
+    assert DEFAULT.measured[0] < DEFAULT.measured[1] == 1.0 < DEFAULT.measured[2]

@@ -175,7 +175,9 @@ def test_a_link_replaces_the_cards_own_but_not_shared_memory() -> None:
         ("-1GiB@900", "is negative"),
         ("２xH100", "no GPU"),
         ("-2xH100", "asks for -2 GPUs"),
-        ("auto,H100", "no GPU 'auto'"),
+        ("2xH100,none", "none stands alone"),
+        ("Auto, 2xH100", "auto stands alone"),
+        ("auto,H100", "auto stands alone"),
     ],
 )
 def test_bad_gpus_are_refused_in_one_line(text: str, message: str) -> None:

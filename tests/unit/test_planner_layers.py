@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from glmlocal.planner import layers
 
-LOADS = st.lists(st.integers(1, 50), min_size=1, max_size=9)
+LOADS = st.lists(st.sampled_from([7, 20]) | st.integers(1, 50), min_size=1, max_size=9)  # many alike, as layers are
 BUDGETS = st.lists(st.integers(1, 120), min_size=1, max_size=4)
 
 
@@ -26,6 +26,7 @@ def test_pack_finds_a_split_whenever_there_is_one(loads, budgets):
     owners = layers.pack(loads, budgets)
     assert (owners is not None) == possible
     if owners is not None:
+        assert len(owners) == len(loads)
         assert owners == sorted(owners)
         assert not layers.over(loads, owners, budgets)
 
@@ -63,3 +64,20 @@ def test_more_room_never_takes_an_expert_away(sizes_and_counts, free, more):
     missing = [s for s, n, c in zip(sizes, before, counts, strict=True) if n < c]
     if missing:  # no room is left for the largest of those that did not get in
         assert free - sum(s * n for s, n in zip(sizes, before, strict=True)) < max(missing)
+
+
+@given(st.lists(st.sampled_from([0, 7, 20]) | st.integers(0, 50), max_size=12), BUDGETS)
+def test_pack_gives_every_device_as_much_as_it_can_hold(loads, budgets):
+    """One layer after the other, as it is done with many alike at once; the last device takes all that is left."""
+    device, used, wanted = 0, 0, []
+    for load in loads:
+        while device < len(budgets) and used + load > budgets[device]:
+            device, used = device + 1, 0
+        wanted.append(device)
+        used += load
+    assert layers.pack(loads, [*budgets, float("inf")]) == wanted
+
+
+def test_fill_counts_layers_that_are_alike():
+    assert layers.fill([10, 10, 10, 3], [4, 4, 4, 4], 70) == [2, 2, 2, 2]
+    assert layers.fill([10, 10, 10, 3], [4, 4, 4, 4], 80) == [3, 2, 2, 2]

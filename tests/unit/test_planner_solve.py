@@ -13,7 +13,7 @@ from glmlocal import catalogue
 from glmlocal.errors import ConfigError, PlanError
 from glmlocal.models.footprint import Footprint
 from glmlocal.models.footprints import of_release
-from glmlocal.planner import solve
+from glmlocal.planner import ledger, solve
 from glmlocal.planner.machine import Nvme
 from glmlocal.planner.plan import CPU, Plan, Wants
 from glmlocal.planner.solve import choose, plan
@@ -351,7 +351,7 @@ def test_choose_takes_the_finest_that_needs_no_nvme():
 def test_choosing_places_no_model_twice_and_none_below_the_chosen(ram_gib, placed, monkeypatch):
     """What keeps `glmlocal plan FAMILY` below half a second: a whole forecast is dear."""
     forecasts, real = [], solve.forecast
-    monkeypatch.setattr(solve, "forecast", lambda *args: forecasts.append(args) or real(*args))
+    monkeypatch.setattr(solve, "forecast", lambda *args, **how: forecasts.append(args) or real(*args, **how))
     models = [air(), air(**INT8), air(**INT4)]
     choose(models, machine(ram_gib=ram_gib, nvme=DISK), Wants())
     assert len(forecasts) <= placed
@@ -400,3 +400,48 @@ def test_planning_the_largest_takes_a_blink(count):
         plan(model, hardware, Wants())
         spent.append(time.process_time() - start)
     assert min(spent) < 0.4  # 0.03 where nothing else runs; neighbours slow a core down too
+
+
+@pytest.mark.parametrize(
+    "hardware",
+    [machine(H100, H100), machine(RTX4090, ram_gib=96, nvme=DISK), machine(ram_gib=48), machine(ram_gib=48, nvme=DISK)],
+)
+def test_a_table_has_the_plans_that_each_release_alone_gets(hardware, monkeypatch):
+    """But for the parts of the forecast that no table shows; and what is alike is solved once."""
+    names = ("GLM-4.5-FP8", "GLM-4.7-FP8", "GLM-4.6-FP8", "GLM-4.5-Air-BF16", "GLM-4.5-Air-Base-BF16", "GLM-5-FP8")
+    models, solved, real = [released(name) for name in names], [], solve._solve
+    models[1] = replace(models[1], file_bytes=models[1].file_bytes + 5)
+    monkeypatch.setattr(solve, "_solve", lambda *args, **how: solved.append(args[0].name) or real(*args, **how))
+    table = solve.plan_all(models, hardware, Wants())
+    assert solved == ["GLM-4.5-FP8", "GLM-4.7-FP8", "GLM-4.5-Air-BF16", "GLM-5-FP8"]  # 4.6's limit is 4.7's
+    for model, found in zip(models, table, strict=True):
+        alone = plan(model, hardware, Wants(), with_advice=False)
+        assert replace(found, forecast=None) == replace(alone, forecast=None)
+        if alone.forecast is not None:
+            assert found.forecast.decode_tokens_per_s == {0: alone.forecast.decode_tokens_per_s[0]}
+            assert found.forecast.prefill_tokens_per_s == alone.forecast.prefill_tokens_per_s
+            assert (found.forecast.hit_rate, found.forecast.drafts_tokens_per_s) == (alone.forecast.hit_rate, {})
+
+
+def test_a_table_says_of_each_release_what_rules_it_out():
+    fitting, refused = solve.plan_all(
+        [released("GLM-4.6-FP8"), released("GLM-4.5-FP8")], machine(), Wants(context=150_000)
+    )
+    assert isinstance(fitting, Plan)
+    assert isinstance(refused, ConfigError)
+    assert "131072" in str(refused)
+
+
+def test_no_layout_is_made_twice(monkeypatch):
+    """What keeps the list of all releases quick: the search for a context and the plan ask for the same."""
+    made, real = [], ledger._first_that_fits
+    monkeypatch.setattr(ledger, "_first_that_fits", lambda demand, tokens: made.append(tokens) or real(demand, tokens))
+    plan(released("GLM-4.5-FP8"), machine(RTX4090, ram_gib=512), Wants(), with_advice=False)
+    assert len(made) == len(set(made))
+
+
+def test_what_no_memory_holds_is_not_searched_for_a_context(monkeypatch):
+    made, real = [], ledger._first_that_fits
+    monkeypatch.setattr(ledger, "_first_that_fits", lambda demand, tokens: made.append(tokens) or real(demand, tokens))
+    found = plan(released("GLM-5-BF16"), machine(H100), Wants(), with_advice=False)
+    assert (found.fits, found.max_context, len(made)) == (False, 0, 1)

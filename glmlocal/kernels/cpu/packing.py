@@ -106,9 +106,9 @@ def unpack(weight: PackedWeight) -> Tensor | QuantizedMatrix:
     return _unpack_dense(weight) if weight.scheme is None else _unpack_quantized(weight, weight.scheme)
 
 
-def duplicate(weight: PackedWeight) -> PackedWeight:
-    """The same matrix once more, elsewhere in memory: for measurements that must not find it in a cache."""
-    buffer = _cpu.allocate(weight.nbytes)
+def duplicate(weight: PackedWeight, buffer: NDArray[np.uint8]) -> PackedWeight:
+    """The same matrix once more, in ``buffer`` of as many bytes (64-byte aligned): for measurements that must not find
+    it in a cache."""
     buffer[:] = weight.buffer
     form = _Form(weight.format, weight.kind, weight.scheme)
     return _bind(form, weight.layout, buffer, "int8" if weight.int8_activations else "fp32")
