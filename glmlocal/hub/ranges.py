@@ -159,9 +159,8 @@ class Fetcher:
             fetch for fetch, tasks in self._tasks.items() if tasks and (self._allowed > 1 or fetch.recent is not None)
         ]
         fetch = min(waiting[: self._num_hashed], key=lambda each: each.num_running, default=None)
-        if fetch is None or self._running >= self.options.connections:
-            return None
-        return fetch if self._running < self._allowed or not fetch.num_running else None
+        is_allowed = fetch is not None and (self._running < self._allowed or not fetch.num_running)
+        return fetch if is_allowed else None
 
     def _count(self, busy_s: float, network_s: float) -> None:
         """Of the time that went into receiving, look at what the network was waited for: more requests may help."""

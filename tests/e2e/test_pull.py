@@ -218,6 +218,7 @@ def test_killed_at_every_step_of_marking_placing_and_publishing(server: HubServe
         kills += 1
     assert kills >= 10
     assert visible_files(hf_cache(home)) == WANTED
+    assert list(hf_cache(home).glob("models--*/refs/main"))
     assert all(path.suffix == ".unsynced" for path in hf_cache(home).glob("models--*/.glmlocal/*"))
 
 

@@ -68,7 +68,7 @@ class HubServer:
         self.page_size = page_size
         self.repos: dict[str, Repo] = {}
         self.faults: dict[str, list[Fault]] = defaultdict(list)
-        self.served: dict[str, list[tuple[int, int]]] = defaultdict(list)  # bytes that left, per path
+        self._served: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self.requests: list[tuple[str, str, dict[str, str]]] = []  # method, target, headers
         self.sending = 0  # answers that are not counted in ``served`` yet
         self.lock = threading.Lock()
@@ -137,13 +137,17 @@ class HubServer:
 
     def forget_served(self) -> None:
         """Count from here; what is still on its way belongs to before."""
-        self.served = defaultdict(list)
+        self._served = defaultdict(list)
 
-    def served_bytes(self, path: str) -> int:
-        """Of all answers so far; those that are just ending are waited for."""
-        deadline = time.monotonic() + 5
+    @property
+    def served(self) -> dict[str, list[tuple[int, int]]]:
+        """The bytes that left, per path. Answers that are just ending are waited for."""
+        deadline = time.monotonic() + 2
         while self.sending and time.monotonic() < deadline:
             time.sleep(0.005)
+        return self._served
+
+    def served_bytes(self, path: str) -> int:
         return sum(end - begin for begin, end in self.served[path])
 
 
@@ -345,7 +349,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, path: str, content: Content, headers: Mapping[str, str]) -> None:
         hub = self.server.hub
-        served = hub.served
+        served = hub._served
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         part = (int(wanted[1]), int(wanted[2] or 1 << 60) + 1) if wanted else (0, 1 << 60)
         fault = (hub.fault(path, part=part) if self.command == "GET" else None) or Fault(0)

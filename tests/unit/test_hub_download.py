@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from glmlocal.errors import DownloadError
-from glmlocal.hub import download, partial, pull, unsynced
+from glmlocal.hub import download, partial, pull, ranges, unsynced
 from glmlocal.hub.cache import RepoCache
 from glmlocal.hub.download import Progress
 from glmlocal.hub.listing import Hub
@@ -153,7 +153,11 @@ def test_what_passes_is_tried_again(fault: dict[str, Any], server: HubServer, ca
     assert visible_files(cache) == WANTED
 
 
-def test_retry_after_is_honoured_by_all_connections(server: HubServer, cache: Path) -> None:
+def test_retry_after_is_honoured_by_all_connections(
+    server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "_WAITING", -1.0)  # all of them from the start
+    monkeypatch.setattr(ranges, "_LOOK_AT_S", 0.0)
     server.fail(BIG, status=429, headers={"Retry-After": "1"})
     server.fail(BIG, bytes_per_s=50_000, times=8)  # so that the others are still at it
     times: list[float] = []
@@ -185,6 +189,13 @@ def test_a_dropped_connection_goes_on_where_it_was(server: HubServer, cache: Pat
     server.fail(BIG, cut_after=10_000, times=3)
     fetch(huggingface(server, cache))
     assert server.served_bytes(BIG) <= len(FILES[BIG]) + 3 * 65536  # at most what was on its way
+
+
+def test_patience_is_counted_from_the_last_new_byte(server: HubServer, cache: Path) -> None:
+    """More broken connections than attempts, each of which brought something."""
+    server.fail(BIG, cut_after=10_000, times=6)
+    fetch(huggingface(server, cache), options=replace(QUICK, connections=1, range_bytes=1 << 20))
+    assert visible_files(cache) == WANTED
 
 
 def test_an_expired_address_of_the_cdn_is_asked_for_again(server: HubServer, cache: Path) -> None:
@@ -309,6 +320,13 @@ def test_no_network_and_offline_mode(server: HubServer, cache: Path, connect: Co
     assert "cannot reach 127.0.0.1" in fails(nowhere)
     unknown = replace(hub, endpoint="http://no-such-host.invalid")  # type: ignore[type-var]
     assert "cannot reach no-such-host.invalid" in fails(unknown)
+
+
+def test_a_listing_that_may_be_cut_short_is_not_believed(
+    server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmlocal.hub.modelscope._LISTING_LIMIT", len(FILES))
+    assert "which ModelScope does not list in full" in fails(modelscope(server, cache))
 
 
 def test_something_that_is_no_hub(server: HubServer, cache: Path) -> None:

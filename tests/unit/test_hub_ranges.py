@@ -219,7 +219,7 @@ def test_everything_near_is_hashed_from_memory(
 
     monkeypatch.setattr(PartialFile, "read", counted_read)
     monkeypatch.setattr(PartialFile, "store", counted_store)
-    fetch(huggingface(server, tmp_path), options=replace(MANY, range_bytes=4 << 20))
+    fetch(huggingface(server, tmp_path), options=replace(MANY, range_bytes=1_500_000))
     assert visible_files(tmp_path) == FILES
     assert not read_back
     assert all(begin // BUFFER_BYTES == (end - 1) // BUFFER_BYTES for begin, end in written)
