@@ -409,3 +409,15 @@ def test_operands_lose_no_more_than_the_cache_where_one_feature_outgrows_the_oth
     of_the_cache = (with_rounded_cache - exact).abs().mean()
     of_all = (case.run(whole(case))[0].double() - exact).abs().mean()
     assert of_all <= 1.5 * of_the_cache
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_the_largest_sums_of_products_fit(isa: str, head_dim: int) -> None:
+    # All features are as large as their row's largest; keys of odd tokens point the other way.
+    case = make_case(Shape(2, 1, head_dim, 16), [(9, 1)], dtype=torch.bfloat16)
+    case.queries[0].fill_(1.0)
+    case.keys[0].fill_(1.0)
+    case.keys[0][1::2] = -1.0
+    case.values[0].fill_(1.0)
+    case.values[0][1::2] = -1.0
+    check(case, case.run(whole(case)))
