@@ -22,7 +22,7 @@ MAX_NUM_BATCHED_TOKENS = 1024
 RUNTIME_BYTES = 230 * MIB  # resident set of Python with torch, glmlocal and the extension: 225 to 235 MiB measured
 CUDA_CONTEXT_BYTES = GIB // 2  # driver and lazily loaded kernels about 300 MiB (pytorch#107667), libraries' workspace
 ACTIVATION_ROWS = (
-    24  # rows of hidden_size in fp32 that a token of a chunk holds at once: q, k, v, 8 experts' results, …
+    18  # rows of hidden_size in fp32 that a token of a chunk holds at once: q, k, v, 8 experts' results, …
 )
 STAGING_BYTES = GIB  # one of two buffers through which a layer's missing experts are streamed while prefilling
 EXPERT_STAGING = 2  # slots of a GPU that holds experts only, through which others are streamed

@@ -21,7 +21,7 @@ from planned import machine
 @pytest.mark.parametrize(
     ("ram_gib", "wanted"),
     [
-        (57, "unsloth/GLM-4.5-Air-GGUF:Q3_K_M"),
+        (56, "unsloth/GLM-4.5-Air-GGUF:Q3_K_M"),
         (96, "unsloth/GLM-4.5-Air-GGUF:Q4_K_M"),
         (128, "zai-org/GLM-4.5-Air-FP8"),
         (512, "zai-org/GLM-4.5-Air"),
