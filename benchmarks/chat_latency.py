@@ -4,7 +4,7 @@ The app runs in a real pseudo-terminal; the server is the tests' scripted one, i
 one clock. Predicted: a key is drawn in the next frame (1/60 s) after at most one drawing of the answer (a quarter of
 the time, by design). The last line is JSON.
 
-    python benchmarks/chat_latency.py [--rate 200] [--warm 5] [--keys 60] [--earlier 25 --head 10000]
+    python benchmarks/chat_latency.py [--rate 200] [--warm 5] [--keys 60] [--earlier 25 --head 10000] [--thinking]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
 
-from tui.scripted_server import ScriptedServer, finish, scripted, stats, text, usage  # noqa: E402
+from tui.scripted_server import ScriptedServer, finish, scripted, stats, text, think, usage  # noqa: E402
 
 SENTENCE = "The router sends **each token** to a few `experts`, and the others stay cold in memory."
 WORDS = [word + " " for word in SENTENCE.split()]
@@ -42,6 +42,9 @@ def main() -> int:
     parser.add_argument("--keys", type=int, default=60, help="keys typed while it streams, and while nothing happens")
     parser.add_argument("--starts", type=int, default=5, help="starts of the app for the first paint")
     parser.add_argument("--asks", type=int, default=40, help="questions for the time to the first token")
+    parser.add_argument(
+        "--thinking", action="store_true", help="the first token is one of thinking, as GLM's mostly are"
+    )
     args = parser.parse_args()
     with scripted(stats=stats()) as server, tempfile.TemporaryDirectory() as home:
         result = measure(server, home, args)
@@ -112,7 +115,7 @@ def measure(server: ScriptedServer, home: str, args: argparse.Namespace) -> dict
     terminal.drain(1.0)
     for number in range(args.earlier):
         _ask(terminal, server, f"{SENTENCE}\n\n- one\n- two\n\n```py\nx = 1\n```\n\nearlier{number:03}")
-    firsts = [_first_token_ms(terminal, server, number) for number in range(args.asks)]
+    firsts = [_first_token_ms(terminal, server, number, thinking=args.thinking) for number in range(args.asks)]
     idle = _key_echo_ms(terminal, args.keys)
     server.step_s = 1 / args.rate
     tokens = [WORDS[n % len(WORDS)] + ("" if n % 60 else "\n\n") for n in range(args.head + args.tokens)]
@@ -147,16 +150,21 @@ def measure(server: ScriptedServer, home: str, args: argparse.Namespace) -> dict
     }
 
 
-def _first_token_ms(terminal: RawTerminal, server: ScriptedServer, number: int) -> tuple[float, float]:
+def _first_token_ms(
+    terminal: RawTerminal, server: ScriptedServer, number: int, *, thinking: bool
+) -> tuple[float, float]:
     """From Enter to the writing of the first token's cells, less what the server took; and from its sending alone."""
-    start_s, seen_s = _ask(terminal, server, f"first{number:03}")
+    start_s, seen_s = _ask(terminal, server, f"first{number:03}", thinking=thinking)
     sent_s = server.sent_s[0]
     return 1000 * (seen_s - start_s - (sent_s - server.asked_s[0])), 1000 * (seen_s - sent_s)
 
 
-def _ask(terminal: RawTerminal, server: ScriptedServer, answer: str) -> tuple[float, float]:
-    """A question whose answer comes in one piece: when Enter was pressed, and when its last word was seen."""
-    server.script([text(answer), finish(), usage()])
+def _ask(terminal: RawTerminal, server: ScriptedServer, answer: str, *, thinking: bool = False) -> tuple[float, float]:
+    """A question whose answer comes in one piece, or is thought first: when Enter was pressed, and when its last word
+    was seen."""
+    # Thinking folds when the answer begins, so that comes later.
+    server.step_s = 0.15 if thinking else 0.0
+    server.script([think(answer), text("So."), finish(), usage()] if thinking else [text(answer), finish(), usage()])
     terminal.type("q")
     terminal.drain(0.3)
     server.sent_s.clear()
@@ -164,7 +172,7 @@ def _ask(terminal: RawTerminal, server: ScriptedServer, answer: str) -> tuple[fl
     start_s = time.monotonic()
     terminal.type("\r")
     seen_s = terminal.see(answer.split()[-1])
-    terminal.drain(0.7)
+    terminal.drain(1.2 if thinking else 0.7)
     return start_s, seen_s
 
 
