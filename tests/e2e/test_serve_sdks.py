@@ -239,7 +239,7 @@ def test_a_client_that_goes_away_frees_its_place(model: Process) -> None:
                     next(answer.iter_lines())
             else:
                 with pytest.raises(httpx.ReadTimeout):
-                    http.post("/v1/completions", json={**request, "n": 4, "max_tokens": 500})
+                    http.post("/v1/completions", json={**request, "n": 16, "max_tokens": 500})
         end = time.monotonic() + 20
         while model.metric("glmlocal_queue_running") or model.metric("glmlocal_queue_waiting"):
             assert time.monotonic() < end, "the place is still taken"
