@@ -31,7 +31,7 @@ from glmlocal.kernels.cpu.packing import PackedWeight, duplicate, pack, record_b
 from glmlocal.layers.kv_cache import TORCH_DTYPE
 from glmlocal.machine.cpu import last_level_cache_bytes
 from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate, build_id
-from glmlocal.skeleton import SMALL, Skeleton
+from glmlocal.skeleton import SMALL, Heads, Skeleton
 from glmlocal.units import MIB
 
 Clock = Callable[[], float]
@@ -55,24 +55,11 @@ _LEAST_S, _MOST_TURNS = 0.03, 200
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionShape:
+class AttentionShape(Heads):
     """What attention is measured at; ``context`` for one query, ``prefill_context`` for the last of a chunk."""
 
-    heads: int
-    kv_heads: int
-    head_dim: int
     context: int
     prefill_context: int
-
-    @property
-    def numbers(self) -> int:
-        """Of one position's keys and values."""
-        return 2 * self.kv_heads * self.head_dim
-
-    @property
-    def operations(self) -> int:
-        """Of one query with one position."""
-        return 4 * self.heads * self.head_dim
 
 
 # As many query heads per kv head as every GLM-4 has; and few, short ones, as small models have.

@@ -38,13 +38,29 @@ Matrix = Callable[[int, int], Tensor | QuantizedMatrix]  # rows, columns → wei
 
 
 @dataclass(frozen=True, slots=True)
-class SkeletonShape:
-    """Of a model whose tokens meet all of its experts, and a shared one."""
+class Heads:
+    """Of attention in one layer."""
 
-    hidden: int
     heads: int
     kv_heads: int
     head_dim: int
+
+    @property
+    def numbers(self) -> int:
+        """Of one position's keys and values."""
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def operations(self) -> int:
+        """Of one query with one position."""
+        return 4 * self.heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class SkeletonShape(Heads):
+    """Of a model whose tokens meet all of its experts, and a shared one."""
+
+    hidden: int
     intermediate: int  # of an expert
 
     @property
@@ -52,16 +68,6 @@ class SkeletonShape:
         """That a token meets; the router's are not counted."""
         attention = 2 * (self.heads + self.kv_heads) * self.head_dim * self.hidden
         return attention + 3 * (_TOP_K + 1) * self.hidden * self.intermediate
-
-    @property
-    def numbers(self) -> int:
-        """Of a position's keys and values in one layer."""
-        return 2 * self.kv_heads * self.head_dim
-
-    @property
-    def operations(self) -> int:
-        """Of a query with one position in one layer."""
-        return 4 * self.heads * self.head_dim
 
 
 TINY = SkeletonShape(hidden=64, heads=2, kv_heads=2, head_dim=32, intermediate=64)  # costs nothing but its calls
