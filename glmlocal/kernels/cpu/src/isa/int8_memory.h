@@ -74,7 +74,7 @@ GLM_FLATTEN void multiply_tile(const Piece& piece, int panel_tiles, int zero_poi
     if (!halves) {  // a loop would put integer sums on the stack
       multiply(Constant<kQuads>{}, 1, b, 0);
     } else {
-      for (int half = 0; half < (halves ? 2 : 1); ++half) multiply(Constant<kQuads / 2>{}, halves ? 1 : 2, b, half);
+      for (int half = 0; half < 2; ++half) multiply(Constant<kQuads / 2>{}, 1, b, half);
     }
   }
   unroll<num_rows>([&](auto m) {
@@ -97,7 +97,7 @@ TileFunction tile_function(int num_rows, bool one_tile) {
 template <class Codec>
 void multiply_piece_in_memory(const PackedMatrix& w, int panel, const Piece& piece, const Int8Block* const* rows, int num_rows, int first,
                               int count, float* out, ptrdiff_t out_stride, const std::byte* next) {
-  constexpr int bits = kDotKnowsBits ? Codec::bits : 8, most_rows = TileDots<bits>::rows;
+  constexpr int bits = Codec::bits, most_rows = TileDots<bits>::rows;
   const int tiles = w.tiles_in(panel);
   const int row_tiles = (num_rows + most_rows - 1) / most_rows;  // of nearly equal height
   Spread spread(w, panel, first + count, Codec::lines, row_tiles * ((tiles + kDotTiles - 1) / kDotTiles) * count, next);

@@ -65,7 +65,7 @@ namespace glmlocal::GLM_ISA {
 //   Partial p = begin(start);  p = add(p, codes, x) for each word;  U sums = end(start, p)
 //
 // TileDots are for register tiles of at most `rows` rows, and add a word in `passes` parts. Where dot() is one instruction
-// both are just that; kDotKnowsBits: they are not the same for all numbers of bits.
+// both are just that, the same for all numbers of bits.
 #if defined(__AVX512F__) || defined(__AVXVNNI__) || !defined(__AVX2__)
 template <int bits> struct Dots {
   using Partial = U;

@@ -94,7 +94,7 @@ inline constexpr int kGemvRows = 4, kGemvChains = 8, kGemvUnscaledChains = 16;
 inline constexpr int kGemmRows = 6, kGemmTiles = 4;  // 24 accumulators, 4 weights, 1 activation of 32 registers
 inline constexpr int kDotRows = 7, kDotTiles = 2;    // 14 integer and 14 fp32 sums, 2 weights, 1 activation
 inline constexpr int kDotGemvRows = 4, kDotGemvChains = 8;  // chains: and as many fp32 sums
-inline constexpr bool kDotKnowsBits = false, kDotSumsInMemory = false;
+inline constexpr bool kDotSumsInMemory = false;
 #if defined(__AMX_INT8__)
 inline constexpr bool kDotInTiles = true;
 #else
