@@ -59,7 +59,8 @@ from glmlocal.planner.plan import Wants
 from glmlocal.units import GIB, format_bytes
 
 PROBE_EVERY, PROBE_S = 4, 0.15  # tokens; how long the disk is measured between them
-WARM_UP = 24  # tokens of the trace that fill the slots before anything is timed
+HISTORY = 128  # tokens of the trace that only count as uses, as if an earlier run had seen them
+WARM_UP = 24  # tokens after them that fill the slots before anything is timed
 _TOUCH = 14  # the same for few experts that are to be in their slots
 Trace = list[list[list[int]]]  # [token][layer] → experts
 
@@ -379,6 +380,17 @@ def idle_disk(steps: Sequence[Step]) -> dict[str, float]:
     return {what: round(value - busy[what], 2) for what, value in ledger(steps).items()}
 
 
+def remember(engine: Engine, trace: Trace) -> None:
+    """As after a long run: these tokens have been seen, and every record's checksum was compared when it was first read."""
+    for offload in engine.offloads.all:
+        pack, layers = offload._pack, offload.store.layers
+        offload._source._seen.update((record.layer, record.expert) for record in pack.records())
+        for step in trace:
+            for layer, chosen in zip(pack.layers(), step, strict=True):
+                if layer in layers:
+                    offload.store.touch(layer, dict.fromkeys(chosen, 1.0), 1)
+
+
 def _read(engine: Engine) -> int:
     stats = engine.offloads.stats()
     return 0 if stats is None else stats.read_bytes
@@ -452,7 +464,8 @@ def measure(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
     for name, trace in traces.items():
         for recall in args.recall:
             at_first = engine.offloads.stats()
-            steps = decode(engine, trace, args.tokens, recall, disk)
+            remember(engine, trace[:HISTORY])
+            steps = decode(engine, trace[HISTORY:], args.tokens, recall, disk)
             stats = since(engine.offloads.stats(), at_first)  # type: ignore[arg-type]
             then = _resident(engine, offload.slots, moe_layers, top_k)
             rates = [step.disk_rate / 1e9 for step in steps]
