@@ -10,6 +10,7 @@ asked for, read by or not, and none are made where little is waited for the disk
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Sequence
 
@@ -49,8 +50,9 @@ class Foresight:
         return self.is_trusted and self._stall_s > WORTH * self._cost_s
 
     def most_reads(self, bytes_per_s: float, record_bytes: int) -> int:
-        """How many records the disk can begin before the layer knows what it wants; 1 at least."""
-        return 1 + round(self._window_s * bytes_per_s / record_bytes)
+        """How many records the disk can begin before the layer knows what it wants, in a time twice as long as usual: what
+        it does not come to is given up and costs a slot's content alone; 1 at least."""
+        return 1 + math.ceil(2 * self._window_s * bytes_per_s / record_bytes)
 
     def arrived(self) -> None:
         """The disk has read all that was asked for; what is guessed is read from now on."""

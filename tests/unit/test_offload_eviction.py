@@ -23,7 +23,7 @@ from glmlocal.offload.eviction import (
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import offload as bench
+import _routing as bench
 
 EXPERTS, TOP_K, TOKENS = 64, 4, 300
 

@@ -80,10 +80,10 @@ def test_guesses_are_made_where_waiting_costs_more_and_else_now_and_then(monkeyp
 def test_as_many_are_read_as_the_disk_can_begin_meanwhile() -> None:
     found = Foresight()
     assert found.most_reads(3e9, 10_000_000) == 1
-    found._window_s = 0.010
-    assert found.most_reads(3e9, 10_000_000) == 4
-    found._window_s = 0.006
-    assert found.most_reads(3e9, 10_000_000) == 3, "one more than whole ones: it is begun"
+    found._window_s = 0.005
+    assert found.most_reads(3e9, 10_000_000) == 4, "three in twice the time, and one is begun"
+    found._window_s = 0.0051
+    assert found.most_reads(3e9, 10_000_000) == 5
     assert found.most_reads(0.0, 10_000_000) == 1
 
 
