@@ -1,4 +1,4 @@
-"""Decode steps of an offloaded model, with where their time went, what they had to read and what the disk gives alone."""
+"""Decode steps of an offloaded model: where their time went, what they had to read, and what the disk gives alone."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def with_all_in_slots(engine: Engine, slots: int, layers: int, top_k: int, token
 
 
 def remember(engine: Engine, trace: Trace) -> None:
-    """As after a long run: these tokens have been seen, and every record's checksum was compared when it was first read."""
+    """As after a long run: these tokens have been seen, and every record was compared with its checksum once."""
     for offload in engine.offloads.all:
         pack, layers = offload._pack, offload.store.layers
         offload._source._seen.update((record.layer, record.expert) for record in pack.records())

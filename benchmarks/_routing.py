@@ -1,4 +1,4 @@
-"""Routing to measure offload with: fixed traces with what is known of real ones, and guesses that are right so often."""
+"""Routing to measure offload with: fixed traces like what is known of real ones, guesses that are right so often."""
 
 from __future__ import annotations
 

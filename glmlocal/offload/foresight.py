@@ -15,7 +15,7 @@ import time
 from collections.abc import Collection, Sequence
 
 # Of the experts that were guessed first; below that nothing is read. A wrong guess costs a quarter of what a right one
-# brings, or less: 1 MiB of the disk's time, and a slot's content (docs/design/007-reading-ahead.md).
+# brings, or less: 2 MiB of the disk's time, and a slot's content (docs/design/007-reading-ahead.md).
 RIGHT_ABOVE = 0.25
 LEAST_GUESSES = 16  # compared before anything is read
 SHADOW_EVERY = 8  # layers: how often a guess is made only to be compared
@@ -50,8 +50,10 @@ class Foresight:
         return self.is_trusted and self._stall_s > WORTH * self._cost_s
 
     def most_reads(self, bytes_per_s: float, record_bytes: int) -> int:
-        """How many records the disk can begin before the layer knows what it wants, in a time twice as long as usual: what
-        it does not come to is given up and costs a slot's content alone; 1 at least."""
+        """How many records the disk can begin before the layer knows what it wants, 1 at least.
+
+        In a time twice as long as usual: what it does not come to is given up and costs a slot's content alone.
+        """
         return 1 + math.ceil(2 * self._window_s * bytes_per_s / record_bytes)
 
     def arrived(self) -> None:

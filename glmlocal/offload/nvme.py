@@ -18,8 +18,8 @@ from glmlocal.units import MIB
 
 log = logging.getLogger(__name__)
 
-# Beside two cores that compute: 2.11 GB/s; 4 threads 2.03, with pieces of 1 MiB 2.05, of 4 MiB 2.10 (docs/experiments.md).
-# A read that is given up ends with its pieces, so they are small.
+# Beside two cores that compute 2.11 GB/s; 4 threads 2.03, with pieces of 1 MiB 2.05, of 4 MiB 2.10
+# (docs/experiments.md). A read that is given up ends with its pieces, so they are small.
 THREADS = 8
 PIECE_BYTES = MIB // 2
 
