@@ -16,43 +16,19 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
 from _common import Summary, Worker, WorkerError, interleave, paired_ratios
+from _groups import inside, memory_group
 
 from glmlocal.errors import ConfigError
 from glmlocal.units import parse_size
 
 ENGINES = Path(__file__).with_name("engines.py")
-ENTER = 'echo $$ > "$0" && exec "$@"'
 CONTEXT = 64
-
-
-@contextmanager
-def memory_group(name: str, limit_bytes: int) -> Iterator[Path]:
-    """The file that processes are named in. Raises ConfigError where groups cannot be made."""
-    root = Path("/sys/fs/cgroup")
-    is_v1 = (root / "memory").is_dir()
-    group = (root / "memory" if is_v1 else root) / f"glmlocal-{name}-{os.getpid()}"
-    limit = group / ("memory.limit_in_bytes" if is_v1 else "memory.max")
-    try:
-        group.mkdir()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot make a memory control group ({error}); run this as root, outside containers"
-        ) from None
-    try:
-        if not limit.exists():
-            raise ConfigError(
-                f"{root} does not control memory: there is no {limit}; enable it in cgroup.subtree_control"
-            )
-        limit.write_text(str(limit_bytes))
-        yield group / "cgroup.procs"
-    finally:
-        group.rmdir()
 
 
 def drop_pages(path: Path) -> None:
@@ -91,9 +67,8 @@ def main() -> None:
             ("llama.cpp", args.llama_python, args.gguf),
         ):
             drop_pages(Path(model))
-            procs = stack.enter_context(memory_group(name, memory_bytes))
-            command = ["sh", "-c", ENTER, str(procs), python, str(ENGINES), name]
-            workers[name] = stack.enter_context(Worker(name, command))
+            group = stack.enter_context(memory_group(name, memory_bytes))
+            workers[name] = stack.enter_context(Worker(name, inside(group, [python, str(ENGINES), name])))
             mapped = {"only_mapped": True} if name == "llama.cpp" else {}
             workers[name].call("load", model=model, threads=args.threads, context=CONTEXT, **mapped)
         vocab_size = workers["llama.cpp"].call("vocab_size")
