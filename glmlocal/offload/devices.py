@@ -21,12 +21,20 @@ _MARGIN_BYTES, _MARGIN_PART = GIB // 2, 25  # as the planner's: other programs, 
 
 
 def found(environ: Mapping[str, str] = os.environ) -> tuple[ExpertGpu, ...]:
-    """GPUs with what is free of them now. This starts their driver. Raises ConfigError for a bad variable."""
+    """GPUs with what is free of them now. This starts their driver. Raises ConfigError for a bad variable, and where
+    there are GPUs that the driver cannot use.
+    """
     if words := environ.get(FAKE_VARIABLE, ""):
         return _fakes(words)
     if not torch.cuda.is_available():
         return ()
-    return tuple(_cuda(number) for number in range(torch.cuda.device_count()))
+    try:
+        return tuple(_cuda(number) for number in range(torch.cuda.device_count()))
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"the GPUs cannot be used ({why}); see what `nvidia-smi` says, or do without --gpus"
+        ) from error
 
 
 def _fakes(words: str) -> tuple[ExpertGpu, ...]:

@@ -135,7 +135,7 @@ class OffloadedExperts:
 
     def _divide(self, wave: list[tuple[int, int]], working: _Working) -> None:
         """Compute a wave, with a GPU in part in its staging slots, both at once."""
-        if self.gpu is None:
+        if self.gpu is None or self.gpu.is_lost:
             self._compute(wave, working)
             return
         slot_of = dict(wave)

@@ -1,21 +1,22 @@
 """GpuPool: slots on one device that cache experts above the host's tier, and two more to stream through.
 
 It is an ``ExpertStore`` whose slots are filled from the host's slots. A step uses what is there when it begins and
-waits for no upload; experts that are used again and again rise in the background.
+waits for no upload; experts that are used again and again rise in the background. A device that fails costs the request
+that it fails, and is not used any more.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glmlocal.errors import EngineError
+from glmlocal.errors import EngineError, GlmlocalError
 from glmlocal.formats.expert_pack_layout import ExpertLayout
 from glmlocal.formats.schemes import Activations
 from glmlocal.offload.device import Device, DeviceExperts, Event, SlotMemory
@@ -64,7 +65,8 @@ class GpuPool:
     ) -> None:
         num_slots = min(share.num_slots, len(share.layers) * num_experts)
         self.costs, self.slot_bytes = share.costs, slot_bytes
-        self._host = host
+        self._host, self._name = host, share.device.name
+        self._has_failed = False
         self._memory = share.device.allocate(num_slots + EXPERT_STAGING, slot_bytes)
         self._uploads = UploadSource(self._memory, host, view)
         policy = lfru(num_slots, len(share.layers) * top_k)
@@ -72,8 +74,25 @@ class GpuPool:
         bound = {layout: share.device.bind(layout, num_experts, activations) for layout in set(layouts.values())}
         self._experts: dict[int, DeviceExperts] = {layer: bound[layouts[layer]] for layer in share.layers}
         self._staging = range(num_slots, num_slots + EXPERT_STAGING)
-        self._staged: list[Event | None] = [None] * EXPERT_STAGING  # the last product that used the slot
         self._num_streamed = 0
+
+    @property
+    def is_lost(self) -> bool:
+        """The device has failed: nothing is asked of it any more."""
+        return self._has_failed or self._uploads.has_failed
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        try:
+            yield
+        except GlmlocalError:
+            raise
+        except Exception as error:  # of a driver, or out of memory
+            self._has_failed = True
+            raise EngineError(
+                f"{self._name} failed ({_first_line(error)}) and is not used any more; ask again, and start again with "
+                "less --vram or without --gpus if that was for want of memory"
+            ) from error
 
     @contextmanager
     def hits(
@@ -81,22 +100,30 @@ class GpuPool:
     ) -> Iterator[dict[int, float]]:
         """Compute the experts that are here while the caller computes the others, whose uses are yielded.
 
-        Arguments as of ``DeviceExperts.rows``; the rows are there when the context is left.
+        Arguments as of ``DeviceExperts.rows``; the rows are there when the context is left. Raises EngineError where
+        the device fails.
         """
+        if self.is_lost:
+            yield dict(uses)
+            return
         with self.store.acquire_present(layer, uses, len(topk_ids)) as lease:
             placed = lease.take()
             if not placed:
                 yield dict(uses)
                 return
-            done = self._experts[layer].rows(self._memory, x, topk_ids, placed, rows)
+            with self._on_device():
+                done = self._experts[layer].rows(self._memory, x, topk_ids, placed, rows)
             here = dict(placed)
             try:
                 yield {expert: weight for expert, weight in uses.items() if expert not in here}
             finally:
-                done.wait()
+                with self._on_device():
+                    done.wait()
 
     def without_hits(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Those that are not here."""
+        if self.is_lost:
+            return list(experts)
         return [e for e in experts if self.store.lookup(ExpertKey(layer, e)) is not Residency.HIT]
 
     def stream(
@@ -104,21 +131,28 @@ class GpuPool:
     ) -> Event:
         """Begin to compute (expert, record) of the host's: one is uploaded while another is computed.
 
-        The caller keeps the records, and otherwise as ``DeviceExperts.rows``.
+        The caller keeps the records, and otherwise as ``DeviceExperts.rows``; it waits before it streams again. Raises
+        EngineError, as does waiting, where the device fails; then nothing is under way.
         """
         done: list[Event] = []
-        for i, (expert, source) in enumerate(sources):
-            turn = i % EXPERT_STAGING
-            slot = self._staging[turn]
-            there = self._memory.upload(slot, source, self._staged[turn])
-            product = self._experts[layer].rows(self._memory, x, topk_ids, [(expert, slot)], rows, [there])
-            self._staged[turn] = product
-            done.append(product)
+        with self._on_device():
+            try:
+                for i, (expert, source) in enumerate(sources):
+                    slot = self._staging[i % EXPERT_STAGING]
+                    in_use = done[i - EXPERT_STAGING] if i >= EXPERT_STAGING else None
+                    there = self._memory.upload(slot, source, in_use)
+                    done.append(self._experts[layer].rows(self._memory, x, topk_ids, [(expert, slot)], rows, [there]))
+            except BaseException:
+                with suppress(Exception):
+                    _wait_for_all(done)
+                raise
         self._num_streamed += len(sources)
-        return _All(tuple(done))
+        return _All(tuple(done), self._on_device)
 
     def rise(self, layer: int, experts: Iterable[int]) -> None:
         """Begin to upload the hottest of these experts of the layer, where that is worth it and the link is idle."""
+        if self.is_lost:
+            return
         heat = {key: self.store.heat(key) for key in (ExpertKey(layer, expert) for expert in experts)}
         hot = [
             key
@@ -150,9 +184,13 @@ class GpuPool:
 
 
 class UploadSource:
-    """The ``Source`` of a GPU's store: the host's slots, pinned while they are copied."""
+    """The ``Source`` of a GPU's store: the host's slots, pinned while they are copied.
+
+    ``has_failed``: an upload has, and others would.
+    """
 
     def __init__(self, memory: SlotMemory, host: ExpertStore, view: View) -> None:
+        self.has_failed = False
         self._memory, self._host, self._view = memory, host, view
         self._under_way: dict[int, tuple[Event, int]] = {}  # slot → its event, and the host's slot
 
@@ -179,7 +217,8 @@ class UploadSource:
         try:
             event.wait()
         except Exception as error:  # of a driver: the expert stays where it was
-            log.warning("an upload to the GPU failed: %s", error)
+            log.warning("an upload to the GPU failed, it is not used any more: %s", _first_line(error))
+            self.has_failed = True
             return Arrival(slot, EngineError(f"an upload to the GPU failed: {error}"))
         finally:
             self._host.unpin(source)
@@ -189,10 +228,23 @@ class UploadSource:
 @dataclass(frozen=True, slots=True)
 class _All:
     events: tuple[Event, ...]
+    on_device: Callable[[], AbstractContextManager[None]]
 
     def is_done(self) -> bool:
         return all(event.is_done() for event in self.events)
 
     def wait(self) -> None:
-        for event in self.events:
-            event.wait()
+        """For all of them, also where one has failed: the others still write."""
+        with self.on_device():
+            _wait_for_all(self.events)
+
+
+def _wait_for_all(events: Iterable[Event]) -> None:
+    """Raises what one of those that failed says, after all have ended."""
+    with ExitStack() as stack:
+        for event in reversed(list(events)):
+            stack.callback(event.wait)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

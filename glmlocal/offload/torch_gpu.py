@@ -37,10 +37,10 @@ class TorchGpu:
     def allocate(self, num_slots: int, slot_bytes: int) -> SlotMemory:
         try:
             return _Memory(self._device, num_slots, slot_bytes)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, and what a driver says is
             raise PlanError(
-                f"{self.name} has not the {format_bytes(num_slots * slot_bytes)} left that {num_slots} expert slots "
-                "take; give less with --vram"
+                f"{self.name} does not give the {format_bytes(num_slots * slot_bytes)} that {num_slots} expert slots "
+                f"take ({str(error).partition(chr(10))[0]}); give less with --vram"
             ) from error
 
     def bind(self, layout: ExpertLayout, num_experts: int, activations: Activations) -> _Experts:
@@ -66,15 +66,21 @@ class _Stream:
         return None if self._stream is None else self._stream.record_event()
 
 
+def _has_passed(event: torch.cuda.Event | None) -> bool:
+    """What went wrong on the device is for those to hear who wait."""
+    try:
+        return event is None or event.query()
+    except RuntimeError:
+        return True
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Upload:
     begun: Future[torch.cuda.Event | None]
 
     def is_done(self) -> bool:
-        if not self.begun.done():
-            return False
-        event = self.begun.result()
-        return event is None or event.query()
+        """Also where it has failed."""
+        return self.begun.done() and (self.begun.exception() is not None or _has_passed(self.begun.result()))
 
     def wait(self) -> None:
         if (event := self.begun.result()) is not None:
@@ -83,12 +89,13 @@ class _Upload:
 
 class _Memory:
     def __init__(self, device: torch.device, num_slots: int, slot_bytes: int) -> None:
-        is_cuda = device.type == "cuda"
-        self._slots = torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=device)
-        self._staging = torch.empty((_STAGING_BUFFERS, slot_bytes), dtype=torch.uint8, pin_memory=is_cuda)
+        self._stream, self._thread = _Stream(device), ThreadPoolExecutor(1, thread_name_prefix=f"{device}-uploads")
+        with self._stream.use():  # pinning, too, is done by a device: by this one, and no context is made on another
+            self._slots = torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=device)
+            is_cuda = device.type == "cuda"
+            self._staging = torch.empty((_STAGING_BUFFERS, slot_bytes), dtype=torch.uint8, pin_memory=is_cuda)
         self._sent: list[torch.cuda.Event | None] = [None] * _STAGING_BUFFERS
         self._turn = 0
-        self._stream, self._thread = _Stream(device), ThreadPoolExecutor(1, thread_name_prefix=f"{device}-uploads")
 
     def slot(self, number: int) -> Tensor:
         return self._slots[number]
@@ -120,7 +127,7 @@ class _Product:
     out: Tensor
 
     def is_done(self) -> bool:
-        return self.event is None or self.event.query()
+        return _has_passed(self.event)
 
     def wait(self) -> None:
         if self.event is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from glmlocal.cli.bench import _about_experts, _offload
 from glmlocal.cli.chat_render import Answer, footer
 from glmlocal.completion import Completion, Timings, Usage
 from glmlocal.engine.planning import plan_here
-from glmlocal.errors import ConfigError, PlanError
+from glmlocal.errors import ConfigError, EngineError, PlanError
 from glmlocal.formats.index import open_checkpoint
 from glmlocal.kernels import cpu
 from glmlocal.offload.dispatch import Costs, dispatch
@@ -37,7 +38,7 @@ if not cpu.available:
     pytest.skip("packs need the native kernels", allow_module_level=True)
 
 from glmlocal import LLM
-from glmlocal.offload import devices
+from glmlocal.offload import devices, fake_gpu
 from glmlocal.offload.fake_gpu import FakeGpu
 from glmlocal.offload.gpu_pool import GpuPool, GpuShare
 from glmlocal.offload.torch_gpu import TorchGpu
@@ -210,6 +211,83 @@ def test_torch_computes_what_the_cpu_does_but_for_rounding(directory: Path) -> N
         assert stats.gpu.hits > 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Broken:
+    """What was begun ends, and badly."""
+
+    inner: Any
+
+    def is_done(self) -> bool:
+        return bool(self.inner.is_done())
+
+    def wait(self) -> None:
+        self.inner.wait()
+        raise RuntimeError("CUDA error: an illegal address\nCompile with TORCH_USE_CUDA_DSA")
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("which", "at_once"), [(fake_gpu._Experts, True), (fake_gpu._Experts, False), (fake_gpu._Memory, False)]
+)
+def test_a_gpu_that_fails_costs_a_request_at_the_most_and_is_not_used_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, which: type, at_once: bool, streams: bool
+) -> None:
+    """A product that does not begin, one that does not end, an upload that does not end."""
+    resident = packed.engine_with(directory, None)
+    engine = packed.engine_with(directory, 6, None, (5,), lambda number, gpu: FakeGpu("fake:0", 1 << 30), streams)
+    text = [list(range(start, start + 30)) for start in (3, 40, 90, 160)]
+    for each in text[:2]:
+        assert torch.equal(engine.logits(each), resident.logits(each))
+    name = "rows" if which is fake_gpu._Experts else "upload"
+    original = getattr(which, name)
+
+    def breaks(*args: object, **named: object) -> Broken:
+        if at_once:
+            raise RuntimeError("CUDA out of memory\nTried to allocate")
+        return Broken(original(*args, **named))
+
+    monkeypatch.setattr(which, name, breaks)
+    errors: list[str] = []
+    for each in text * 3:
+        try:
+            found = engine.logits(each)
+        except EngineError as error:
+            errors.append(str(error))
+        else:
+            assert torch.equal(found, resident.logits(each))
+    (offload,) = engine.offloads.all
+    (gpu,) = offload._gpus
+    assert gpu.is_lost
+    assert len(errors) == 1 if name == "rows" else len(errors) <= 1
+    assert all(re.match(r"fake:0 failed \(CUDA [^\n]*\) and is not used any more", error) for error in errors)
+    monkeypatch.setattr(which, name, None)  # nobody calls it
+    assert torch.equal(engine.logits(text[0]), resident.logits(text[0]))
+    offload.drain()
+    assert all(store.num_leased == store.num_pending == 0 for store in offload.stores)
+
+
+def test_torch_says_that_an_upload_failed_to_those_who_wait() -> None:
+    memory = TorchGpu(torch.device("cpu")).allocate(1, 4096)
+    event = memory.upload(0, np.zeros(8192, np.uint8))
+    with pytest.raises(RuntimeError, match="size"):
+        event.wait()
+    assert event.is_done()
+    with pytest.raises(PlanError, match=r"cpu does not give the .*; give less with --vram"):
+        TorchGpu(torch.device("cpu")).allocate(1 << 30, 1 << 30)
+
+
+def test_a_driver_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(number: int) -> None:
+        raise RuntimeError("CUDA unknown error\nand much more")
+
+    monkeypatch.delenv(devices.FAKE_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    with pytest.raises(ConfigError, match=r"^the GPUs cannot be used \(CUDA unknown error\); see .*$"):
+        devices.found()
+
+
 def test_the_footer_says_where_experts_were_found() -> None:
     store = StoreStats(lookups=40, hits=30, num_tokens=10)
     gpu = GpuStats(lookups=100, hits=60, slots=4, slot_bytes=4096, uploaded_bytes=8192, streamed=1)
@@ -316,6 +394,9 @@ def test_streaming_waits_for_the_product_that_used_the_slot_and_for_the_upload()
     assert not done.is_done()
     device.products[-1][2].ended.set()
     assert done.is_done()
+    done.wait()
+    pool.stream(0, [(1, record)], nothing, nothing, nothing)
+    assert device.uploads[-1][1] is None, "what was waited for is not held on to"
 
 
 def test_a_fake_upload_begins_after_what_it_has_to_wait_for() -> None:
