@@ -160,7 +160,7 @@ def int8_rounded(x: Tensor) -> Tensor:
     half to even to -127 … 127 times that; where the scale is subnormal they become 0. NaN and infinity spoil their 32.
     """
     padded = F.pad(x, (0, -x.shape[-1] % _INT8_GROUP))
-    groups = padded.view(x.shape[0], -1, _INT8_GROUP)
+    groups = padded.view(x.shape[0], padded.shape[-1] // _INT8_GROUP, _INT8_GROUP)
     largest = groups.abs().amax(-1, keepdim=True) if groups.numel() else groups[..., :1]
     scale = largest / 127
     inverse = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, torch.full_like(largest, 127) / largest)

@@ -132,18 +132,21 @@ class RecordExperts:
     layout: ExpertLayout
     activations: Activations
 
-    def rows(self, x: Tensor, topk_ids: Tensor, records: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The results of (expert, record): which rows of [tokens · top_k] they are, int64 on the CPU, and the rows,
+    def rows(
+        self, x: Tensor, topk_ids: Tensor, slots: Tensor, placed: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """The results of (expert, slot): which rows of [tokens · top_k] they are, int64 on the CPU, and the rows,
         fp32 [·, hidden].
 
-        x fp32 [tokens, hidden] and records are on one device; topk_ids int32 [tokens, top_k] on the CPU.
+        x fp32 [tokens, hidden] and slots uint8 [slots, bytes], one record in each, are on one device; topk_ids int32
+        [tokens, top_k] on the CPU.
         """
         found, results = [torch.empty(0, dtype=torch.int64)], [x[:0]]
         flat, top_k = topk_ids.flatten(), topk_ids.shape[1]
-        for expert, record in records:
+        for expert, slot in placed:
             pairs = (flat == expert).nonzero().flatten()
             found.append(pairs)
-            results.append(self._ffn(x[(pairs // top_k).to(x.device)], record))
+            results.append(self._ffn(x[(pairs // top_k).to(x.device)], slots[slot]))
         return torch.cat(found), torch.cat(results)
 
     def _ffn(self, x: Tensor, record: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -44,7 +46,25 @@ class TorchGpu:
             ) from error
 
     def bind(self, layout: ExpertLayout, num_experts: int, activations: Activations) -> _Experts:
-        return _Experts(RecordExperts(layout, activations), self._products)
+        return _Experts(_experts(self._device, layout, activations), self._products)
+
+
+class RowsOfExperts(Protocol):
+    """``torch_records.RecordExperts``, or ``triton_experts.TritonExperts``."""
+
+    def rows(
+        self, x: Tensor, topk_ids: Tensor, slots: Tensor, placed: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def _experts(device: torch.device, layout: ExpertLayout, activations: Activations) -> RowsOfExperts:
+    """Kernels where there are some for the layout, and Triton, which builds of torch for GPUs bring along."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from glmlocal.kernels import triton_experts
+
+        if triton_experts.takes(layout):
+            return triton_experts.TritonExperts(layout, activations)
+    return RecordExperts(layout, activations)
 
 
 class _Stream:
@@ -91,14 +111,11 @@ class _Memory:
     def __init__(self, device: torch.device, num_slots: int, slot_bytes: int) -> None:
         self._stream, self._thread = _Stream(device), ThreadPoolExecutor(1, thread_name_prefix=f"{device}-uploads")
         with self._stream.use():  # pinning, too, is done by a device: by this one, and no context is made on another
-            self._slots = torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=device)
+            self.slots = torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=device)
             is_cuda = device.type == "cuda"
             self._staging = torch.empty((_STAGING_BUFFERS, slot_bytes), dtype=torch.uint8, pin_memory=is_cuda)
         self._sent: list[torch.cuda.Event | None] = [None] * _STAGING_BUFFERS
         self._turn = 0
-
-    def slot(self, number: int) -> Tensor:
-        return self._slots[number]
 
     def upload(self, slot: int, source: NDArray[np.uint8], after: Event | None = None) -> _Upload:
         return _Upload(self._thread.submit(self._copy, slot, source, after))
@@ -112,7 +129,7 @@ class _Memory:
         with self._stream.use():
             if isinstance(after, _Product):
                 self._stream.wait_for(after.event)
-            self._slots[slot, : source.nbytes].copy_(staging, non_blocking=True)
+            self.slots[slot, : source.nbytes].copy_(staging, non_blocking=True)
             event = self._sent[turn] = self._stream.mark()
         return event
 
@@ -137,7 +154,7 @@ class _Product:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Experts:
-    experts: RecordExperts
+    experts: RowsOfExperts
     stream: _Stream
 
     def rows(
@@ -155,8 +172,7 @@ class _Experts:
                 assert isinstance(event, _Upload)
                 self.stream.wait_for(event.begun.result())
             device = self.stream.device
-            records = [(expert, memory.slot(slot)) for expert, slot in placed]
-            pairs, results = self.experts.rows(x.to(device), topk_ids, records)
+            pairs, results = self.experts.rows(x.to(device), topk_ids, memory.slots, placed)
             here = torch.empty(results.shape, pin_memory=device.type == "cuda")
             here.copy_(results, non_blocking=True)
             return _Product(self.stream.mark(), pairs, here, out)

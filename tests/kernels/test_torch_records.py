@@ -53,7 +53,7 @@ def test_rows_are_those_of_slot_experts(kind: str, activations: str) -> None:
     wanted = torch.full((tokens * top_k, slots.row_floats), torch.nan)
     slots.rows(x, ids, list(records), [record.ctypes.data for record in records.values()], wanted)
     pairs, rows = RecordExperts(layout, activations).rows(  # type: ignore[arg-type]
-        x, ids, [(expert, torch.from_numpy(record)) for expert, record in records.items()]
+        x, ids, torch.from_numpy(np.stack(list(records.values()))), [(expert, i) for i, expert in enumerate(records)]
     )
     assert set(pairs.tolist()) == {i for i, expert in enumerate(ids.flatten().tolist()) if expert in records}
     scale = wanted[pairs, :hidden].abs().max()

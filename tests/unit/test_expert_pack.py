@@ -17,9 +17,18 @@ import xxhash
 
 from glmlocal.errors import CheckpointError
 from glmlocal.formats import expert_pack
-from glmlocal.formats.expert_pack import PACK_FILE, PackHeader, checksum, header_bytes, read_pack
+from glmlocal.formats.expert_pack import (
+    PACK_FILE,
+    ExpertPack,
+    PackHeader,
+    check_beside,
+    checksum,
+    header_bytes,
+    read_pack,
+)
 from glmlocal.formats.expert_pack_layout import PAGE, expert_layout, layout_from_json, layout_to_json
 from glmlocal.formats.forms import FORMS
+from glmlocal.formats.index import TensorRef
 from glmlocal.formats.packed_size import packed_bytes
 from glmlocal.formats.schemes import FP8_CHANNEL, INT4, INT8
 
@@ -151,6 +160,72 @@ def test_claims_are_checked_before_memory_is_taken_for_them(file: Path) -> None:
         file.write_bytes(wrong)
         with pytest.raises(CheckpointError, match="cannot be"):
             read_pack(file)
+
+
+@pytest.mark.parametrize("num_experts", [1, 40, 300, 700])
+def test_records_begin_after_the_whole_header(num_experts: int, tmp_path: Path) -> None:
+    """Also where its table of checksums is longer than a page."""
+    header = replace(HEADER, num_experts=num_experts)
+    sums = list(range(1, header.num_checksums + 1))
+    raw = header_bytes(header, sums)
+    used = 64 + len(header.to_json()) + 8 * len(sums)
+    assert used <= len(raw) < used + PAGE
+    assert len(raw) % PAGE == 0
+    path = tmp_path / PACK_FILE
+    with open(path, "wb") as file:
+        file.write(raw)
+        file.truncate(expert_pack.file_bytes(header))
+    pack = read_pack(path)
+    assert pack.record(1, 0).offset == len(raw)
+    assert [record.checksum for record in pack.records()] == sums[:-2]
+    assert pack.dense_checksums == tuple(sums[-2:])
+
+
+@pytest.mark.parametrize("entries", [-1, 1])
+def test_a_table_of_another_length_than_the_header_says_is_refused(file: Path, entries: int) -> None:
+    data = file.read_bytes()
+    magic, version, zero, json_bytes, count, start, _ = PREAMBLE.unpack_from(data)
+    rest = data[64 : 64 + json_bytes + 8 * (count + entries)]
+    fields = (magic, version, zero, json_bytes, count + entries, start)
+    digest = xxhash.xxh3_64_intdigest(PREAMBLE.pack(*fields, 0) + rest)
+    file.write_bytes((PREAMBLE.pack(*fields, digest) + rest).ljust(start, b"\0") + data[start:])
+    with pytest.raises(CheckpointError, match="contradicts itself"):
+        read_pack(file)
+
+
+def test_a_pack_for_other_kernels_says_so(file: Path) -> None:
+    rewritten(file, set_in("kernel_layout", to="panels of the next version"))
+    with pytest.raises(CheckpointError, match="laid out for the kernels of another version"):
+        read_pack(file)
+
+
+def test_tensors_beside_a_pack_are_known_by_their_number_and_the_small_ones(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    parts = [rng.integers(0, 256, size, np.uint8) for size in (100, 1 << 17, 1 << 16)]
+    (tmp_path / "dense").write_bytes(b"".join(map(bytes, parts)))
+    starts = (0, 100, 100 + (1 << 17))
+    refs = [
+        TensorRef(name, tmp_path / "dense", start, part.nbytes, (part.size,), "U8")
+        for name, start, part in zip("cba", starts, parts, strict=True)
+    ]
+    sums = [checksum(part) for part in parts]
+
+    def check(*dense: int) -> None:
+        header = replace(HEADER, num_dense=len(dense))
+        pack = ExpertPack(tmp_path / PACK_FILE, 1, header, (*range(header.num_records), *dense))
+        check_beside(pack, sorted(refs, key=lambda ref: ref.name))
+
+    check(*sums)
+    check(sums[0], sums[1] + 1, sums[2])  # too large to be read at every start
+    for wrong in (
+        (sums[0] + 1, *sums[1:]),
+        (*sums[:2], sums[2] + 1),
+        sums[:2],
+        (*sums, 7),
+        (sums[2], sums[1], sums[0]),
+    ):
+        with pytest.raises(CheckpointError, match=r"was made with other tensors than .*dense has"):
+            check(*wrong)
 
 
 def set_in(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
