@@ -6,6 +6,8 @@ in the record. Two launches for any number of experts: silu(gate) · up, and dow
 ``RecordExperts``'. Not run on a GPU yet: tested in Triton's interpreter, and compiled ahead of time for sm_80 … sm_120.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glmlocal.formats.expert_pack_layout import ExpertLayout, MatrixLayout
-from glmlocal.formats.packed_size import BLOCK_COLUMNS, TILE_ROWS
+from glmlocal.formats.packed_size import BLOCK_COLUMNS
 from glmlocal.formats.schemes import Activations
 from glmlocal.kernels.reference import int8_rounded, takes_int8
 
@@ -26,7 +28,7 @@ TOKEN_ROWS = 16  # of an expert, in one program; the least that tl.dot takes
 
 
 @triton.jit
-def _e4m3(code):  # type: ignore[no-untyped-def]
+def _e4m3(code):
     """Codes as int32 → fp32, exactly; by integers alone, since GPUs before sm_89 have no such type."""
     exponent, mantissa = (code >> 3) & 15, code & 7
     normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
@@ -36,12 +38,12 @@ def _e4m3(code):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _values(code, zero, IS_E4M3: tl.constexpr):  # type: ignore[no-untyped-def]
+def _values(code, zero, IS_E4M3: tl.constexpr):
     return _e4m3(code) if IS_E4M3 else code.to(tl.float32) - zero
 
 
 @triton.jit
-def _product(  # type: ignore[no-untyped-def]
+def _product(
     x,
     inside,
     matrix,
@@ -91,7 +93,7 @@ def _product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _hidden_kernel(  # type: ignore[no-untyped-def]
+def _hidden_kernel(
     x_gate,
     x_up,
     tokens,
@@ -120,7 +122,7 @@ def _hidden_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _down_kernel(  # type: ignore[no-untyped-def]
+def _down_kernel(
     hidden,
     chunks,
     slots,
@@ -143,7 +145,7 @@ def _down_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _matrix_product(  # type: ignore[no-untyped-def]
+def _matrix_product(
     x, inside, record, panel, MATRIX: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr
 ):
     """``MATRIX``: as ``_constants`` says."""

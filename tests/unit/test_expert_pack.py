@@ -23,10 +23,11 @@ from glmlocal.formats.expert_pack import (
     PackHeader,
     check_beside,
     checksum,
+    expert_name,
     header_bytes,
     read_pack,
 )
-from glmlocal.formats.expert_pack_layout import PAGE, expert_layout, layout_from_json, layout_to_json
+from glmlocal.formats.expert_pack_layout import MATRICES, PAGE, expert_layout, layout_from_json, layout_to_json
 from glmlocal.formats.forms import FORMS
 from glmlocal.formats.index import TensorRef
 from glmlocal.formats.packed_size import packed_bytes
@@ -193,12 +194,6 @@ def test_a_table_of_another_length_than_the_header_says_is_refused(file: Path, e
         read_pack(file)
 
 
-def test_a_pack_for_other_kernels_says_so(file: Path) -> None:
-    rewritten(file, set_in("kernel_layout", to="panels of the next version"))
-    with pytest.raises(CheckpointError, match="laid out for the kernels of another version"):
-        read_pack(file)
-
-
 def test_tensors_beside_a_pack_are_known_by_their_number_and_the_small_ones(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     parts = [rng.integers(0, 256, size, np.uint8) for size in (100, 1 << 17, 1 << 16)]
@@ -237,47 +232,102 @@ def set_in(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def sizes_of(group: int, super_group: int, codec: str = "plain") -> Callable[[dict[str, Any]], None]:
+    def change(value: Any) -> None:
+        value["layouts"][0]["gate"]["kind"] |= {
+            "group_size": group,
+            "super_size": super_group,
+            "scale_codec": codec,
+        }
+
+    return change
+
+
+def reshape(layout: dict[str, Any], width: int, hidden: int) -> None:
+    for name in MATRICES:
+        layout[name]["shape"] = [hidden, width] if name == "down" else [width, hidden]
+
+
+EXPERTS, LAYER, SHAPES = r"experts per layer", r"has the layer", r"have shapes .*, which no expert has"
+UNKNOWN, SCHEME = r"which this version does not know", r"which no kernel can have"
+KIND = ("layouts", 0, "gate", "kind")
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        set_in("num_experts", to=10**9),
-        set_in("num_experts", to=4),
-        set_in("num_experts", to=3.0),
-        set_in("num_experts", to=True),
-        set_in("num_dense", to=-1),
-        set_in("model", to=None),
-        set_in("kernel_layout", to="other"),
-        set_in("layers", to=[]),
-        set_in("layers", to=[[1, 0], [1, 1], [7, 0]]),
-        set_in("layers", to=[[2, 0], [1, 1], [7, 0]]),
-        set_in("layers", 0, to=[1, 2]),
-        set_in("layers", 0, to=[-1, 0]),
-        set_in("layers", 0, to="12"),
-        set_in("layouts", 0, to={}),
-        set_in("layouts", 0, "gate", "shape", to=[48, 1 << 40]),
-        set_in("layouts", 0, "gate", "shape", to=[48, 32]),
-        set_in("layouts", 0, "down", "shape", to=[48, 64]),
-        set_in("layouts", 0, "gate", "kind", to="f64"),
-        set_in("layouts", 0, "gate", "kind", "bits", to=7),
-        set_in("layouts", 0, "gate", "kind", "group_size", to=0),
-        set_in("layouts", 0, "gate", "kind", "group_size", to=48),
-        set_in("layouts", 0, "gate", "kind", "super_size", to=256),
-        set_in("layouts", 0, "gate", "kind", "codebook", to=[1, 2]),
-        set_in("layouts", 0, "gate", "kind", "codebook", to=[1000] * 16),
-        set_in("layouts", 0, "gate", "kind", "scale_codec", to="x"),
-        set_in("layouts", 0, "gate", "kind", "code_type", to="e4m3"),
-        set_in("layouts", 0, "gate", "kind", "zero_point", to="8"),
-        set_in("extra", to=1),
+        (set_in("num_experts", to=10**9), EXPERTS),
+        (set_in("num_experts", to=4097), EXPERTS),
+        (set_in("num_experts", to=0), EXPERTS),
+        (set_in("num_experts", to=3.0), EXPERTS),
+        (set_in("num_experts", to=True), EXPERTS),
+        (set_in("num_experts", to=4), "contradicts itself"),
+        (set_in("num_dense", to=-1), "claims -1 other tensors"),
+        (set_in("num_dense", to=(1 << 20) + 1), "claims 1048577 other tensors"),
+        (set_in("model", to=None), "no model, quant and source"),
+        (set_in("quant", to=4), "no model, quant and source"),
+        (set_in("source", to=[]), "no model, quant and source"),
+        (set_in("kernel_layout", to="panels of the next version"), "laid out for the kernels of another version"),
+        (set_in("layers", to=[]), "lists no layers"),
+        (lambda value: value["layouts"].extend(value["layouts"]), "lists no layers"),
+        (set_in("layers", to=[[1, 0], [1, 1], [7, 0]]), "out of order"),
+        (set_in("layers", to=[[2, 0], [1, 1], [7, 0]]), "out of order"),
+        (set_in("layers", 0, to=[1, 2]), LAYER),
+        (set_in("layers", 0, to=[-1, 0]), LAYER),
+        (set_in("layers", 2, to=[10_000, 0]), LAYER),
+        (set_in("layers", 0, to=[1, 0.0]), LAYER),
+        (set_in("layers", 0, to="12"), LAYER),
+        (set_in("layouts", 0, to={}), "gate, up and down were expected"),
+        (set_in("layouts", 0, "other", to={}), "gate, up and down were expected"),
+        (set_in("layouts", 0, "gate", "other", to=1), "a shape and a kind were expected"),
+        (set_in("layouts", 0, "gate", "shape", to=[48, 64, 1]), SHAPES),
+        (set_in("layouts", 0, "gate", "shape", to=[48, 32]), SHAPES),
+        (set_in("layouts", 0, "up", "shape", to=[48, 32]), SHAPES),
+        (set_in("layouts", 0, "down", "shape", to=[48, 64]), SHAPES),
+        (lambda value: reshape(value["layouts"][0], 48, (1 << 24) + 1), SHAPES),
+        (lambda value: reshape(value["layouts"][0], 0, 64), SHAPES),
+        (set_in(*KIND, to="f64"), UNKNOWN),
+        (set_in(*KIND, "other", to=1), UNKNOWN),
+        (set_in(*KIND, "bits", to=7), SCHEME),
+        (set_in(*KIND, "name", to=""), SCHEME),
+        (set_in(*KIND, "name", to="n" * 65), SCHEME),
+        (sizes_of(0, 0), SCHEME),
+        (sizes_of(8, 8), SCHEME),
+        (sizes_of(48, 48), SCHEME),
+        (sizes_of(32, 64), SCHEME),
+        (sizes_of(64, 32, "two_level"), SCHEME),
+        (sizes_of(1 << 25, 1 << 25), SCHEME),
+        (set_in(*KIND, "codebook", to=[1, 2]), SCHEME),
+        (set_in(*KIND, "codebook", to=[1000] * 16), SCHEME),
+        (set_in(*KIND, "codebook", to=[-129] * 16), SCHEME),
+        (set_in(*KIND, "scale_codec", to="x"), SCHEME),
+        (set_in(*KIND, "offset_codec", to="x"), SCHEME),
+        (set_in(*KIND, "code_type", to="e4m3"), SCHEME),
+        (set_in(*KIND, "zero_point", to="8"), SCHEME),
+        (set_in(*KIND, "zero_point", to=256), SCHEME),
+        (set_in(*KIND, "zero_point", to=-1), SCHEME),
+        (set_in("extra", to=1), "contradicts itself"),
     ],
 )
 def test_a_hostile_header_is_refused_although_its_checksum_is_right(
-    file: Path, change: Callable[[dict[str, Any]], None]
+    file: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     rewritten(file, lambda value: None)
     read_pack(file)
     rewritten(file, change)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=message):
         read_pack(file)
+
+
+def test_refs_are_where_the_matrices_lie_in_their_records(file: Path) -> None:
+    pack = read_pack(file)
+    refs = pack.refs()
+    for record in pack.records():
+        layout = pack.layout(record.layer)
+        for name, matrix in zip(MATRICES, layout.matrices, strict=True):
+            ref = refs[expert_name(record.layer, record.expert, name)]
+            assert (ref.file, ref.offset, ref.nbytes) == (file, record.offset + matrix.offset, matrix.nbytes)
+    assert len(refs) == 3 * pack.header.num_records
 
 
 def test_checksums_are_xxh3_of_all_bytes() -> None:

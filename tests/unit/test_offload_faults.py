@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -349,95 +348,6 @@ def test_slots_are_given_back_when_memory_runs_short_and_taken_when_it_is_back(
     left[0], offload._next_check_s = 100 * host.RELIEF_BYTES, 0.0
     check_answers(engine, answer)
     assert offload.store.num_slots == 12
-
-
-@pytest.mark.parametrize(("slots", "threads", "piece", "most"), [(1, 0, 4096, 1), (1, 1, 100, 1), (1, 1, 4096, 0)])
-def test_readers_that_cannot_be_are_refused(model: Path, slots: int, threads: int, piece: int, most: int) -> None:
-    with pytest.raises(ValueError, match="NvmeReader: wanted"):
-        _cpu.NvmeReader(str(model / PACK_FILE), threads, piece, most)
-    with pytest.raises(FileNotFoundError):
-        _cpu.NvmeReader(str(model / "nothing"), 1, 4096, 1)
-
-
-def test_reads_in_pieces_bring_the_bytes_of_the_file_and_no_more_than_the_queue_holds(tmp_path: Path) -> None:
-    data = os.urandom(4096 * 37)
-    (tmp_path / "file").write_bytes(data)
-    pool = host.HostPool(4, 4096 * 16)
-    reader = _cpu.NvmeReader(str(tmp_path / "file"), 3, 8192, 2)
-    assert reader.next(0.0) is None
-    assert reader.submit(7, 4096 * 3, 4096 * 16, pool.address(1))
-    assert reader.submit(8, 4096 * 21, 4096 * 16, pool.address(2))
-    assert not reader.submit(9, 0, 4096, pool.address(3))
-    assert sorted([reader.next(5.0), reader.next(5.0)]) == [(7, 0), (8, 0)]  # type: ignore[type-var]
-    assert bytes(pool.view(1)) == data[4096 * 3 : 4096 * 19]
-    assert bytes(pool.view(2)) == data[4096 * 21 :]
-    assert not pool.view(0).any()
-    assert not pool.view(3).any()
-    assert reader.bytes_read == 4096 * 32
-    assert reader.submit(1, 4096 * 30, 4096 * 16, pool.address(0))
-    assert reader.next(5.0) == (1, _cpu.SHORT_READ)
-    with pytest.raises(ValueError, match="multiples of 4096"):
-        reader.submit(1, 100, 4096, pool.address(0))
-    pool.release(1)
-    assert not pool.view(1).any()
-
-
-def test_a_cancelled_read_leaves_its_place_to_the_next(tmp_path: Path) -> None:
-    records, size = 40, 1 << 20
-    data = os.urandom(size)
-    with open(tmp_path / "file", "wb") as file:
-        for _ in range(records):
-            file.write(data)
-    pool = host.HostPool(records, size)
-    reader = _cpu.NvmeReader(str(tmp_path / "file"), 1, 4096, records)
-    for slot in range(records):
-        assert reader.submit(slot, slot * size, size, pool.address(slot))
-    cancelled = [slot for slot in range(1, records - 1) if reader.cancel(slot)]
-    assert len(cancelled) > records // 2, "in 4 KiB pieces by one thread they cannot be done already"
-    assert not reader.cancel(records), "there is no such read"
-    found = dict(reader.next(10.0) for _ in range(records))  # type: ignore[misc]
-    assert found == {slot: _cpu.CANCELLED if slot in cancelled else 0 for slot in range(records)}
-    assert reader.next(0.0) is None
-    assert bytes(pool.view(records - 1)) == data
-    assert reader.bytes_read < (records - len(cancelled) + 2) * size, "what is cancelled is not read"
-    assert reader.submit(cancelled[0], 0, size, pool.address(cancelled[0])), "its place in the queue is free again"
-    assert reader.next(10.0) == (cancelled[0], 0)
-    assert bytes(pool.view(cancelled[0])) == data
-
-
-def test_reads_that_are_not_urgent_come_last_until_they_are(tmp_path: Path) -> None:
-    records, size = 6, 1 << 21
-    data = os.urandom(records * size)
-    (tmp_path / "file").write_bytes(data)
-    pool = host.HostPool(records, size)
-    reader = _cpu.NvmeReader(str(tmp_path / "file"), 1, 4096, records)  # 512 pieces each
-    urgent = (False, False, False, True, True, True)
-    for slot in range(records):
-        assert reader.submit(slot, slot * size, size, pool.address(slot), urgent[slot])
-    assert reader.hurry(2)
-    assert not reader.hurry(2), "it is urgent now"
-    assert not reader.hurry(3)
-    assert not reader.hurry(records), "there is no such read"
-    order = [reader.next(10.0) for _ in range(records)]
-    assert order == [(slot, 0) for slot in (2, 3, 4, 5, 0, 1)]
-    for slot in range(records):
-        assert bytes(pool.view(slot)) == data[slot * size : (slot + 1) * size]
-
-
-def test_few_pieces_that_are_not_urgent_are_under_way_at_a_time(tmp_path: Path) -> None:
-    """So that an urgent one finds threads, and the disk free soon."""
-    size, piece = 1 << 26, 512 << 10
-    (tmp_path / "file").write_bytes(os.urandom(size))
-    pool = host.HostPool(1, size)
-    reader = _cpu.NvmeReader(str(tmp_path / "file"), 8, size, 1)
-    assert reader.submit(0, 0, size, pool.address(0), False)
-    while not (before := reader.bytes_read):
-        time.sleep(0.0001)
-    assert before % piece == 0
-    assert reader.cancel(0), "64 MiB take a while"
-    after = reader.bytes_read
-    assert reader.next(5.0) == (0, _cpu.CANCELLED)
-    assert reader.bytes_read <= after + 4 * piece
 
 
 def test_a_file_that_changed_before_it_was_used_is_refused(directory: Path) -> None:
