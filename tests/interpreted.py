@@ -14,11 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from glmlocal.formats.expert_pack_layout import expert_layout
+from glmlocal.formats.quant import E4M3_VALUES
 from glmlocal.formats.schemes import FP8_BLOCK128, FP8_CHANNEL, INT4, INT8, QuantScheme
+from glmlocal.kernels import triton_experts
 from glmlocal.kernels.torch_records import RecordExperts
 from glmlocal.kernels.triton_experts import TritonExperts, takes
 
@@ -53,7 +57,22 @@ def slots_of(hidden: int, width: int, kinds: tuple[QuantScheme, ...], num_slots:
     return torch.from_numpy(slots)
 
 
+@triton.jit
+def _decode(codes, out):
+    i = tl.arange(0, 256)
+    tl.store(out + i, triton_experts._e4m3(tl.load(codes + i)))
+
+
+def e4m3_differences() -> int:
+    """Codes whose value is not that of the table."""
+    found, wanted = torch.empty(256), torch.from_numpy(E4M3_VALUES)
+    _decode[(1,)](torch.arange(256, dtype=torch.int32), found)
+    is_same = (found == wanted) | (found.isnan() & wanted.isnan())
+    return int((~is_same).sum())
+
+
 def main() -> None:
+    print(json.dumps({"e4m3_differences": e4m3_differences()}))
     for name, kinds in CASES:
         for hidden, width, tokens in SHAPES:
             layout = expert_layout(hidden, width, kinds)

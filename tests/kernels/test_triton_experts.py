@@ -38,7 +38,8 @@ def lines_of(program: str, **environment: str) -> list[dict[str, Any]]:
 
 
 def test_interpreted_they_compute_what_the_torch_twin_does() -> None:
-    found = lines_of("interpreted.py", TRITON_INTERPRET="1")
+    decoding, *found = lines_of("interpreted.py", TRITON_INTERPRET="1")
+    assert decoding == {"e4m3_differences": 0}
     assert len(found) == len(CASES) * len(SHAPES) * 2
     for each in found:
         assert each["same_pairs"], each
