@@ -1,8 +1,8 @@
 """Experts in an expert pack's records, by torch alone and on any of its devices.
 
 The truth about records on GPUs, and what runs there where ``triton_experts`` has no kernels: weights are widened to
-fp32 in full, then multiplied. Activations are rounded as the CPU's are (``reference.int8_rounded``), so that where an expert is does not
-show beyond the rounding of fp32 sums; bf16 products would be faster and would show.
+fp32 in full, then multiplied. Activations are rounded as the CPU's are (``reference.int8_rounded``), so that where an
+expert is does not show beyond the rounding of fp32 sums; bf16 products would be faster and would show.
 """
 
 from __future__ import annotations

@@ -145,9 +145,7 @@ def _down_kernel(
 
 
 @triton.jit
-def _matrix_product(
-    x, inside, record, panel, MATRIX: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr
-):
+def _matrix_product(x, inside, record, panel, MATRIX: tl.constexpr, SCALE: tl.constexpr, TOKENS: tl.constexpr):
     """``MATRIX``: as ``_constants`` says."""
     return _product(
         x,

@@ -155,6 +155,32 @@ def test_a_cancelled_read_leaves_its_place_to_the_next(tmp_path: Path) -> None:
     assert bytes(pool.view(cancelled[0])) == data
 
 
+def test_reads_are_told_in_the_order_in_which_they_ended(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(os.urandom(4 * 4096))
+    reader, pool = _cpu.NvmeReader(str(tmp_path / "file"), 1, 4096, 4), host.HostPool(4, 4096)
+    for slot in range(4):
+        assert reader.submit(slot, 0, 4096, pool.address(slot))
+    while reader.bytes_read < 4 * 4096:
+        time.sleep(0.0001)
+    time.sleep(0.01)
+    assert [reader.next(5.0) for _ in range(4)] == [(slot, 0) for slot in range(4)]
+
+
+def test_a_cancelled_read_ends_with_the_piece_that_is_under_way(tmp_path: Path) -> None:
+    """Until then the memory is the reader's."""
+    piece = 1 << 26
+    (tmp_path / "file").write_bytes(os.urandom(1 << 20) * 128)
+    reader, pool = _cpu.NvmeReader(str(tmp_path / "file"), 1, piece, 1), host.HostPool(1, 2 * piece)
+    assert reader.submit(5, 0, 2 * piece, pool.address(0))
+    while not reader.busy_s:
+        time.sleep(0.0001)
+    assert reader.cancel(5), "the second piece has not begun"
+    assert reader.next(0.0) is None, "the first one takes 20 ms and more"
+    assert reader.next(5.0) == (5, _cpu.CANCELLED)
+    assert reader.bytes_read == piece
+    assert reader.next(0.0) is None
+
+
 def test_reads_that_are_not_urgent_come_last_until_they_are(tmp_path: Path) -> None:
     records, size = 6, 1 << 21
     data = os.urandom(records * size)
