@@ -176,7 +176,7 @@ def _tq2_0(b: Bytes) -> Parts:
 
 
 # Without a sign; the byte 0x7f is no NaN but 0.
-_E4M3_HALVES: NDArray[np.float32] = np.abs(np.nan_to_num(E4M3_VALUES, nan=0)) / np.float32(2)
+_E4M3_HALVES = np.abs(np.nan_to_num(E4M3_VALUES, nan=0)).astype(np.float32) * np.float32(0.5)
 _E4M3_HALVES[0xFF] = 240  # as llama.cpp reads it, which writes no such byte
 _TAKE_APART: dict[str, Callable[[Bytes], Parts]] = {
     "Q8_0": _q8_0,

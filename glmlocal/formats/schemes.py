@@ -7,7 +7,7 @@ and the formula. Block sizes of GGUF's types: ggml-common.h.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 WHOLE_ROW = 1 << 24  # as a group size: one scale per row, since no row is longer
@@ -45,6 +45,13 @@ FP8_BLOCK128 = QuantScheme(
     "fp8_block128", 8, 128, 128, code_type="e4m3", scale_type="f32"
 )  # rows of a block repeat its scale
 
+# fmt: off
+E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # fp4
+# fmt: on
+MXFP4 = QuantScheme("MXFP4", 4, 32, 32, codebook=E2M1_DOUBLED, scale_type="bf16")
+NVFP4 = QuantScheme("NVFP4", 4, 16, 16, codebook=E2M1_DOUBLED)
+NVFP4_GLOBAL = replace(NVFP4, name="NVFP4 with a scale of the whole", scale_type="f32")
+
 # What ``quantize`` makes.
 INT4 = QuantScheme("int4", 4, 32, 32, zero_point=8)
 INT8 = QuantScheme("int8", 8, 32, 32, zero_point=128)
@@ -81,7 +88,6 @@ def _signed_scheme(name: str, group: int, magnitudes: tuple[int, ...]) -> QuantS
 
 
 # fmt: off
-E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # fp4
 _IQ1_VALUES = ((-7, 1, 9), (-9, -1, 7))  # eighths of -1, 0 and 1, moved up or down by one
 _IQ2_VALUES = (8, 25, 43)
 _IQ3_XXS_VALUES, _IQ3_S_VALUES = (4, 12, 20, 28, 36, 44, 52, 62), (1, 3, 5, 7, 9, 11, 13, 15)
@@ -107,8 +113,8 @@ GGML_BLOCKS = {
     "IQ2_S": Block(82, _signed_scheme("IQ2_S", 16, _IQ2_VALUES)),
     "IQ3_XXS": Block(98, _signed_scheme("IQ3_XXS", 32, _IQ3_XXS_VALUES)),
     "IQ3_S": Block(110, _signed_scheme("IQ3_S", 32, _IQ3_S_VALUES)),
-    "MXFP4": Block(17, QuantScheme("MXFP4", 4, 32, 32, codebook=E2M1_DOUBLED, scale_type="bf16")),
-    "NVFP4": Block(36, QuantScheme("NVFP4", 4, 16, 16, codebook=E2M1_DOUBLED), num_supers=4),
+    "MXFP4": Block(17, MXFP4),
+    "NVFP4": Block(36, NVFP4, num_supers=4),
     "TQ1_0": Block(54, QuantScheme("TQ1_0", 2, 256, 256, zero_point=1)),
     "TQ2_0": Block(66, QuantScheme("TQ2_0", 2, 256, 256, zero_point=1)),
 }
