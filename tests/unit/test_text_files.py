@@ -41,5 +41,5 @@ def test_what_is_no_such_file_is_refused(make: Callable[[Path], object], words: 
 @pytest.mark.parametrize("text", ["[]", "", "{", "[" * 100_000, '{"a": ' + "9" * 5_000 + "}"])
 def test_json_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(CheckpointError, match="a.json"):
+    with pytest.raises(CheckpointError, match=r"a\.json"):
         read_json_object(tmp_path / "a.json")
