@@ -256,6 +256,10 @@ def random_blocks(dtype: str, blocks: int, rng: np.random.Generator) -> NDArray[
         halves = np.where(rng.random(blocks) < 0.3, rng.choice(special, blocks), halves)
         halves = np.where((halves & 0x7C00) == 0x7C00, halves & 0x83FF, halves)  # no infinities, no NaN
         raw[:, at : at + 2] = halves.astype("<u2").reshape(-1, 1).view(np.uint8)
+    if dtype == "IQ1_M":  # a quarter of its fp16 scale in each of four words; this bit is of the exponent
+        raw[:, 55] &= 0xBF
+    if dtype == "MXFP4":  # its exponent, such that no weight is infinite
+        raw[:, 0] = np.minimum(raw[:, 0], 250)
     return raw
 
 
@@ -266,4 +270,8 @@ HALF_FIELDS = {
     "Q2_K": (80, 82),
     "Q3_K": (108,),
     "Q6_K": (208,),
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+    **dict.fromkeys(("IQ1_M", "MXFP4", "NVFP4"), ()),
 }

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+import fp4_releases
+
 Tensors = dict[str, torch.Tensor]
 SIZES: dict[str, Any] = {  # whole words of 3 and 6 bits; groups of 64 are ragged in 160 and 96 columns
     "hidden_size": 160,
@@ -175,11 +177,12 @@ class Style:
 
     name: str
     config: dict[str, Any]
-    store: Callable[[str, Codes, Form], Tensors]
+    store: Callable[[str, Any, Form], Tensors]
     base: Form = field(default_factory=Form)
     others: Mapping[str, Form | None] = field(default_factory=dict)  # by a part of the name
     config_key: str = "quantization_config"
     lm_head: bool = False
+    quantize: Callable[[torch.Tensor, Form], Any] | None = None  # None: ``quantized``
 
     def form_of(self, module: str) -> Form | None:
         return next((form for part, form in self.others.items() if part in module), self.base)
@@ -200,6 +203,49 @@ def _compressed(groups: dict[str, Any], stored_as: str = "pack-quantized") -> di
 
 def _gptq_config(**values: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, **values}
+
+
+def _fp4_styles() -> list[Style]:
+    def style(
+        name: str, config: dict[str, Any], store: Any, quantize: Any, config_key: str = "quantization_config"
+    ) -> Style:
+        return Style(
+            name,
+            config,
+            lambda module, made, form: store(module, made),
+            config_key=config_key,
+            quantize=lambda weight, form: quantize(weight),
+        )
+
+    def group(size: int, strategy: str) -> dict[str, Any]:
+        weights = {"num_bits": 4, "type": "float", "strategy": strategy, "group_size": size, "symmetric": True}
+        return {"group_0": {"targets": ["Linear"], "weights": weights}}
+
+    nvfp4, mxfp4 = fp4_releases.nvfp4, fp4_releases.mxfp4
+    return [
+        style(
+            "packed nvfp4",
+            _compressed(group(16, "tensor_group"), "nvfp4-pack-quantized"),
+            fp4_releases.compressed,
+            lambda weight: nvfp4(weight, divided=True),
+        ),
+        style("packed mxfp4", _compressed(group(32, "group"), "mxfp4-pack-quantized"), fp4_releases.compressed, mxfp4),
+        style(
+            "modelopt nvfp4",
+            {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+            fp4_releases.modelopt,
+            lambda weight: nvfp4(weight, divided=False),
+        ),
+        style("quark mxfp4", {"quant_method": "quark"}, fp4_releases.modelopt, mxfp4),
+        style(
+            "mlx nvfp4",
+            {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+            fp4_releases.mlx,
+            lambda weight: nvfp4(weight, divided=True, has_factor=False),
+            "quantization",
+        ),
+        style("mlx mxfp4", {"group_size": 32, "bits": 4, "mode": "mxfp4"}, fp4_releases.mlx, mxfp4, "quantization"),
+    ]
 
 
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
@@ -312,6 +358,7 @@ STYLES = {
             config_key="quantization",
             lm_head=True,
         ),
+        *_fp4_styles(),
     )
 }
 
@@ -321,7 +368,7 @@ def quantize_release(source: Path, directory: Path, style: Style) -> Path:
     shutil.copytree(source, directory / "dequantized")
     tensors = load_file(source / "model.safetensors")
     stored, wide = {}, dict(tensors)
-    is_mlx = style.store is mlx
+    is_mlx = style.config_key == "quantization"
     for name, weight in tensors.items():
         module = name.removesuffix(".weight")
         is_table = name in ("lm_head.weight", "model.embed_tokens.weight") and style.lm_head
@@ -332,9 +379,9 @@ def quantize_release(source: Path, directory: Path, style: Style) -> Path:
         if not wanted or form is None:
             stored[name] = weight
             continue
-        made = quantized(weight, form)
+        made = (style.quantize or quantized)(weight, form)
         stored |= style.store(module, made, form)
-        wide[name] = made.wide if not is_mlx else mlx_wide(made, form)
+        wide[name] = mlx_wide(made, form) if style.store is mlx else made.wide
     if is_mlx:
         stored = stacked(stored)
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})

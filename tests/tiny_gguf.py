@@ -79,11 +79,13 @@ def convert(
     quant: str = "F32",
     split_bytes: int = 0,
     type_of: Callable[[str, int], str | None] = lambda name, columns: None,
+    blocks: Callable[[tuple[int, ...], GGMLQuantizationType], np.ndarray[Any, Any]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Write ``directory`` (tiny.save's) as GGUF; returns the weights as the file has them, HF names, fp32.
 
     ``quant`` is the type of every matrix but the router, where ``type_of`` (HF name without the expert's number, width)
-    does not name another; widths must suit it. K types and IQ4 come as zeros: gguf-py cannot make them.
+    does not name another; widths must suit it. ``blocks`` makes the bytes of a shape instead of the weights' own; K
+    types and IQ4 come as zeros without it: gguf-py cannot make them.
     """
     config = json.loads((directory / "config.json").read_text())
     writer = GGUFWriter(out, "glm4moe", split_max_size=split_bytes)
@@ -97,7 +99,8 @@ def convert(
         if array.ndim < 2 or name.endswith("mlp.gate.weight") or kind is GGMLQuantizationType.F32:
             writer.add_tensor(gguf_name(name), array)
         else:
-            data = _zeros(array.shape, kind) if kind.name in _ZEROS else quantize(array, kind)
+            make = blocks or (_zeros if kind.name in _ZEROS else None)
+            data = quantize(array, kind) if make is None else make(array.shape, kind)
             writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
             array = dequantize(data, kind).reshape(array.shape)
         if ".experts." in name:

@@ -1,4 +1,4 @@
-"""compressed-tensors releases of integers: which tensors make a matrix. Headers only; ``stored_rows`` reads the bytes.
+"""compressed-tensors releases of integers and 4-bit floats: which tensors make a matrix. Headers only.
 
     "pack-quantized"                     X.weight_packed int32 [out, in · bits / 32], X.weight_shape int64 [2]
     "int-quantized", "naive-quantized"   X.weight int8 [out, in]
@@ -7,7 +7,8 @@ with X.weight_scale [out, groups], and X.weight_zero_point where codes are not s
 beside packed codes, int8 [out, groups] beside others. weight = scale · (code − zero point), both signed. How many bits
 and columns per group is in the config's groups, found by their targets: a module's name, "re:" and a regular expression
 matched from its start, or "Linear", in this order of precedence. What a release says of activations is for engines that
-quantize them. FP8 releases are ``fp8``'s. Source: compressed-tensors, compressors/ and utils/match.py.
+quantize them. Packed codes that are bytes are 4-bit floats (``fp4``); FP8 releases are ``fp8``'s. ``stored_rows`` reads
+the bytes. Source: compressed-tensors, compressors/ and utils/match.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glmlocal.errors import CheckpointError
+from glmlocal.formats import fp4
 from glmlocal.formats.gptq import compiled
 from glmlocal.formats.index import TensorRef, quoted
 from glmlocal.formats.schemes import WHOLE_ROW
@@ -36,7 +38,10 @@ from glmlocal.formats.stored_matrix import (
 )
 
 SUFFIXES = (".weight_packed", ".weight")
-FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mixed-precision", "dense")
+FORMATS = (
+    *("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mixed-precision", "dense"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+)
 _STRATEGIES = ("group", "channel", "tensor")
 
 
@@ -78,6 +83,8 @@ def reader(settings: Mapping[str, Any]) -> Callable[[str, Mapping[str, TensorRef
         target = next((target for target in targets if target.matches(module)), None)
         if target is None:
             raise CheckpointError(f"{quoted(module)} is quantized, but no target of the quantization config names it")
+        if f"{module}.weight_packed" in tensors and tensors[f"{module}.weight_packed"].dtype == "U8":
+            return fp4.compressed(module, tensors)
         weights = _weights(target.group, module)
         if f"{module}.weight_packed" in tensors:
             return _packed(module, tensors, weights)

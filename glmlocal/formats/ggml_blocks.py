@@ -8,28 +8,16 @@ Sources: ggml-common.h (layouts) and gguf/quants.py (the arithmetic).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glmlocal.errors import CheckpointError
-from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats import ggml_grids
+from glmlocal.formats.ggml_parts import Bytes, Parts, half, spread
+from glmlocal.formats.quant import E4M3_VALUES, E8M0_HALVES, QuantizedMatrix
 from glmlocal.formats.schemes import GGML_BLOCKS
-
-Bytes = NDArray[np.uint8]  # [blocks, bytes of a field], or [blocks, weights of a block]
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """What the blocks hold, one row per block; see QuantizedMatrix for the meanings."""
-
-    codes: Bytes  # [blocks, weights per block]
-    scale: NDArray[np.float32]  # [blocks, 1]
-    sub_scale: NDArray[np.int8] | None = None  # [blocks, groups per block]
-    min: NDArray[np.float32] | None = None  # [blocks, 1]
-    sub_min: Bytes | None = None  # [blocks, groups per block]
 
 
 def unpack(dtype: str, raw: NDArray[np.uint8], shape: tuple[int, ...]) -> QuantizedMatrix:
@@ -83,66 +71,50 @@ def _matrix_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return shape
 
 
-def _half(field: Bytes) -> NDArray[np.float32]:
-    """Two bytes of little-endian fp16 per block → fp32 [blocks, 1]."""
-    return np.ascontiguousarray(field).view("<f2").astype(np.float32)
+def _q4_0(b: Bytes) -> Parts:
+    return Parts(spread(b[:, 2:], 16, 4), half(b[:, :2]))
 
 
-def _spread(field: Bytes, width: int, bits: int) -> Bytes:
-    """Unpack ``bits``-wide numbers that lie in planes: of each ``width`` bytes first all lowest bits, then the next.
-
-    [blocks, n · width] → [blocks, n · width · 8 / bits].
-    """
-    shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape(-1, 1)
-    out = field.reshape(len(field), -1, 1, width) >> shifts
-    out &= np.uint8((1 << bits) - 1)
-    return out.reshape(len(field), -1)
-
-
-def _q4_0(b: Bytes) -> _Parts:
-    return _Parts(_spread(b[:, 2:], 16, 4), _half(b[:, :2]))
-
-
-def _q4_1(b: Bytes) -> _Parts:
-    return _Parts(_spread(b[:, 4:], 16, 4), _half(b[:, :2]), min=_half(b[:, 2:4]))
+def _q4_1(b: Bytes) -> Parts:
+    return Parts(spread(b[:, 4:], 16, 4), half(b[:, :2]), min=half(b[:, 2:4]))
 
 
 def _five_bits(high: Bytes, low: Bytes) -> Bytes:
     codes = np.unpackbits(high, axis=1, bitorder="little")
     codes <<= np.uint8(4)
-    codes |= _spread(low, 16, 4)
+    codes |= spread(low, 16, 4)
     return codes
 
 
-def _q5_0(b: Bytes) -> _Parts:
-    return _Parts(_five_bits(b[:, 2:6], b[:, 6:]), _half(b[:, :2]))
+def _q5_0(b: Bytes) -> Parts:
+    return Parts(_five_bits(b[:, 2:6], b[:, 6:]), half(b[:, :2]))
 
 
-def _q5_1(b: Bytes) -> _Parts:
-    return _Parts(_five_bits(b[:, 4:8], b[:, 8:]), _half(b[:, :2]), min=_half(b[:, 2:4]))
+def _q5_1(b: Bytes) -> Parts:
+    return Parts(_five_bits(b[:, 4:8], b[:, 8:]), half(b[:, :2]), min=half(b[:, 2:4]))
 
 
-def _q8_0(b: Bytes) -> _Parts:
-    return _Parts(b[:, 2:] ^ np.uint8(0x80), _half(b[:, :2]))  # int8 + 128
+def _q8_0(b: Bytes) -> Parts:
+    return Parts(b[:, 2:] ^ np.uint8(0x80), half(b[:, :2]))  # int8 + 128
 
 
-def _q2_k(b: Bytes) -> _Parts:
+def _q2_k(b: Bytes) -> Parts:
     scales = b[:, :16]
-    return _Parts(
-        _spread(b[:, 16:80], 32, 2),
-        _half(b[:, 80:82]),
+    return Parts(
+        spread(b[:, 16:80], 32, 2),
+        half(b[:, 80:82]),
         sub_scale=(scales & np.uint8(15)).view(np.int8),
-        min=_half(b[:, 82:84]),
+        min=half(b[:, 82:84]),
         sub_min=scales >> np.uint8(4),
     )
 
 
-def _q3_k(b: Bytes) -> _Parts:
-    codes = _spread(b[:, :32], 32, 1)
+def _q3_k(b: Bytes) -> Parts:
+    codes = spread(b[:, :32], 32, 1)
     codes <<= np.uint8(2)
-    codes |= _spread(b[:, 32:96], 32, 2)  # minus 4 is the weight
-    scales = _spread(b[:, 96:104], 8, 4) | (_spread(b[:, 104:108], 4, 2) << np.uint8(4))
-    return _Parts(codes, _half(b[:, 108:110]), sub_scale=scales.view(np.int8) - np.int8(32))
+    codes |= spread(b[:, 32:96], 32, 2)  # minus 4 is the weight
+    scales = spread(b[:, 96:104], 8, 4) | (spread(b[:, 104:108], 4, 2) << np.uint8(4))
+    return Parts(codes, half(b[:, 108:110]), sub_scale=scales.view(np.int8) - np.int8(32))
 
 
 def _scales_and_mins(field: Bytes) -> tuple[NDArray[np.int8], Bytes]:
@@ -154,32 +126,59 @@ def _scales_and_mins(field: Bytes) -> tuple[NDArray[np.int8], Bytes]:
     return np.concatenate(scales, axis=1).view(np.int8), np.concatenate(mins, axis=1)
 
 
-def _q4_k(b: Bytes) -> _Parts:
+def _q4_k(b: Bytes) -> Parts:
     sub_scale, sub_min = _scales_and_mins(b[:, 4:16])
-    return _Parts(_spread(b[:, 16:], 32, 4), _half(b[:, :2]), sub_scale, _half(b[:, 2:4]), sub_min)
+    return Parts(spread(b[:, 16:], 32, 4), half(b[:, :2]), sub_scale, half(b[:, 2:4]), sub_min)
 
 
-def _q5_k(b: Bytes) -> _Parts:
+def _q5_k(b: Bytes) -> Parts:
     sub_scale, sub_min = _scales_and_mins(b[:, 4:16])
-    codes = _spread(b[:, 16:48], 32, 1)
+    codes = spread(b[:, 16:48], 32, 1)
     codes <<= np.uint8(4)
-    codes |= _spread(b[:, 48:], 32, 4)
-    return _Parts(codes, _half(b[:, :2]), sub_scale, _half(b[:, 2:4]), sub_min)
+    codes |= spread(b[:, 48:], 32, 4)
+    return Parts(codes, half(b[:, :2]), sub_scale, half(b[:, 2:4]), sub_min)
 
 
-def _q6_k(b: Bytes) -> _Parts:
-    codes = _spread(b[:, 128:192], 32, 2)
+def _q6_k(b: Bytes) -> Parts:
+    codes = spread(b[:, 128:192], 32, 2)
     codes <<= np.uint8(4)
-    codes |= _spread(b[:, :128], 64, 4)  # minus 32 is the weight
-    return _Parts(codes, _half(b[:, 208:]), sub_scale=np.ascontiguousarray(b[:, 192:208]).view(np.int8))
+    codes |= spread(b[:, :128], 64, 4)  # minus 32 is the weight
+    return Parts(codes, half(b[:, 208:]), sub_scale=np.ascontiguousarray(b[:, 192:208]).view(np.int8))
 
 
-def _iq4_xs(b: Bytes) -> _Parts:
-    scales = _spread(b[:, 4:8], 1, 4) | (_spread(b[:, 2:4], 1, 2) << np.uint8(4))
-    return _Parts(_spread(b[:, 8:], 16, 4), _half(b[:, :2]), sub_scale=scales.view(np.int8) - np.int8(32))
+def _iq4_xs(b: Bytes) -> Parts:
+    scales = spread(b[:, 4:8], 1, 4) | (spread(b[:, 2:4], 1, 2) << np.uint8(4))
+    return Parts(spread(b[:, 8:], 16, 4), half(b[:, :2]), sub_scale=scales.view(np.int8) - np.int8(32))
 
 
-_TAKE_APART: dict[str, Callable[[Bytes], _Parts]] = {
+def _mxfp4(b: Bytes) -> Parts:
+    return Parts(spread(b[:, 1:], 16, 4), E8M0_HALVES[b[:, :1]])  # the codebook is of whole numbers: values doubled
+
+
+def _nvfp4(b: Bytes) -> Parts:
+    return Parts(spread(b[:, 4:], 8, 4), _E4M3_HALVES[b[:, :4]])
+
+
+def _tq1_0(b: Bytes) -> Parts:
+    """Five weights a byte, the highest digit of a fraction to the base of 3 first; of the last four bytes four."""
+
+    def digits(field: Bytes, count: int) -> Bytes:
+        powers = 3 ** np.arange(count, dtype=np.uint8)
+        shifted = field[:, None, :] * powers[:, None]  # mod 256
+        return (shifted.astype(np.uint16) * np.uint16(3) >> np.uint16(8)).astype(np.uint8).reshape(len(field), -1)
+
+    codes = np.concatenate([digits(b[:, :32], 5), digits(b[:, 32:48], 5), digits(b[:, 48:52], 4)], axis=1)
+    return Parts(codes, half(b[:, 52:]))
+
+
+def _tq2_0(b: Bytes) -> Parts:
+    return Parts(spread(b[:, :64], 32, 2), half(b[:, 64:]))
+
+
+# Without a sign; the byte 0x7f is no NaN but 0.
+_E4M3_HALVES = np.abs(np.nan_to_num(E4M3_VALUES, nan=0)).astype(np.float32) * np.float32(0.5)
+_E4M3_HALVES[0xFF] = 240  # as llama.cpp reads it, which writes no such byte
+_TAKE_APART: dict[str, Callable[[Bytes], Parts]] = {
     "Q8_0": _q8_0,
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -192,5 +191,10 @@ _TAKE_APART: dict[str, Callable[[Bytes], _Parts]] = {
     "Q6_K": _q6_k,
     "IQ4_NL": _q4_0,  # whose layout it has
     "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
+    "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
+    **ggml_grids.TAKE_APART,
 }
 _DENSE: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}

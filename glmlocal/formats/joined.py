@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from glmlocal.errors import CheckpointError
-from glmlocal.formats import awq, compressed_tensors, gptq, mlx
+from glmlocal.formats import awq, compressed_tensors, fp4, gptq, mlx
 from glmlocal.formats.index import TensorRef, quoted
 from glmlocal.formats.stored_matrix import StoredMatrix
 
@@ -21,8 +21,10 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], _Reader]] = {
     "awq": awq.reader,
     "compressed-tensors": compressed_tensors.reader,
     "mlx": mlx.reader,
+    "modelopt": fp4.reader,
+    "quark": fp4.reader,
 }
-_MARKS = ("U32", "I32", "I8")  # dtypes of codes
+_MARKS = ("U32", "I32", "I8", "U8")  # dtypes of codes
 
 
 def joined(config: Mapping[str, Any], refs: Refs) -> tuple[Refs, dict[str, str]]:

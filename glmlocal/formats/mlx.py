@@ -4,6 +4,7 @@
 
 Bits and group size are in the config's ``quantization``, for all or, by their names, for single modules (``false``:
 plain). Routed experts are stacked, ``mlp.switch_mlp.up_proj`` [experts, out, …]; ``safetensors`` takes them apart.
+In the modes nvfp4 and mxfp4 codes are 4-bit floats and there are no biases (``fp4``).
 X.bias is a linear layer's own and nothing of this. Source: mlx, nn/layers/quantized.py; mlx-lm, utils.py.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from glmlocal.errors import CheckpointError
+from glmlocal.formats import fp4
 from glmlocal.formats.index import TensorRef, quoted
 from glmlocal.formats.stored_matrix import (
     BITS,
@@ -47,8 +49,10 @@ def reader(settings: Mapping[str, Any]) -> Callable[[str, Mapping[str, TensorRef
 
 def _matrix(module: str, tensors: Mapping[str, TensorRef], settings: Mapping[str, Any]) -> StoredMatrix:
     where, mode = f"the quantization config of {quoted(module)}", settings.get("mode", "affine")
+    if mode in ("nvfp4", "mxfp4"):
+        return fp4.mlx(module, tensors, mode)
     if mode != "affine":
-        raise CheckpointError(f"{where} says mode {quoted(mode)}; affine is supported")
+        raise CheckpointError(f"{where} says mode {quoted(mode)}; affine, nvfp4 and mxfp4 are supported")
     bits, size = settings.get("bits", 4), group_size(settings.get("group_size", 64), where)
     if type(bits) is not int or bits not in BITS:
         raise CheckpointError(f"{where} says {quoted(bits)} bits; {', '.join(map(str, BITS))} are supported")

@@ -34,6 +34,8 @@ def _e4m3_values() -> NDArray[np.float32]:
 
 
 E4M3_VALUES = _e4m3_values()
+# Halves of the powers of two that bytes of e8m0 stand for, subnormals among them; 255 is NaN where no file is GGUF.
+E8M0_HALVES: NDArray[np.float32] = np.ldexp(np.float32(1), np.arange(256) - 128)
 
 
 def has_nan(codes: NDArray[np.uint8]) -> bool:

@@ -1,7 +1,7 @@
 """Quantized matrices that a release stores as several tensors: which these are and what they mean. Headers only.
 
-``gptq``, ``awq``, ``compressed_tensors`` and ``mlx`` make StoredMatrix values from a config and tensors' names, dtypes
-and shapes; ``stored_rows`` reads their bytes. What differs between the four is the layout:
+``gptq``, ``awq``, ``compressed_tensors``, ``mlx`` and ``fp4`` make StoredMatrix values from a config and tensors'
+names, dtypes and shapes; ``stored_rows`` reads their bytes. What differs between them is the layout:
 
     layout       codes                                            zero points, or MLX's biases     scales
     "gptq"       int32 [in · bits / 32, out], along the input     int32 [groups, out · bits / 32]  [groups, out]
@@ -11,6 +11,8 @@ and shapes; ``stored_rows`` reads their bytes. What differs between the four is 
     "packed"     int32 [out, in · bits / 32]                      int32 [out · bits / 32, groups]  [out, groups]
     "int8"       int8 [out, in]                                   int8 [out, groups]               [out, groups]
     "mlx"        uint32 [out, in · bits / 32]                     floats [out, groups]             [out, groups]
+    "fp4"        uint8 [out, in / 2] or uint32 [out, in / 8]      none                             bytes [out, groups]
+    "fp4_multiplied", "fp4_divided": the same, and one float that multiplies or divides all scales; see ``fp4``
 
 Where nothing else is said words hold one stream of bits, lowest first, so that codes of 3, 5 and 6 bits cross words.
 """
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
     from glmlocal.formats.index import TensorRef
 
-Layout = Literal["gptq", "gptq_v2", "awq", "awq_gemv", "packed", "int8", "mlx"]
+Layout = Literal["gptq", "gptq_v2", "awq", "awq_gemv", "packed", "int8", "mlx", "fp4", "fp4_multiplied", "fp4_divided"]
 Offset = Literal["symmetric", "zero_point", "min"]
 
 BITS = (2, 3, 4, 5, 6, 8)  # that the kernels have
@@ -50,10 +52,11 @@ class StoredMatrix:
     zeros: TensorRef | None = None  # zero points; of "mlx" the biases
     g_idx: TensorRef | None = None  # int32 [in]: the group of each column; only ever checked
     weight_shape: TensorRef | None = None  # the shape once more; only ever checked
+    global_scale: TensorRef | None = None  # one number, of "fp4_multiplied" and "fp4_divided"
 
     @property
     def parts(self) -> tuple[TensorRef, ...]:
-        found = (self.codes, self.scales, self.zeros, self.g_idx, self.weight_shape)
+        found = (self.codes, self.scales, self.zeros, self.g_idx, self.weight_shape, self.global_scale)
         return tuple(part for part in found if part is not None)
 
     def moved(self, files: Mapping[Path, Path]) -> StoredMatrix:
@@ -69,12 +72,17 @@ class StoredMatrix:
             zeros=there(self.zeros),
             g_idx=there(self.g_idx),
             weight_shape=there(self.weight_shape),
+            global_scale=there(self.global_scale),
         )
 
     @property
     def has_rows(self) -> bool:
         """Do the bytes of an output row lie together, so that single rows can be read?"""
-        return self.layout in ("packed", "int8", "mlx")
+        return self.layout in ("packed", "int8", "mlx") or self.is_fp4
+
+    @property
+    def is_fp4(self) -> bool:
+        return self.layout in ("fp4", "fp4_multiplied", "fp4_divided")
 
 
 @lru_cache(maxsize=256)

@@ -16,7 +16,8 @@ from glmlocal.errors import CheckpointError
 from glmlocal.formats.awq import ORDER
 from glmlocal.formats.ggml_blocks import widen_dense
 from glmlocal.formats.index import TensorIndex, TensorRef
-from glmlocal.formats.quant import QuantizedMatrix
+from glmlocal.formats.quant import E4M3_VALUES, E8M0_HALVES, QuantizedMatrix
+from glmlocal.formats.schemes import MXFP4
 from glmlocal.formats.stored_matrix import StoredMatrix
 
 Bytes = NDArray[np.uint8]
@@ -59,6 +60,7 @@ class StoredRows:
     matrix: StoredMatrix
     words: NDArray[np.uint32] | None  # all codes, of layouts that keep a row's apart
     groups: _Groups | None  # of all rows, where they are not read with them
+    scale_of_byte: NDArray[np.float32] | None = None  # [256], of layouts whose scales are bytes
 
     @classmethod
     def open(cls, tensors: TensorIndex, matrix: StoredMatrix) -> StoredRows:
@@ -72,7 +74,7 @@ class StoredRows:
             scales = _scales(matrix, tensors.copy(matrix.scales.name), matrix.shape[0])
             zeros = _zeros_along_rows(tensors, matrix, matrix.zeros)
             return cls(tensors, matrix, None, _checked(_Groups(scales, zeros), matrix))
-        return cls(tensors, matrix, None, None)
+        return cls(tensors, matrix, None, None, _scale_of_byte(tensors, matrix) if matrix.is_fp4 else None)
 
     def rows(self, begin: int, end: int) -> QuantizedMatrix:
         """Rows begin … end - 1. Raises CheckpointError for scales that are not finite."""
@@ -120,6 +122,8 @@ class StoredRows:
 
     def _groups_of_rows(self, read: _ReadRows, rows: int) -> _Groups:
         matrix = self.matrix
+        if self.scale_of_byte is not None:
+            return _checked(_Groups(self.scale_of_byte[read(matrix.scales)]), matrix)
         if matrix.scales.shape[:1] != matrix.shape[:1]:  # one for all
             scales = _scales(matrix, self.tensors.copy(matrix.scales.name), rows)
         else:
@@ -149,6 +153,21 @@ def _scales(matrix: StoredMatrix, raw: Bytes, rows: int) -> NDArray[np.float32]:
 
 
 _FLOAT_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+
+
+def _scale_of_byte(tensors: TensorIndex, matrix: StoredMatrix) -> NDArray[np.float32]:
+    """What scales of 4-bit floats mean, halved since the codebook is doubled, the matrix's own scale included."""
+    if matrix.scheme == MXFP4:
+        return np.where(np.arange(256) == 0xFF, np.float32(np.nan), E8M0_HALVES)
+    scales, ref = E4M3_VALUES, matrix.global_scale
+    if ref is not None:
+        (factor,) = widen_dense(ref.dtype, tensors.copy(ref.name), (1,))
+        if not (np.isfinite(factor) and factor > 0):
+            raise CheckpointError(
+                f"tensor {ref.name} is {factor}; a number above 0 was expected: the file is damaged, download it again"
+            )
+        scales = scales / factor if matrix.layout == "fp4_divided" else scales * factor
+    return scales * np.float32(0.5)
 
 
 def _words(raw: Bytes, shape: tuple[int, ...]) -> NDArray[np.uint32]:

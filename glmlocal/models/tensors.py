@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
 _SUPPORTED = (
-    f"BF16, F16, F32, {FP8_DTYPE} with scales per row or 128 x 128 block, GPTQ, AWQ, compressed-tensors and MLX are in "
-    "safetensors, "
+    f"BF16, F16, F32, {FP8_DTYPE} with scales per row or 128 x 128 block, GPTQ, AWQ, compressed-tensors, MLX, NVFP4 "
+    "and MXFP4 are in safetensors, "
     f"BF16, F16, F32 and {', '.join(sorted(QUANTIZED_DTYPES))} in GGUF"
 )
 

@@ -21,7 +21,7 @@ from glmlocal.server.generation import Generation, Step, Wanted
 from glmlocal.server.limits import MAX_N
 from glmlocal.server.model import ServedModel
 from glmlocal.server.openai_types import CompletionRequest
-from glmlocal.server.prompts import Prompt
+from glmlocal.server.prompts import Prompt, prompt_ids
 from glmlocal.server.reply import Reply, timings_dict, usage_dict
 from glmlocal.text.detokenizer import IncrementalDetokenizer
 
@@ -51,7 +51,7 @@ async def completions(body: CompletionRequest, request: Request, context: Server
 def _prompts(model: ServedModel, prompt: str | Sequence[Any]) -> list[Prompt]:
     """One prompt, or a list of them; token ids are taken as they are. Raises RequestError or ApiError."""
     if isinstance(prompt, str):
-        return [Prompt(tuple(model.tokenizer.encode(prompt, add_special_tokens=True)))]
+        return [Prompt(prompt_ids(model, prompt, add_special_tokens=True))]
     if prompt and all(isinstance(part, int) for part in prompt):
         return [Prompt(tuple(int(part) for part in prompt))]
     if not prompt:

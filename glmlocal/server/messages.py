@@ -46,7 +46,7 @@ async def messages(body: MessagesRequest, request: Request, context: ServerConte
 async def count_tokens(body: CountRequest, context: ServerContext) -> dict[str, int]:
     """Exactly what a message would have, tools and system included."""
     model = context.state.ready()
-    prompt = await asyncio.to_thread(chat_prompt, model, conversation(body))
+    prompt = await asyncio.to_thread(chat_prompt, model, conversation(body), is_counted=True)
     return {"input_tokens": len(prompt.token_ids)}
 
 

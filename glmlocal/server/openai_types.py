@@ -1,14 +1,16 @@
 """Requests of OpenAI's chat and completions APIs, with the extras that vLLM and z.ai have.
 
-Fields that mean nothing here (``user``, ``store``, ``metadata`` …) are let through and ignored, as clients send many.
+Fields that mean nothing here (``user``, ``store``, ``metadata`` …) are let through and ignored, as clients send many;
+those that mean much are refused (``refused``).
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from glmlocal.server import refused
 from glmlocal.server.errors import bad_request
 from glmlocal.server.limits import (
     MAX_LOGIT_BIAS,
@@ -153,11 +155,13 @@ class ChatRequest(Sampling):
     thinking: Thinking | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     user: str | None = None
-    functions: list[Any] | None = None  # of 2023: refused, as ignoring them would leave an agent without its tools
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refused(cls, body: Any) -> Any:
+        return refused.refuse(body, refused.CHAT)
 
     def sampling(self) -> dict[str, Any]:
-        if self.functions:
-            raise bad_request("functions is the old name of tools; send those, and tool_choice", "functions")
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
         given = super().sampling()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from glmlocal.errors import RequestError
 from glmlocal.server.errors import bad_request
 from glmlocal.server.model import ServedModel
 from glmlocal.server.raw_calls import unmark, with_marks
@@ -32,10 +33,22 @@ class Conversation:
     switches: Mapping[str, Any] = field(default_factory=dict)  # variables of the template
 
 
-def chat_prompt(model: ServedModel, conversation: Conversation) -> Prompt:
+def prompt_ids(model: ServedModel, text: str, *, add_special_tokens: bool = False) -> tuple[int, ...]:
+    """The ids of a prompt that is to be answered. Raises RequestError for one that is many times too long."""
+    context = model.facts.context
+    if model.tokenizer.surely_exceeds(text, context):
+        raise RequestError(
+            f"the prompt of {len(text)} characters is several times too long: the context holds {context} tokens, the "
+            "answer included; shorten it or start the server with a larger --context"
+        )
+    return tuple(model.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
+def chat_prompt(model: ServedModel, conversation: Conversation, *, is_counted: bool = False) -> Prompt:
     """Render and tokenize. Takes a while for long conversations: not for the event loop's thread.
 
-    Raises RequestError or ApiError for messages that the template cannot take.
+    ``is_counted``: it is not to be answered, and may be of any length.
+    Raises RequestError or ApiError for messages that the template cannot take, and for a prompt that is far too long.
     """
     template, switches = model.template, conversation.switches
     taken = sorted(_RESERVED & set(switches))
@@ -51,6 +64,6 @@ def chat_prompt(model: ServedModel, conversation: Conversation) -> Prompt:
         text = template.render(messages, tools=tools, **switches)
     thinking = bool(switches.get("enable_thinking", True))
     return Prompt(
-        tuple(model.tokenizer.encode(text)),
+        tuple(model.tokenizer.encode(text)) if is_counted else prompt_ids(model, text),
         starts_in_reasoning(text, thinking_enabled=thinking) if template.supports_thinking else None,
     )

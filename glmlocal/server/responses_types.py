@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from glmlocal.server import refused
 from glmlocal.server.limits import MAX_MESSAGES, MAX_TOKENS, MAX_TOOLS, MAX_TOP_LOGPROBS
 from glmlocal.server.openai_types import Count, Effort, Loose, Strict
 
@@ -64,6 +65,11 @@ class ResponsesRequest(Strict):
     metadata: dict[str, Any] | None = None
     user: str | None = None
     store: bool | None = None  # as with OpenAI, true unless it is false
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refused(cls, body: Any) -> Any:
+        return refused.refuse(body, refused.RESPONSES)
 
     @property
     def items(self) -> list[dict[str, Any]]:

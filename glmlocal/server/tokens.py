@@ -41,7 +41,7 @@ async def tokenize(body: TokenizeRequest, context: ServerContext) -> dict[str, A
     if body.messages is not None:
         switches = template_switches(kwargs=body.chat_template_kwargs)
         asked = Conversation(message_dicts(body.messages), tool_dicts(body.tools), switches)
-        ids = list((await asyncio.to_thread(chat_prompt, model, asked)).token_ids)
+        ids = list((await asyncio.to_thread(chat_prompt, model, asked, is_counted=True)).token_ids)
     else:
         assert body.prompt is not None
         special = body.add_special_tokens

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import reprlib
+import stat
 from pathlib import Path
 
 from glmlocal.errors import CheckpointError
@@ -26,9 +28,10 @@ def one_line(message: object) -> str:
 def read_text_file(path: Path, *, max_bytes: int = CONFIG_MAX_BYTES) -> str | None:
     """The file's text (UTF-8), or None if there is no such file. Raises CheckpointError."""
     try:
-        with path.open("rb") as file:
-            # One byte beyond the limit tells "too big" without trusting what stat() says of a pipe or a device.
-            data = file.read(max_bytes + 1)
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CheckpointError(f"{path} is a pipe or a device; a file was expected: fetch it again")
+            data = file.read(max_bytes + 1)  # one byte beyond the limit tells "too big", whatever stat() says
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -39,6 +42,11 @@ def read_text_file(path: Path, *, max_bytes: int = CONFIG_MAX_BYTES) -> str | No
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not UTF-8 text (byte {error.start}); fetch the file again") from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A pipe that nobody writes to would be waited for while it is opened."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse_json_object(text: str, where: str) -> dict[str, object]:

@@ -20,6 +20,7 @@ from glmlocal.text.pre_tokenizers import PRE_TOKENIZERS, nfc
 from glmlocal.units import MIB
 
 TOKENIZER_JSON_MAX_BYTES = 256 * MIB  # GLM-4.5's is 20 MB
+_BEGINNING_CHARS = 16  # per token: text has 2 to 5, so that its beginning makes several times the tokens asked about
 
 
 class Tokenizer:
@@ -58,11 +59,20 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Ids of ``text``; the text of an added token becomes that token. Chat templates write their own special
         tokens, so none are added unless asked for. Raises RequestError."""
-        try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:  # ``encode`` keeps every other thread waiting, and takes twice as long for offsets that nobody wants
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:  # what the library says of a string that has no UTF-8 form
             raise RequestError("the text holds half a surrogate pair and is not valid Unicode") from None
+        ids: list[int] = encoding.ids
         return [*self._prefix_ids, *ids, *self._suffix_ids] if add_special_tokens else ids
+
+    def surely_exceeds(self, text: str, num_tokens: int) -> bool:
+        """Does the text make more tokens than that, to judge by its beginning? False where only the whole would tell.
+
+        A text that is many times too long is known without tokenizing all of it: seconds and hundreds of MB.
+        """
+        beginning = num_tokens * _BEGINNING_CHARS
+        return len(text) > 2 * beginning and len(self.encode(text[:beginning])) > 2 * num_tokens
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of ``ids``. Bytes that are not UTF-8 become U+FFFD; ids without a token give nothing."""

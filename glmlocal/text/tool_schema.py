@@ -3,7 +3,8 @@
 A model writes arguments as bare text between tags: ``123`` may be the number or the string. The schema decides:
 
 * Only a string is allowed: the text, byte for byte, even if it looks like JSON.
-* Other types: the first that the text is, of null, integer, number, boolean, object, array, string.
+* Other types: the first that the text is, of null, integer, number, boolean, object, array, string. Objects and arrays
+  may be written as Python literals too, as vLLM and SGLang take them.
 * No schema: JSON if it parses, else a string. Whatever does not convert is a string.
 
 Schemas come from the network: references are followed within the schema only, cycles end, and the work is bounded.
@@ -11,10 +12,12 @@ Schemas come from the network: references are followed within the schema only, c
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
@@ -22,6 +25,7 @@ Schema = Mapping[str, Any]
 _MAX_DEPTH, _MAX_BRANCHES, _MAX_STEPS = 32, 64, 1_000
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+_MAX_LITERAL = 100_000  # characters of a Python literal
 _MAX_INTEGRAL = 2.0**53  # above, a float is not certain of its last digit
 
 
@@ -292,9 +296,24 @@ def _container(kind: type) -> Callable[[str], object]:
                 value = _json(value)
             if isinstance(value, kind):
                 return value
-        return _MISSING
+        value = _python(text)
+        return value if isinstance(value, kind) else _MISSING
 
     return convert
+
+
+def _python(text: str) -> object:
+    """The JSON value that the text is as a Python literal: some models write ``{'a': True}``. Nothing is run."""
+    text = text.strip()
+    if text[:1] not in ("{", "[") or len(text) > _MAX_LITERAL:
+        return _MISSING
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in strings
+            value = ast.literal_eval(text)
+        return json.loads(json.dumps(value, allow_nan=False))  # sets, bytes and infinities are no JSON
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return _MISSING
 
 
 def _forms(text: str) -> Iterator[str]:

@@ -101,16 +101,16 @@ def test_an_unsupported_gguf_type_is_refused_by_name_before_loading(
     file = tmp_path / "tiny.gguf"
     add_tensor = GGUFWriter.add_tensor
 
-    def with_iq2(self: GGUFWriter, name: str, tensor: np.ndarray, raw_dtype: object = None) -> None:
-        if name == "blk.0.ffn_down.weight":  # rows of 256 weights are 66 bytes in IQ2_XXS
-            tensor, raw_dtype = np.zeros((64, 66), np.uint8), GGMLQuantizationType.IQ2_XXS
+    def with_q8_k(self: GGUFWriter, name: str, tensor: np.ndarray, raw_dtype: object = None) -> None:
+        if name == "blk.0.ffn_down.weight":  # rows of 256 weights are 292 bytes in Q8_K, which no file has
+            tensor, raw_dtype = np.zeros((64, 292), np.uint8), GGMLQuantizationType.Q8_K
         add_tensor(self, name, tensor, raw_dtype=raw_dtype)
 
-    monkeypatch.setattr(GGUFWriter, "add_tensor", with_iq2)
+    monkeypatch.setattr(GGUFWriter, "add_tensor", with_q8_k)
     tiny_gguf.convert(checkpoint, file)
     assert main(["chat", str(file), "-p", "hi"]) == 2
     err = capsys.readouterr().err
-    assert "IQ2_XXS" in err
+    assert "Q8_K" in err
     assert err.count("\n") == 1
 
 

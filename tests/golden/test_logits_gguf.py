@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from safetensors.torch import save_file
 
 import tiny
 import tiny_gguf
+from crafted import HALF_FIELDS, random_blocks
 from glmlocal.formats.index import open_checkpoint
+from glmlocal.formats.schemes import QUANTIZED_DTYPES
 from loading import load_engine
 from test_logits_glm4_moe import TOKENS, TOLERANCE, reference_logits, relative_error
 
@@ -35,6 +39,42 @@ def test_quantized_gguf_gives_the_logits_of_its_dequantized_weights(quant: str, 
     want = reference_logits(dequantized, TOKENS)
     assert relative_error(got, want) < TOLERANCE
     assert relative_error(got, reference_logits(model, TOKENS)) > TOLERANCE  # it was quantized
+
+
+def _random_weights(shape: tuple[int, ...], kind: GGMLQuantizationType) -> np.ndarray:
+    """Bytes of a type whose weights are random and about as large as a linear layer's."""
+    weights, _ = GGML_QUANT_SIZES[kind]
+    raw = random_blocks(kind.name, int(np.prod(shape)) // weights, np.random.default_rng(len(shape)))
+    wanted = float(shape[-1]) ** -0.5
+    if kind.name == "IQ1_M":  # a quarter of the fp16 scale in each of four words
+        for at, nibble in zip((49, 51, 53, 55), (0, 0, 0, 0x10), strict=True):  # 2^-11
+            raw[:, at] = raw[:, at] & 0x0F | nibble
+    elif kind.name == "MXFP4":
+        raw[:, 0] = 121 + raw[:, 0] % 4
+    elif kind.name == "NVFP4":
+        raw[:, :4] = 8 + raw[:, :4] % 16
+    for at in HALF_FIELDS[kind.name]:
+        raw[:, at : at + 2] = np.frombuffer(np.float16(1).tobytes(), np.uint8)
+    if HALF_FIELDS[kind.name]:
+        scale = (wanted / dequantize(raw, kind).std() * (0.5 + np.arange(len(raw)) % 7 / 7)).astype(np.float16)
+        for at in HALF_FIELDS[kind.name]:
+            raw[:, at : at + 2] = scale.reshape(-1, 1).view(np.uint8)
+    return raw.reshape(*shape[:-1], -1)
+
+
+@pytest.mark.parametrize("quant", sorted(QUANTIZED_DTYPES))
+def test_every_type_gives_the_logits_of_its_dequantized_weights(quant: str, tmp_path: Path) -> None:
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 256)
+    experts = dict.fromkeys(("n_routed_experts", "num_experts_per_tok"), 4)  # all of them: rounding chooses no others
+    model = tiny.build_model(**sizes, **experts, num_attention_heads=16, num_hidden_layers=2)
+    stored = tiny_gguf.convert(tiny.save(model, tmp_path), tmp_path / "tiny.gguf", quant, blocks=_random_weights)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    dequantized = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    want = reference_logits(dequantized, TOKENS)
+    got = load_engine(open_checkpoint(tmp_path / "tiny.gguf"), kv_dtype="fp32").logits(TOKENS)
+    assert relative_error(got, want) < TOLERANCE
+    rounded = load_engine(open_checkpoint(tmp_path / "tiny.gguf"), kv_dtype="fp32", activations="int8").logits(TOKENS)
+    assert TOLERANCE < relative_error(rounded, want) < 0.05
 
 
 def test_split_gguf_and_its_mtp_layer(tmp_path: Path) -> None:

@@ -140,7 +140,10 @@ def test_streams_of_bits_are_taken_apart(codes: tuple[int, int], bits: int, seed
 
 REFUSED = {
     "gptq asymmetric": [
-        ({"quant_method": "exl2"}, "quantized with 'exl2'; gptq, awq, compressed-tensors, mlx, FP8 and GGUF are supp"),
+        (
+            {"quant_method": "exl2"},
+            "quantized with 'exl2'; gptq, awq, compressed-tensors, mlx, modelopt, quark, FP8 and",
+        ),
         ({"checkpoint_format": "marlin"}, "GPTQ in the format 'marlin'; gptq and gptq_v2 are supported"),
         ({"dynamic": {"+:(": {}}}, r"has '\(', which is no regular expression"),
         ({"dynamic": {"(.*a)*b": {}}}, r"which is no regular expression that is taken: a group is repeated"),
@@ -160,8 +163,8 @@ REFUSED = {
         ({"config_groups": {"a": {"targets": ["re:["]}}}, r"has '\[', which is no regular expression"),
     ],
     "mlx 4-bit": [
-        ({"mode": "mxfp4"}, "says mode 'mxfp4'; affine is supported"),
-        ({"mode": "nvfp4"}, "says mode 'nvfp4'; affine is supported"),
+        ({"mode": "mxfp8"}, "says mode 'mxfp8'; affine, nvfp4 and mxfp4 are supported"),
+        ({"mode": "nvfp4"}, "scales is F16|scales is BF16"),
         ({"bits": 8}, "for 8 bits in [0-9]+ groups of 32; the config and the tensors are of different models"),
         ({"model.layers.0.mlp.up_proj": False}, "the config says False of 'model.layers.0.mlp.up_proj'"),
     ],

@@ -32,8 +32,12 @@ def test_every_value_of_every_byte_of_a_block_counts_as_in_gguf(dtype: str) -> N
     raw = np.repeat(base, 256 * len(free), axis=0)
     for i, at in enumerate(free):
         raw[256 * i : 256 * (i + 1), at] = np.arange(256)
-    got = unpack(dtype, raw.reshape(-1), (len(raw), block)).dequantize()
-    wanted = gguf.dequantize(raw, gguf.GGMLQuantizationType[dtype])
+    with np.errstate(over="ignore"):
+        got = unpack(dtype, raw.reshape(-1), (len(raw), block)).dequantize()
+        wanted = gguf.dequantize(raw, gguf.GGMLQuantizationType[dtype])
+    finite = np.isfinite(wanted).all(axis=1)  # scales of IQ1_M and MXFP4 are in bytes that are not HALF_FIELDS
+    assert (~finite).sum() <= 64
+    got, wanted = got[finite], wanted[finite]
     np.testing.assert_array_equal(got.view(np.uint32), wanted.view(np.uint32))
 
 
@@ -95,7 +99,7 @@ def test_bytes_that_start_anywhere_and_cannot_be_written_are_fine() -> None:
         ("Q4_K", 143, (1, 256), "143"),
         ("Q4_0", 18, (32,), "32"),
         ("Q4_0", 36, (1, 2, 32), "2, 32"),
-        ("IQ2_XXS", 66, (1, 256), "IQ2_XXS"),
+        ("Q1_0", 18, (1, 128), "Q1_0"),
     ],
 )
 def test_what_does_not_fit_is_refused(dtype: str, num_bytes: int, shape: tuple[int, ...], words: str) -> None:

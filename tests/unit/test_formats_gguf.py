@@ -269,13 +269,8 @@ def test_metadata_that_cannot_be_is_refused(keys: dict[str, Any], words: str, tm
 @pytest.mark.parametrize(
     ("type_id", "row_bytes", "name"),
     [
-        (16, 66, "IQ2_XXS"),
-        (17, 74, "IQ2_XS"),
-        (18, 98, "IQ3_XXS"),
-        (19, 50, "IQ1_S"),
-        (29, 56, "IQ1_M"),
-        (34, 54, "TQ1_0"),
-        (39, 136, "MXFP4"),
+        (9, 320, "Q8_1"),
+        (15, 292, "Q8_K"),
         (28, 2048, "F64"),
         (24, 256, "I8"),
         (137, 76, "IQ2_K (ggml type 137)"),

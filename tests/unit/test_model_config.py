@@ -408,7 +408,7 @@ def test_an_mtp_layer_without_one_of_its_tensors_is_not_usable(name: str) -> Non
 
 @pytest.mark.parametrize("name", [*list(expected_mtp_tensors(CONFIG))[-4:], *optional_mtp_tensors(CONFIG)])
 def test_an_mtp_layer_with_a_wrong_tensor_is_not_usable_and_says_why(name: str) -> None:
-    for wrong in (((3, 3), "BF16"), ((COMPLETE | COPIES)[name][0], "IQ1_S")):
+    for wrong in (((3, 3), "BF16"), ((COMPLETE | COPIES)[name][0], "Q8_K")):
         index = index_of(COMPLETE | COPIES | {name: wrong})
         assert check_tensors(CONFIG, index) is False
         assert name in (mtp_problem(CONFIG, index) or "")

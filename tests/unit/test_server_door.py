@@ -221,6 +221,22 @@ def test_a_prompt_that_is_too_long_says_by_how_much() -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "a b " * 9_000}]}),
+        ("/v1/completions", {"prompt": "a b " * 9_000}),
+    ],
+)
+def test_a_prompt_that_is_many_times_too_long_is_not_tokenized(path: str, body: dict[str, Any]) -> None:
+    with running(context=64) as small:
+        error = small.post(path, body).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "characters is several times too long: the context holds 64" in error["message"]
+        counted = small.post("/tokenize", body)
+        assert counted.json()["count"] > 9_000
+
+
+@pytest.mark.parametrize(
     ("method", "path", "status"),
     [
         ("GET", "/nothing", 404),

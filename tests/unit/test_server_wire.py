@@ -182,10 +182,28 @@ def test_methods_that_a_path_has_not(server: Running) -> None:
     assert server.http.head("/v1/chat/completions").status_code == 405
 
 
-def test_what_would_be_ignored_at_a_cost_is_refused(server: Running) -> None:
-    answer = server.post("/v1/chat/completions", {"messages": user("x"), "functions": [FUNCTION]})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "functions")
-    assert server.chat("x", functions=[])["choices"][0]["finish_reason"] == "stop"
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [
+        ("chat/completions", "functions", [FUNCTION]),
+        ("chat/completions", "guided_json", {"type": "object"}),
+        ("chat/completions", "guided_choice", ["a", "b"]),
+        ("chat/completions", "structured_outputs", {"regex": "a"}),
+        ("chat/completions", "continue_final_message", True),
+        ("chat/completions", "modalities", ["text", "audio"]),
+        ("chat/completions", "audio", {"voice": "alloy"}),
+        ("chat/completions", "web_search_options", {"search_context_size": "low"}),
+        ("responses", "conversation", "conv_1"),
+        ("responses", "prompt", {"id": "pmpt_1"}),
+    ],
+)
+def test_what_would_be_ignored_at_a_cost_is_refused(server: Running, path: str, field: str, value: Any) -> None:
+    body = {"input": "x"} if path == "responses" else {"messages": user("x")}
+    answer = server.post(f"/v1/{path}", {**body, field: value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+    assert field in answer.json()["error"]["message"]
+    for nothing in (None, ["text"] if field == "modalities" else []):
+        assert server.post(f"/v1/{path}", {**body, field: nothing}).status_code == 200
 
 
 def test_a_refusal_of_another_model_is_text(server: Running) -> None:

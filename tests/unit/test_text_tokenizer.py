@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,37 @@ def test_training_time_truncation_is_lifted(tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_is_a_request_error() -> None:
     with pytest.raises(RequestError, match="not valid Unicode"):
         tokenizer_from_gguf(gguf_metadata()).encode("a\ud800b")
+
+
+def test_others_run_while_a_long_text_is_tokenized() -> None:
+    tokenizer = tokenizer_from_gguf(gguf_metadata())
+    tokenizer.encode("a")
+    thread = threading.Thread(target=tokenizer.encode, args=("a b " * 200_000,))
+    thread.start()
+    ticks = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    assert ticks > 20
+
+
+def test_a_text_many_times_too_long_is_known_by_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_from_gguf(gguf_metadata())
+    encode, seen = tokenizer.encode, []
+
+    def spy(text: str) -> list[int]:
+        seen.append(len(text))
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", spy)
+    assert tokenizer.surely_exceeds("a b " * 100_000, 100)
+    assert seen == [1_600]
+    assert not tokenizer.surely_exceeds("a b " * 799, 100)  # short enough to be tokenized as a whole
+    assert not tokenizer.surely_exceeds("a b " * 100_000, 400_000)
+    assert len(seen) == 1
+    few = "<|user|>" * 1_000  # each one token, so that the beginning makes 200
+    assert not tokenizer.surely_exceeds(few, 100)
+    assert len(seen) == 2
 
 
 def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:

@@ -140,6 +140,43 @@ def test_10_escaped_json_and_backslashes() -> None:
         assert one_value("\\d+\\.", {}) == "\\d+\\."
 
 
+@pytest.mark.parametrize(
+    ("text", "schema", "value"),
+    [
+        ("{'a': 1, 'b': True, 'c': None}", {"type": "object"}, {"a": 1, "b": True, "c": None}),
+        ("\n['it\\'s', \"x\", (1, 2)] ", {"type": "array"}, ["it's", "x", [1, 2]]),
+        ("{1: 'a'}", {"type": "object"}, {"1": "a"}),
+        ("['\\d']", {"type": ["array", "null"]}, ["\\d"]),
+        ("{'a': 1}", {"type": ["object", "string"]}, {"a": 1}),
+    ],
+)
+def test_10_python_literals_are_objects_and_arrays(text: str, schema: Any, value: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert one_value(text, schema) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    [
+        ("{'a': 1}", {"type": "array"}),
+        ("['a']", {"type": "object"}),
+        ("{'a': 1}", {"type": "string"}),
+        ("{'a': 1}", {}),
+        ("{'a', 'b'}", {"type": "object"}),
+        ("[b'x']", {"type": "array"}),
+        ("['a', 1e999]", {"type": "array"}),
+        ("[open('x')]", {"type": "array"}),
+        ("[" * 5_000, {"type": "array"}),
+        ("[" + "-" * 5_000 + "1]", {"type": "array"}),
+        ("['" + "x" * 200_000 + "']", {"type": "array"}),
+    ],
+)
+def test_10_what_is_no_such_literal_stays_text(text: str, schema: Any) -> None:
+    found = parse([call("f", ("x", text))], [tool("f", {"x": schema})])
+    assert found.values == [("f", {"x": text})]
+
+
 def test_11_unicode_is_not_escaped() -> None:
     found = every_way(call("get_weather", ("city", "北京 Zürich 🌦️")), [WEATHER])
     assert found.calls == (("get_weather", '{"city": "北京 Zürich 🌦️"}'),)
