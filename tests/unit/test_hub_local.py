@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
 
 import crafted
 from glmlocal.catalogue import Family
+from glmlocal.cli.main import main
 from glmlocal.errors import ConfigError, DownloadError
-from glmlocal.hub import local, pull, verify
+from glmlocal.hub import local, pull, unsynced, verify
 from glmlocal.hub.cache import RepoCache, remove, snapshot_files
 from glmlocal.hub.known import list_releases
 from glmlocal.hub.names import Source
@@ -167,6 +171,47 @@ def test_verifying_one_quantization_does_not_mind_the_other(server: HubServer, c
     (damaged,) = verify.damaged(kept)
     verify.discard(kept, [damaged])
     assert not second.exists()
+
+
+def test_copies_without_a_hash_are_named_and_not_called_right(
+    server: HubServer, caches: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As somebody leaves them who copies a cache without its links."""
+    snapshot = fetch(huggingface(server, caches), Source("huggingface", ST))
+    copied = snapshot / "config.json"
+    data = copied.read_bytes()
+    copied.unlink()
+    copied.write_bytes(data)
+    assert main(["verify", ST]) == 0
+    out, err = capsys.readouterr()
+    assert "6 files" in out
+    assert "1 of them not checked, the others right" in out
+    assert err == "not checked, a copy whose hash nothing says: config.json\n"
+    assert main(["verify", ST, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["unchecked"] == ["config.json"]
+    assert (facts["damaged"], facts["missing"], facts["repaired"]) == ([], [], False)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_what_the_disk_cannot_read_back_is_damaged(
+    number: int, server: HubServer, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch(huggingface(server, caches), Source("huggingface", ST))
+    kept = verify.kept_files(Source("huggingface", ST))
+    has_digest = unsynced.has_digest
+
+    def read(path: Path, *arguments: Any) -> bool:
+        if path.name == "config.json":
+            raise OSError(number, os.strerror(number))
+        return has_digest(path, *arguments)
+
+    monkeypatch.setattr(unsynced, "has_digest", read)
+    if number == errno.EIO:
+        assert [file.path for file in verify.damaged(kept)] == ["config.json"]
+    else:  # that is no damage
+        with pytest.raises(OSError, match="denied"):
+            verify.damaged(kept)
 
 
 def test_removing_one_quantization_leaves_the_other(server: HubServer, caches: Path) -> None:
