@@ -167,7 +167,8 @@ def check_status(response: Head, what: str, *, has_token: bool, page: str, token
         raise TryAgain(f"{response.url.host} answers {status} to {what}", _retry_after(response))
     code = response.headers.get("X-Error-Code", "")
     detail = one_line(response.headers.get("X-Error-Message", ""))
-    is_unknown = code != "GatedRepo" and (status == 404 or (status == 401 and not has_token))
+    is_there = code in ("GatedRepo", "RevisionNotFound", "EntryNotFound")
+    is_unknown = not is_there and (status == 404 or (status == 401 and not has_token))
     kind = NotThere if is_unknown else DownloadError
     raise kind(_refusal(status, code, detail, what, has_token, page, token_variable))
 
