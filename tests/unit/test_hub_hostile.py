@@ -18,7 +18,7 @@ import pytest
 
 from glmlocal.errors import DownloadError
 from glmlocal.hub import http as hub_http
-from glmlocal.hub.cache import RepoCache, remove
+from glmlocal.hub.cache import RepoCache, remove, snapshot_files
 from glmlocal.hub.listing import Hub
 from glmlocal.hub.names import Source
 from glmlocal.hub.unsynced import boot_id
@@ -306,12 +306,14 @@ def test_links_among_the_partial_files_are_not_followed(suffix: str, server: Hub
     work = RepoCache(cache, REPO).work
     work.mkdir(parents=True)
     mine = cache.parents[1] / "outside.txt"
-    (work / (digest + suffix)).symlink_to(mine)
     hub = huggingface(server, cache)
     if suffix.endswith(".unsynced"):  # then a file is synced before it gets its name
+        (work / (digest + suffix)).symlink_to(mine.with_name("made by us"))
         fetch(hub)
         assert visible_files(cache) == FILES
+        assert not mine.with_name("made by us").exists()
     else:
+        (work / (digest + suffix)).symlink_to(mine)
         assert "symbolic links" in refused(hub, cache)
     assert mine.read_text() == "mine"
 
@@ -330,6 +332,16 @@ def test_a_snapshot_that_leads_out_of_the_cache_is_not_written_through(server: H
         fetch(hub, source)
     assert [path.read_text() for path in outside.iterdir()] == ["mine"]
     assert not list(cache.glob("models--*/refs/*"))
+
+
+def test_a_link_to_no_blob_has_no_hash_to_be_checked_with(server: HubServer, cache: Path) -> None:
+    snapshot = fetch(huggingface(server, cache))
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(cache.parents[1] / "outside.txt")
+    assert {file.path: file.digest for file in snapshot_files(snapshot)} == {
+        "config.json": "",
+        BIG: hashlib.sha256(FILES[BIG]).hexdigest(),
+    }
 
 
 @pytest.mark.parametrize("target", ["outside.txt", "..", "."])

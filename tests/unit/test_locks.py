@@ -48,6 +48,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch, directory: Path, number: int) -> N
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
+@pytest.mark.timeout(60)  # without a word of the wait it would wait for ever
 @pytest.mark.parametrize("end", ["killed", "done"])
 def test_the_second_process_waits_until_the_first_is_gone(end: str, tmp_path: Path) -> None:
     path = tmp_path / "和 lock"
