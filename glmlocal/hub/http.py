@@ -102,7 +102,7 @@ def retry(attempt: Callable[[], T], patience: Patience) -> T:
             return attempt()
         except httpx.UnsupportedProtocol as error:
             raise DownloadError(
-                f"{one_line(error)}; check the hub's address (HF_ENDPOINT), or use another hub"
+                f"{one_line(error).rstrip('.')}; check the hub's address (HF_ENDPOINT), or use another hub"
             ) from error
         except (TryAgain, httpx.TransportError) as error:
             number += 1

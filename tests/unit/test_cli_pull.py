@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
+import crafted
 from glmlocal.cli import pull as cli_pull
 from glmlocal.cli.main import main
 from glmlocal.hub import pull
@@ -75,3 +77,15 @@ def test_a_hint_where_a_release_has_nearly_the_name(
     err = capsys.readouterr().err
     assert ("did you mean" in err) == (hint is not None)
     assert (hint or "") in err
+
+
+def test_a_family_of_which_nothing_is_here_is_shown_as_it_was_released(
+    server: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    release = crafted.write_checkpoint(tmp_path / "r", crafted.TINY, crafted.tiny_tensors(crafted.TINY), shards=2)
+    server.add("zai-org/GLM-4.5-Air", {path.name: path.read_bytes() for path in release.iterdir()})
+    assert main(["show", "glm-4.5-air", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["path"] == f"{server.url}/zai-org/GLM-4.5-Air"
+    assert facts["problem"] is None
+    assert not (tmp_path / "hub").exists()

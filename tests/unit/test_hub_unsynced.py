@@ -104,6 +104,15 @@ def test_a_mark_is_on_disk_before_the_file_can_be(tmp_path: Path, monkeypatch: p
     assert mark(directory, ["a" * 64]) == made[:1]  # again, by the next attempt
 
 
+def test_a_mark_is_not_made_through_a_link(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / f"{'a' * 64}.{boot_id()}.unsynced").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        mark(work, ["a" * 64])
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["x.unsynced", f"{'a' * 64}.unsynced", f"{'A' * 64}.boot.unsynced", f"{'a' * 64}.partial"]
 )
