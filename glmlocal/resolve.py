@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from glmlocal.errors import ConfigError
@@ -74,9 +75,22 @@ def _pulled(name: str, path: Path) -> Path:
 
     try:
         return local.find_by_name(name).path
+    except local.FamilyNotPulled as error:
+        if packs := _packs_of(name):
+            here = " and ".join(packs)
+            raise ConfigError(f"{name} is a family; of its releases {here} is here, packed: name it") from error
+        raise
     except local.NotPulled as error:
         near = _near_misses(path, offer_demo=False)
         raise (local.NotPulled(error.source, f"is not here (did you mean {near[0]}?)") if near else error) from None
+
+
+def _packs_of(family: str) -> list[str]:
+    """By their names, which begin with that of what was packed."""
+    with suppress(OSError):
+        known = sorted(path.name for path in packs_dir().iterdir() if (path / PACK_FILE).is_file())
+        return [name for name in known if name.lower().startswith(f"{family.lower()}-")]
+    return []
 
 
 def _not_found(name: str, path: Path) -> ConfigError:

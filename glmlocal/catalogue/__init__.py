@@ -103,6 +103,8 @@ def near_misses(name: str) -> tuple[str, ...]:
         return ()
     longer = sorted((known for known in by_name if known.startswith(typed)), key=len)
     close = difflib.get_close_matches(typed, list(by_name), n=9, cutoff=0.6)
+    tail = typed.rpartition("/")[2]  # that two repositories are one owner's makes them no more alike
+    close = [known for known in close if difflib.SequenceMatcher(None, tail, known.rpartition("/")[2]).ratio() >= 0.6]
     return tuple(dict.fromkeys(by_name[known].name for known in (*longer, *close)))[:3]
 
 

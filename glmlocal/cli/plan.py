@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     if args.compare:
         return _compare(there, wants, args)
     plan, notes = _plan(args.model, args.quant, there, wants)
-    return _report(plan, notes, args)
+    is_this_machine = (args.gpus, args.ram, args.nvme) == ("auto", None, None)
+    return _report(plan, (*notes, *(_offer(args.model, plan) if is_this_machine else ())), args)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -109,6 +110,26 @@ def _plan(model: str, quant: str, machine: Machine, wants: Wants) -> tuple[Plan,
     if len(found.footprints) == 1:
         return plan(found.footprints[0], machine, wants), found.notes
     return choose(found.footprints, machine, wants), found.notes
+
+
+def _offer(model: str, plan: Plan) -> tuple[str, ...]:
+    """How what fits is fetched, if it is not here: a family's choice by its own name."""
+    from glmlocal import catalogue
+    from glmlocal.hub.local import NotPulled
+    from glmlocal.resolve import DEMO, resolve
+
+    release = catalogue.find(plan.name)
+    if not plan.fits or model == DEMO or (isinstance(release, catalogue.Release) and not release.runs):
+        return ()
+    try:
+        resolve(plan.name if isinstance(catalogue.find(model), catalogue.Family) else model, progress=False)
+    except NotPulled as error:
+        is_packed = plan.placement is not None and any(plan.placement.nvme_experts)
+        command = error.source.pull_command + (f" --pack --quant {plan.quant}" if is_packed else "")
+        return (f"it is not on this disk yet: `{command}` fetches {'and packs ' if is_packed else ''}it",)
+    except ConfigError:
+        pass
+    return ()
 
 
 def _report(plan: Plan, notes: tuple[str, ...], args: argparse.Namespace) -> int:

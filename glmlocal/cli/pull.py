@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if args.pack:
         from glmlocal.cli.pull_pack import pull_pack
 
-        return pull_pack(args, source, must_ask=choice is not None)
+        return pull_pack(args, source, choice)
     if (args.quant, args.out, args.threads) != ("auto", None, None):
         raise ConfigError("--quant, --out and --threads are for packing; give --pack as well")
     path = fetch(source, transfer_options(args), as_json=args.json, ask=not args.yes, must_ask=choice is not None)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(path)
         if choice is not None:
-            print(f"run it with `glmlocal chat {choice.words}`", file=sys.stderr)
+            print(choice.next_step, file=sys.stderr)
     return 0
 
 
@@ -164,6 +164,7 @@ def fetch(
         emit("plan", **_facts(plan))
     else:
         print(_summary(plan), file=sys.stderr, flush=True)
+    pull.check_room(plan)
     may_ask = ask and not as_json and somebody_is_there()
     if plan.missing and ((ask and must_ask) or may_ask) and not confirm("Fetch it?", default=True):
         return None
@@ -231,6 +232,11 @@ def offer_to_pull(args: argparse.Namespace) -> None:
             raise
     except FamilyNotPulled:
         source, choice = find_source(argparse.Namespace(model=args.model, hub="huggingface", revision=None))
+        if choice is not None and choice.must_be_packed:
+            raise ConfigError(
+                f"{args.model} runs on this machine out of a pack only; make one with "
+                f"`glmlocal pull {args.model} --pack`, and name that"
+            ) from None
         if fetch(source, DEFAULTS, must_ask=True) is None:
             raise
         if (
@@ -246,6 +252,8 @@ def offer_to_pull(args: argparse.Namespace) -> None:
 
 
 def _summary(plan: Pull) -> str:
+    from glmlocal.hub.pull import free_bytes
+
     files, selection = plan.selection.files, plan.selection
     here = selection.size_bytes - plan.bytes_to_fetch()
     present = f", {format_bytes(here)} of it here already" if here else ""
@@ -253,7 +261,8 @@ def _summary(plan: Pull) -> str:
     count = f"{len(files)} file{'' if len(files) == 1 else 's'}"
     return (
         f"{plan.source.repo_id}@{plan.listing.commit[:12]} ({selection.format}{quant}): {count}, "
-        f"{format_bytes(selection.size_bytes)}{present}; into {plan.cache.directory}"
+        f"{format_bytes(selection.size_bytes)}{present}; into {plan.cache.directory}, where "
+        f"{format_bytes(free_bytes(plan.cache.directory))} are free"
     )
 
 

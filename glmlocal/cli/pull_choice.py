@@ -1,4 +1,8 @@
-"""Only a family was named: which of its releases suits this machine, and why, how large and how fast it is."""
+"""Only a family was named: which of its releases suits this machine, and why, how large and how fast it is.
+
+The finest that memory holds; where it holds none, the one that runs fastest with its experts read from the disk, which
+is possible out of a pack only.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,19 @@ class Choice:
 
     hub_id: str  # org/name[:QUANT]
     quant: str  # of --quant
+    must_be_packed: bool = False  # memory does not hold all of its experts
 
     @property
     def words(self) -> str:
         """What to type after ``glmlocal chat`` and the like."""
         return self.hub_id + ("" if self.quant == "keep" else f" --quant {self.quant}")
+
+    @property
+    def next_step(self) -> str:
+        """What to do once its files are here."""
+        if self.must_be_packed:
+            return f"memory does not hold it; pack it with `glmlocal pack {self.hub_id} --quant {self.quant}` to run it"
+        return f"run it with `glmlocal chat {self.words}`"
 
 
 def choose_release(
@@ -35,7 +47,7 @@ def choose_release(
     machine: Machine | None = None,
     tell: Callable[[str], object] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Choice:
-    """The finest release whose every byte this machine holds, of those that are on the hub and that this version runs.
+    """Of the releases that are on the hub and that this version runs, the one for this machine.
 
     ``tell`` is given the reasons, a few lines. Raises ConfigError where none fits.
     """
@@ -52,7 +64,11 @@ def choose_release(
         raise ConfigError(_refusal(family, plan))
     release = known[plan.name]
     tell(_reasons(family, plan, release, len({each.name for each in footprints})))
-    return Choice(hub_id(release, hub), plan.quant)
+    return Choice(hub_id(release, hub), plan.quant, _reads_experts(plan))
+
+
+def _reads_experts(plan: Plan) -> bool:
+    return plan.placement is not None and any(plan.placement.nvme_experts)
 
 
 def _reasons(family: str, plan: Plan, release: Release, count: int) -> str:
@@ -61,12 +77,22 @@ def _reasons(family: str, plan: Plan, release: Release, count: int) -> str:
     room = sum(device.capacity_bytes for device in plan.devices if device.kind != "nvme")
     decode = plan.forecast.decode_tokens_per_s[min(plan.forecast.decode_tokens_per_s)]
     how = "" if plan.quant == "keep" else f", loaded with --quant {plan.quant},"
+    why, then = f"of the {count} releases tried, {release.name}{how} is the finest that this machine holds", ""
+    if _reads_experts(plan):
+        why = (
+            f"none of the {count} releases tried fits into memory; {release.name}{how} runs fastest with experts read "
+            "from the disk"
+        )
+        then = (
+            f"\nfor that it must be packed: `glmlocal pull {family} --pack` fetches and packs at once, which takes "
+            f"{format_bytes(plan.disk_bytes - plan.download_bytes)} of disk and a few shards"
+        )
     return (
-        f"{family} is a family: of the {count} releases tried, {release.name}{how} is the finest that this machine "
-        f"holds, with {format_bytes(used)} of {format_bytes(room)}\n"
+        f"{family} is a family: {why}, with {format_bytes(used)} of {format_bytes(room)} of memory\n"
         f"download {format_bytes(plan.download_bytes)}; context {plan.resolved.context:,} tokens; about "
         f"{decode.value:.3g} tok/s ({decode.low:.3g} – {decode.high:.3g}, {decode.basis}), prompts at "
         f"{plan.forecast.prefill_tokens_per_s.value:.3g} tok/s; `glmlocal plan {family} --compare` shows the others"
+        f"{then}"
     )
 
 

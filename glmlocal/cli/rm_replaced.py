@@ -64,7 +64,7 @@ def _replaced(pack_name: str | None) -> list[Replaced]:
 
 
 def _source_of(packs: Sequence[PackedModel]) -> LocalModel | None:
-    """What they were made of, if it was pulled, is still here, and is older than they are."""
+    """What they were made of, if it was pulled, is still here, and has been packed since."""
     from glmlocal.formats.expert_pack import PACK_FILE
     from glmlocal.hub import local
     from glmlocal.hub.known import KnownReleases
@@ -74,7 +74,7 @@ def _source_of(packs: Sequence[PackedModel]) -> LocalModel | None:
     assert header is not None
     if header.source == "demo" or Path(header.source).exists():
         return None  # not pulled: the demo, or a directory of the user's own
-    packed_s = min((pack.path / PACK_FILE).stat().st_mtime for pack in packs)
+    packed_s = max((pack.path / PACK_FILE).stat().st_mtime for pack in packs)
     for hub in HUBS:
         try:
             # A family's name does not tell which of its releases it was then: that raises.

@@ -1,7 +1,8 @@
 """``glmlocal verify MODEL``: hash a pulled model again, name what is damaged, and fetch just that.
 
-``--json`` prints one object: {name, files, bytes, damaged: [path], missing: [path], repaired (true, false)}. A pack is
-checked as ``glmlocal pack --verify`` does, and not repaired.
+``--json`` prints one object: {name, files, bytes, damaged: [path], missing: [path], unchecked: [path], repaired (true,
+false)}; ``unchecked`` are copies in place of links, which nothing says the hash of. A pack is checked as
+``glmlocal pack --verify`` does, and not repaired.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,19 +52,26 @@ def run(args: argparse.Namespace) -> int:
     kept = verify.kept_files(source)
     with byte_bar("hashing", kept.size_bytes, show=not args.json) as on_bytes:
         damaged = verify.damaged(kept, on_bytes)
-    for file in () if args.json else damaged:
-        print(f"damaged: {one_line(file.path)}", file=sys.stderr)
-    for path in () if args.json else kept.missing:
-        print(f"missing: {one_line(path)}", file=sys.stderr)
-    if damaged or kept.missing:
+    bad = {"damaged": [file.path for file in damaged], "missing": list(kept.missing), "unchecked": list(kept.unchecked)}
+    if not args.json:
+        _tell(bad)
+    is_repaired = bool(damaged or kept.missing)
+    if is_repaired:
         verify.discard(kept, damaged)
         at_commit = replace(source, revision=kept.revision)
         fetch(at_commit, transfer_options(args), ask=False)
     facts = {"name": str(source), "files": len(kept.files), "bytes": kept.size_bytes}
-    names = {"damaged": [file.path for file in damaged], "missing": list(kept.missing)}
     if args.json:
-        print(json.dumps(facts | names | {"repaired": bool(damaged or kept.missing)}))
+        print(json.dumps(facts | bad | {"repaired": is_repaired}))
     else:
-        repaired = "; what was damaged or missing has been fetched again" if damaged or kept.missing else ""
-        print(f"{source}: {len(kept.files)} files, {format_bytes(kept.size_bytes)}, all right{repaired}")
+        repaired = "; what was damaged or missing has been fetched again" if is_repaired else ""
+        result = f"{len(kept.unchecked)} of them not checked, the others right" if kept.unchecked else "all right"
+        print(f"{source}: {len(kept.files)} files, {format_bytes(kept.size_bytes)}, {result}{repaired}")
     return 0
+
+
+def _tell(bad: Mapping[str, Sequence[str]]) -> None:
+    words = {"unchecked": "not checked, a copy whose hash nothing says"}
+    for what, paths in bad.items():
+        for path in paths:
+            print(f"{words.get(what, what)}: {one_line(path)}", file=sys.stderr)

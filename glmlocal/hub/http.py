@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 USER_AGENT = f"glmlocal/{__version__}"
 MAX_API_BYTES = 64 * MIB  # of one answer in JSON
+_MAX_ANSWER_S = 300.0  # for one such answer, however it drips in
 _MAX_REDIRECTS = 8
 
 
@@ -62,10 +63,25 @@ def new_client(patience: Patience, connections: int = 4) -> httpx.Client:
             limits=httpx.Limits(max_connections=connections + 4, max_keepalive_connections=connections + 4),
             follow_redirects=True,
             max_redirects=_MAX_REDIRECTS,
+            event_hooks={"response": [_check_redirect]},
             headers={"Accept-Encoding": "identity", "User-Agent": USER_AGENT},
         )
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:  # a proxy or certificate setting
         raise DownloadError(f"cannot use the network settings of the environment: {one_line(error)}") from error
+
+
+def _check_redirect(response: httpx.Response) -> None:
+    if response.has_redirect_location:
+        refuse_downgrade(response.url.scheme, response.url.join(response.headers["Location"]))
+
+
+def refuse_downgrade(scheme: str, target: httpx.URL) -> None:
+    """Raise DownloadError for a redirect from https to what anybody on the way can read and change."""
+    if scheme == "https" and target.scheme != "https":
+        raise DownloadError(
+            f"{one_line(target)[:100]} is where an https address redirects to, and it is not https; "
+            "use another hub (--hub, HF_ENDPOINT)"
+        )
 
 
 @functools.cache
@@ -84,6 +100,10 @@ def retry(attempt: Callable[[], T], patience: Patience) -> T:
     while True:
         try:
             return attempt()
+        except httpx.UnsupportedProtocol as error:
+            raise DownloadError(
+                f"{one_line(error).rstrip('.')}; check the hub's address (HF_ENDPOINT), or use another hub"
+            ) from error
         except (TryAgain, httpx.TransportError) as error:
             number += 1
             # Nobody has answered yet: half a minute of silence would not change that.
@@ -147,7 +167,8 @@ def check_status(response: Head, what: str, *, has_token: bool, page: str, token
         raise TryAgain(f"{response.url.host} answers {status} to {what}", _retry_after(response))
     code = response.headers.get("X-Error-Code", "")
     detail = one_line(response.headers.get("X-Error-Message", ""))
-    is_unknown = code != "GatedRepo" and (status == 404 or (status == 401 and not has_token))
+    is_there = code in ("GatedRepo", "RevisionNotFound", "EntryNotFound")
+    is_unknown = not is_there and (status == 404 or (status == 401 and not has_token))
     kind = NotThere if is_unknown else DownloadError
     raise kind(_refusal(status, code, detail, what, has_token, page, token_variable))
 
@@ -187,6 +208,7 @@ def get_bytes(
     client: httpx.Client, url: str, headers: Mapping[str, str], check: Callable[[httpx.Response], Any], max_bytes: int
 ) -> tuple[bytes, httpx.Response]:
     """One attempt at a body of at most ``max_bytes``, and the answer that it came with."""
+    end_s = time.monotonic() + _MAX_ANSWER_S
     with client.stream("GET", url, headers=dict(headers)) as response:
         check(response)
         body = bytearray()
@@ -194,4 +216,6 @@ def get_bytes(
             body += chunk
             if len(body) > max_bytes:
                 raise DownloadError(f"{response.url.host} sends more than the {max_bytes:,} bytes expected")
+            if time.monotonic() > end_s:
+                raise DownloadError(f"{response.url.host} has not ended its answer after {_MAX_ANSWER_S:.0f} s")
     return bytes(body), response

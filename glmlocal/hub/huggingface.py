@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_PAGES = 200  # of 1,000 files
+_MAX_FILES = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +71,14 @@ class HuggingFace:
         return Listing(repo_id, revision, commit, files)
 
     def _files(self, client: httpx.Client, repo_id: str, commit: str, what: str) -> Iterator[HubFile]:
-        url = f"{self.endpoint}/api/models/{repo_id}/tree/{commit}?recursive=true&expand=false"
+        url, num_entries = f"{self.endpoint}/api/models/{repo_id}/tree/{commit}?recursive=true&expand=false", 0
         for _ in range(_MAX_PAGES):
             page, response = self._get_json(client, url, what, repo_id)
             if not isinstance(page, list):
                 raise DownloadError(f"{self.endpoint} lists {what} as a JSON {type(page).__name__}; try again later")
+            num_entries += len(page)
+            if num_entries > _MAX_FILES:
+                break
             for entry in page:
                 if isinstance(entry, dict) and entry.get("type") == "file":
                     lfs = entry.get("lfs")
@@ -87,7 +91,10 @@ class HuggingFace:
             url = str(response.url.join(following))
             if urlsplit(url)[:2] != urlsplit(self.endpoint)[:2]:  # the token would go there
                 raise DownloadError(f"{self.endpoint} continues the list of {what} on another host, {quoted(url)}")
-        raise DownloadError(f"{what} has more than {_MAX_PAGES} pages of files; this is not a model")
+        raise DownloadError(
+            f"the list of {what} goes on after {num_entries:,} files, more than any model has; try again later or "
+            "another hub (--hub)"
+        )
 
     def _get_json(self, client: httpx.Client, url: str, what: str, repo_id: str) -> tuple[Any, httpx.Response]:
         def check(response: httpx.Response) -> None:

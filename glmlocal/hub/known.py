@@ -18,8 +18,13 @@ Choose = Callable[[str, HubName], str]
 
 def list_releases(family: str, hub: HubName) -> NoReturn:
     """The ``Choose`` of somebody who wants to be told: raises ConfigError with the family's releases on that hub."""
-    named = [f"{release.name}{_size(release.published_bytes)}" for release in _releases(family, hub)]
-    raise ConfigError(f"{family} is a family of releases; name one of them: {', '.join(named) or 'none is known here'}")
+    known = _on_hub(family, hub)
+    if not known:
+        raise ConfigError(f"no release of {family} is known on {hub}; try the other hub (--hub)")
+    what = "is a family of releases; name one of them"
+    if not any(release.runs for release in known):
+        what = "is a family that this version does not run; to fetch it all the same, name a release"
+    raise ConfigError(f"{family} {what}: {', '.join(f'{each.name}{_size(each.published_bytes)}' for each in known)}")
 
 
 def hub_ids(family: str, hub: HubName) -> list[str]:
@@ -49,8 +54,12 @@ class KnownReleases:
 
 
 def _releases(family: str, hub: HubName) -> list[Release]:
+    return [release for release in _on_hub(family, hub) if release.runs]
+
+
+def _on_hub(family: str, hub: HubName) -> list[Release]:
     every = catalogue.releases()
-    return [release for release in every if release.family.name == family and release.runs and getattr(release, hub)]
+    return [release for release in every if release.family.name == family and getattr(release, hub)]
 
 
 def hub_id(release: Release, hub: HubName) -> str:

@@ -33,6 +33,7 @@ class FamilyNotPulled(ConfigError):
             f"no release of {family} is on this disk; fetch the one that suits this machine with "
             f"`glmlocal pull {family}`; `glmlocal plan {family} --compare` shows all of them"
         )
+        self.family = family
 
 
 @dataclass(frozen=True, slots=True)

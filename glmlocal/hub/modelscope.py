@@ -123,4 +123,5 @@ def connect(patience: Patience = DEFAULT_PATIENCE) -> ModelScope:
 def _snapshot_name(files: tuple[HubFile, ...]) -> str:
     """40 hex digits, like a commit: the same files have the same name."""
     lines = sorted(f"{file.digest} {file.path}" for file in files)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:40]
+    text = "\n".join(lines).encode("utf-8", "surrogatepass")  # JSON can hold half a character; ``select`` refuses it
+    return hashlib.sha256(text).hexdigest()[:40]

@@ -20,6 +20,7 @@ from glmlocal.hub.unsynced import boot_id, sync
 
 Extent = tuple[int, int]  # bytes begin … end - 1
 _FORMAT = 1
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _LINE = re.compile(rb"(\d{1,18}) (\d{1,18})(?: ([A-Za-z0-9-]{1,64}))?\n")
 
 
@@ -187,8 +188,8 @@ class PartialFile:
             if self._data >= 0:
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            data = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            data = os.open(self.path, _OPEN, 0o666)
+            self._journal = os.open(self._journal_path, _OPEN | os.O_APPEND, 0o666)
             if not self._journal_bytes:
                 # The old journal goes first: it must not vouch for new bytes.
                 os.ftruncate(self._journal, 0)

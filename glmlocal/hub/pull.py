@@ -102,23 +102,37 @@ def pull(
     with storing_in(plan.cache), plan.cache.locked(on_wait):
         unsynced.settle_locked(plan.cache)
         missing = plan.missing  # another process may have brought some while this one waited
-        check_space({plan.cache.directory: _bytes_to_write(plan.cache, missing)})
+        check_room(plan)
         _fetch(missing, plan.cache, plan.listing, plan.hub, options, on_progress)
         plan.cache.publish(plan.listing, plan.selection.files)
         plan.cache.sweep()
     return plan.path
 
 
+def check_room(plan: Pull) -> None:
+    """Raise DownloadError unless the disk has room for what is missing."""
+    check_space({plan.cache.directory: _bytes_to_write(plan.cache, plan.missing)})
+
+
+def free_bytes(path: Path) -> int:
+    """Of the filesystem that ``path`` is on, or will be."""
+    system = os.statvfs(_existing(path))
+    return system.f_bavail * system.f_frsize
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
 def check_space(needs: Mapping[Path, int]) -> None:
     """Raise DownloadError unless every filesystem has room for what is to be written below these directories."""
     by_device: dict[int, tuple[Path, int]] = {}
     for path, num_bytes in needs.items():
-        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        existing = _existing(path)
         first, before = by_device.get(existing.stat().st_dev, (existing, 0))
         by_device[existing.stat().st_dev] = (first, before + num_bytes)
     for path, num_bytes in by_device.values():
-        system = os.statvfs(path)
-        free = system.f_bavail * system.f_frsize
+        free = free_bytes(path)
         if num_bytes and num_bytes + _SPARE_BYTES > free:
             short = num_bytes + _SPARE_BYTES - free
             raise DownloadError(

@@ -81,7 +81,7 @@ def mark(directory: Path, digests: Iterable[str]) -> list[Mark]:
         above = above.parent
     directory.mkdir(parents=True, exist_ok=True)
     for each in made:
-        os.close(os.open(each.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        os.close(os.open(each.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
     for path in (directory, *directory.parents):
         sync(path)
         if path == above:

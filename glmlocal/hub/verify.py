@@ -1,11 +1,12 @@
 """Whether a pulled model still has the bytes that it was pulled with.
 
 Blobs are named by their hash, so no hub is asked. A link whose blob is gone counts as missing, and so does what the
-safetensors index or a split GGUF's numbers name.
+safetensors index or a split GGUF's numbers name. A copy in place of a link has no hash to be compared with.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,11 @@ class Kept:
     @property
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files)
+
+    @property
+    def unchecked(self) -> tuple[str, ...]:
+        """Paths of the files that nothing says the hash of."""
+        return tuple(file.path for file in self.files if not file.digest)
 
 
 def kept_files(source: Source) -> Kept:
@@ -70,9 +76,14 @@ def damaged(kept: Kept, on_bytes: OnBytes = lambda num_bytes: None) -> list[HubF
         on_bytes(done)
 
     def is_damaged(file: HubFile) -> bool:
-        return not unsynced.has_digest(kept.snapshot / file.path, file, advance)
+        try:
+            return not unsynced.has_digest(kept.snapshot / file.path, file, advance)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return True  # the disk cannot read it back
 
-    hashed = [file for file in kept.files if file.digest]  # a copy that is no link carries no hash
+    hashed = [file for file in kept.files if file.digest]
     with ThreadPoolExecutor(_THREADS) as threads:
         return [file for file, is_bad in zip(hashed, threads.map(is_damaged, hashed), strict=True) if is_bad]
 

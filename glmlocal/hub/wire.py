@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from glmlocal.errors import DownloadError
-from glmlocal.hub.http import USER_AGENT, Patience, TryAgain, certificates
+from glmlocal.hub.http import USER_AGENT, Patience, TryAgain, certificates, refuse_downgrade
 from glmlocal.text.files import one_line
 from glmlocal.units import KIB
 
@@ -135,9 +135,11 @@ class Wire:
             with suppress(UnicodeError):
                 location = location.encode("latin-1").decode("utf-8")  # http.client takes every byte for a letter
             try:
-                at = at.join(location)
+                target = at.join(location)
             except httpx.InvalidURL as error:
                 raise TryAgain(f"{at.host} redirects to no address: {one_line(error)}") from error
+            refuse_downgrade(at.scheme, target)
+            at = target
         raise DownloadError(f"{at.host} redirects in a circle ({at}); try again later or another hub (--hub)")
 
     def _ask(self, url: httpx.URL, headers: Mapping[str, str]) -> Answer:
@@ -214,7 +216,7 @@ def _broken(url: httpx.URL, error: Exception) -> TryAgain:
 def _proxy_of(url: httpx.URL) -> httpx.URL | None:
     import httpx
 
-    if urllib.request.proxy_bypass(url.host):
+    if any(map(urllib.request.proxy_bypass, (url.host, f"{url.host}:{url.port}"))):
         return None
     proxies = urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")

@@ -173,7 +173,7 @@ def _by_recipe(recipe: Mapping[str, str], component: str, leaf: str, in_indexer:
     keys = [leaf] if leaf in ("eh_proj", "weights_proj") else []
     keys += ["indexer"] if in_indexer else []
     keys += [f"mtp.{component}", "mtp"] if in_mtp else []
-    return next(recipe[key] for key in (*keys, component, "linear") if key in recipe)
+    return next(recipe[key] for key in (*keys, f"{component}.{leaf}", component, "linear") if key in recipe)
 
 
 def _gguf_type(quant: str, role: str, columns: int, i: int, config: _Config) -> str:

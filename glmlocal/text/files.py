@@ -21,8 +21,9 @@ def quoted(value: object) -> str:
 
 
 def one_line(message: object) -> str:
-    """Somebody else's message (a library's, a template's) as part of ours: no control characters, 300 at most."""
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(message)).strip()[:300]
+    """Somebody else's message (a library's, a template's) as part of ours: printable characters only, 300 at most."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in str(message))
+    return re.sub(r"\s+", " ", shown).strip()[:300]
 
 
 def read_text_file(path: Path, *, max_bytes: int = CONFIG_MAX_BYTES) -> str | None:

@@ -73,6 +73,8 @@ class HubServer:
         self.sending = 0  # answers that are not counted in ``served`` yet
         self.lock = threading.Lock()
         self.on_request: Any = lambda handler: None
+        self.redirect: Any = lambda handler: None  # a request → where it is redirected to, if it is
+        self.rewrite: Any = lambda answer: answer  # what the API would answer → what it does: a value, or bytes
         self.hashes: dict[Path, str] = {}
         self._generation = 0
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -188,6 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
         with hub.lock:
             hub.requests.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
         hub.on_request(self)
+        if (location := hub.redirect(self)) is not None:
+            return self._redirect(location, {})
         parts = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(parts.query).items()}
         path = unquote(parts.path)
@@ -329,7 +333,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._token() is not None and self._token() != self.server.hub.token
 
     def _json(self, value: Any, headers: Mapping[str, str] = {}, status: int = 200) -> None:
-        body = json.dumps(value).encode()
+        value = self.server.hub.rewrite(value)
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
         self._head(status, {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers})
         if self.command != "HEAD":
             self.wfile.write(body)

@@ -132,6 +132,7 @@ def test_near_misses_are_near_and_can_be_found(typed: str, first: str) -> None:
 
 
 def test_nothing_is_near_to_nonsense() -> None:
+    assert catalogue.near_misses("zai-org/nope") == ()  # one owner's repositories are no more alike for that
     assert catalogue.near_misses("xyzzy") == catalogue.near_misses(" ") == ()
 
 

@@ -187,6 +187,18 @@ def test_what_packs_replaced_is_removed_in_one_go(
     assert "nothing on this disk has been replaced" in capsys.readouterr().err
 
 
+def test_what_was_fetched_again_and_packed_again_is_replaced(pulled: Path, home: Path) -> None:
+    """An older pack of it does not keep it."""
+    assert main(["pack", REPO, "--quant", "int4"]) == 0
+    older_s = pulled.stat().st_mtime - 10
+    os.utime(home / "packs" / "GLM-4.5-Air-int4" / "experts.pack", (older_s, older_s))
+    assert main(["rm", "--replaced", "--yes"]) == 0
+    assert pulled.is_dir()
+    assert main(["pack", REPO, "--quant", "int8"]) == 0
+    assert main(["rm", "--replaced", "--yes"]) == 0
+    assert not pulled.exists()
+
+
 @pytest.mark.parametrize(
     "why", ["damaged", "another pack is damaged", "fetched again", "a family's name", "a directory", "no"]
 )

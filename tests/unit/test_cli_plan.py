@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from rich.cells import cell_len
 from rich.console import Console
 
 import tiny
 import tiny_gguf
+from glmlocal.cli import plan as cli_plan
 from glmlocal.cli import plan_content as content
 from glmlocal.cli import plan_markdown, plan_report, plan_svg
 from glmlocal.cli.main import main
@@ -218,6 +220,37 @@ def test_a_range_is_shown_where_one_is_promised() -> None:
 
 
 # The bar
+
+
+@pytest.mark.parametrize(
+    ("model", "planned", "away", "words"),
+    [
+        ("GLM-4.5-Air", "GLM-4.5-Air-GGUF:Q2_K", 0, "`glmlocal pull unsloth/GLM-4.5-Air-GGUF:Q2_K` fetches it"),
+        ("GLM-4.5-Air-FP8", "GLM-4.5-Air-FP8", 0, "`glmlocal pull zai-org/GLM-4.5-Air-FP8` fetches it"),
+        (
+            "GLM-4.5-Air-FP8",
+            "GLM-4.5-Air-FP8",
+            3,
+            "pull zai-org/GLM-4.5-Air-FP8 --pack --quant int4` fetches and packs it",
+        ),
+        ("a/b:Q4_0@v1", "a/b:Q4_0", 0, "`glmlocal pull a/b:Q4_0@v1` fetches it"),
+        ("GLM-5", "GLM-5-FP8", 0, None),  # planned for, and not run
+        ("demo", "demo", 0, None),
+        ("here", "here", 0, None),
+    ],
+)
+def test_what_is_not_here_is_offered(
+    model: str, planned: str, away: int, words: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("GLMLOCAL_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    placement = replace(PLAN.placement or Placement((), (), (), (), (), 0), nvme_experts=(0, away))
+    plan = replace(PLAN, name=planned, quant="int4", placement=placement)
+    offer = cli_plan._offer(model, plan)
+    assert offer == () if words is None else words in offer[0]
+    assert cli_plan._offer(model, replace(plan, fits=False)) == ()
 
 
 def _bar(capacity: int, *segments: tuple[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ from glmlocal.formats.index import open_checkpoint
 from glmlocal.formats.llama_cpp_types import tensor_type
 from glmlocal.kernels import cpu
 from glmlocal.kernels.reference import takes_int8
+from glmlocal.models import footprints
 from glmlocal.models.config import ModelConfig, expected_mtp_tensors, expected_tensors, optional_mtp_tensors
 from glmlocal.models.footprint import COMPONENTS, Footprint, Layer, Part
 from glmlocal.models.footprint_parts import joined
@@ -129,6 +131,38 @@ def test_estimates_come_near_what_was_published(one: Release) -> None:
     footprint = of_release(one)
     assert footprint.weights_bytes == pytest.approx(one.published_bytes, rel=tolerance)
     assert footprint.file_bytes == one.published_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "tolerance"),
+    [
+        ("GLM-4.5-AWQ", 53, 0.5),
+        ("GLM-4.6-AWQ", 50, 0.5),
+        ("GLM-4.5-Air-AWQ-FP16Mix", 24, 0.5),
+        ("GLM-4.5-Air-GPTQ-Int4-Int8Mix", 20, 0.5),
+        ("GLM-4.5-GPTQ-Int4-Int8Mix", 55, 0.6),  # which matrices have 8 bits is not known of this one
+        ("GLM-4.6-GPTQ-Int4-Int8Mix", 69, 2.7),  # nor of this one
+    ],
+)
+def test_quantized_releases_have_as_many_elements_as_the_hub_counts(name: str, billions: int, tolerance: float) -> None:
+    """Of whatever type: an int32 word of codes or zero points is one, a scale is one. From the hub's collections."""
+    one = release(name)
+    config = footprints._read_config(one.family.config)
+    if one.mtp == "none":
+        config = replace(config, num_nextn_predict_layers=0)
+    shapes = [(0, *item) for item in footprints._top_tensors(config).items()]
+    for i in range(config.num_hidden_layers + config.num_nextn_predict_layers):
+        shapes += [(i, *item) for item in footprints._release_shapes(one, config, i)]
+    count = 0
+    for i, tensor, shape in shapes:
+        form = footprints._release_form(one, config, i, tensor, shape)
+        elements = math.prod(shape)
+        if form.group_bits:
+            groups = elements // form.group_columns
+            zeros = groups * form.bits // 32
+            elements = elements * form.bits // 32 + groups + zeros + (shape[1] if form.column_bits else 0)
+        count += elements * (config.n_routed_experts if ".experts." in tensor else 1)
+    assert count / 1e9 == pytest.approx(billions, abs=tolerance)
 
 
 @pytest.mark.parametrize("one", catalogue.releases(), ids=lambda r: r.name)

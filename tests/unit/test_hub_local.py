@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants, scan_cache_dir, try_to_load_from_cache
 
 import crafted
 from glmlocal.catalogue import Family
+from glmlocal.cli.main import main
 from glmlocal.errors import ConfigError, DownloadError
-from glmlocal.hub import local, pull, verify
+from glmlocal.hub import local, pull, unsynced, verify
 from glmlocal.hub.cache import RepoCache, remove, snapshot_files
 from glmlocal.hub.known import list_releases
 from glmlocal.hub.names import Source
@@ -104,6 +110,59 @@ def test_revisions_are_kept_apart(server: HubServer, caches: Path) -> None:
         resolve(f"{ST}@v3")
 
 
+def test_of_commits_without_a_branch_the_newest_is_the_model(server: HubServer, caches: Path) -> None:
+    hub, snapshots = huggingface(server, caches), list[Path]()
+    for number in range(3):
+        commit = server.add(ST, next(iter(server.repos[ST].commits.values())) | {"tokenizer.json": b"%d" % number})
+        snapshots.append(fetch(hub, Source("huggingface", ST, revision=commit)))
+    for age_s, snapshot in ((10, snapshots[0]), (0, snapshots[1]), (20, snapshots[2])):
+        os.utime(snapshot, (0, time.time() - age_s))
+    assert resolve(ST) == snapshots[1]
+
+
+def test_a_blob_of_another_length_is_fetched_again(server: HubServer, caches: Path) -> None:
+    snapshot = fetch(huggingface(server, caches), Source("huggingface", ST))
+    config = (snapshot / "config.json").read_bytes()
+    os.truncate((snapshot / "config.json").resolve(), 5)
+    server.forget_served()
+    assert fetch(huggingface(server, caches), Source("huggingface", ST)) == snapshot
+    assert (snapshot / "config.json").read_bytes() == config
+    assert list(server.served) == ["config.json"]
+
+
+def test_what_a_kill_left_goes_with_the_next_pull(server: HubServer, caches: Path) -> None:
+    snapshot = fetch(huggingface(server, caches), Source("huggingface", ST))
+    cache = RepoCache(caches, ST)
+    cache.work.mkdir(exist_ok=True)
+    digest = (snapshot / "config.json").resolve().name
+    (cache.work / "new").symlink_to("nowhere")
+    for name in (f"{digest}.partial", f"{digest}.journal", "0" * 64 + ".partial", "0" * 64 + ".boot.unsynced"):
+        (cache.work / name).touch()
+    assert {path.name for path in cache.leftovers()} == {
+        "new",
+        f"{digest}.partial",
+        f"{digest}.journal",
+        "0" * 64 + ".boot.unsynced",
+    }
+    server.add(ST, server.repos[ST].commits[snapshot.name] | {"tokenizer.json": b'{"new": 1}'})
+    fetch(huggingface(server, caches), Source("huggingface", ST))
+    assert cache.leftovers() == []
+    assert (cache.work / ("0" * 64 + ".partial")).exists()
+
+
+def test_a_branch_that_moves_to_what_is_here_already_is_noted(server: HubServer, caches: Path) -> None:
+    hub = huggingface(server, caches)
+    old = fetch(hub, Source("huggingface", ST))
+    commit = server.add(ST, server.repos[ST].commits[old.name] | {"tokenizer.json": b'{"new": 1}'})
+    server.repos[ST].refs["main"] = old.name
+    new = fetch(hub, Source("huggingface", ST, revision=commit))
+    assert resolve(ST) == old
+    assert [ref.name for ref in (caches / "models--zai-org--GLM-ST" / "refs").iterdir()] == ["main"]
+    server.repos[ST].refs["main"] = commit
+    assert fetch(hub, Source("huggingface", ST)) == new
+    assert resolve(ST) == new
+
+
 def test_a_quantization_of_before_the_branch_moved_is_still_the_model(server: HubServer, caches: Path) -> None:
     hub = huggingface(server, caches)
     old = fetch(hub, Source("huggingface", GGUF, "F32"))
@@ -167,6 +226,78 @@ def test_verifying_one_quantization_does_not_mind_the_other(server: HubServer, c
     (damaged,) = verify.damaged(kept)
     verify.discard(kept, [damaged])
     assert not second.exists()
+
+
+@pytest.mark.parametrize(("hub", "is_commit"), [("huggingface", True), ("modelscope", False)])
+def test_what_is_not_whole_is_repaired_from_where_it_came(
+    hub: str, is_commit: bool, server: HubServer, caches: Path
+) -> None:
+    """A commit of Hugging Face's; ModelScope has none that could be asked for again."""
+    connect, source = {"huggingface": huggingface, "modelscope": modelscope}[hub], Source(hub, ST)  # type: ignore[arg-type]
+    snapshot = fetch(connect(server, local.cache_dir(source.hub)), source)
+    assert verify.kept_files(source).missing == ()
+    shard = snapshot / "model-00002-of-00003.safetensors"
+    shard.resolve().unlink()
+    kept = verify.kept_files(source)
+    assert kept.missing == (shard.name,)
+    assert kept.revision == (snapshot.name if is_commit else None)
+    shard.unlink()
+    (missing,) = verify.kept_files(source).missing  # the link too is gone: it is found by the index
+    assert shard.name in missing
+
+
+def test_damaged_files_are_removed_under_the_lock(server: HubServer, caches: Path) -> None:
+    fetch(huggingface(server, caches), Source("huggingface", ST))
+    kept = verify.kept_files(Source("huggingface", ST))
+    blob = kept.cache.blob(kept.files[0])
+    thread = threading.Thread(target=verify.discard, args=(kept, kept.files[:1]))
+    with kept.cache.locked():
+        thread.start()
+        thread.join(0.2)
+        assert blob.exists()
+    thread.join(10)
+    assert not blob.exists()
+
+
+def test_copies_without_a_hash_are_named_and_not_called_right(
+    server: HubServer, caches: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As somebody leaves them who copies a cache without its links."""
+    snapshot = fetch(huggingface(server, caches), Source("huggingface", ST))
+    copied = snapshot / "config.json"
+    data = copied.read_bytes()
+    copied.unlink()
+    copied.write_bytes(data)
+    assert main(["verify", ST]) == 0
+    out, err = capsys.readouterr()
+    assert "6 files" in out
+    assert "1 of them not checked, the others right" in out
+    assert err == "not checked, a copy whose hash nothing says: config.json\n"
+    assert main(["verify", ST, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["unchecked"] == ["config.json"]
+    assert (facts["damaged"], facts["missing"], facts["repaired"]) == ([], [], False)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_what_the_disk_cannot_read_back_is_damaged(
+    number: int, server: HubServer, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch(huggingface(server, caches), Source("huggingface", ST))
+    kept = verify.kept_files(Source("huggingface", ST))
+    has_digest = unsynced.has_digest
+
+    def read(path: Path, *arguments: Any) -> bool:
+        if path.name == "config.json":
+            raise OSError(number, os.strerror(number))
+        return has_digest(path, *arguments)
+
+    monkeypatch.setattr(unsynced, "has_digest", read)
+    if number == errno.EIO:
+        assert [file.path for file in verify.damaged(kept)] == ["config.json"]
+    else:  # that is no damage
+        with pytest.raises(OSError, match="denied"):
+            verify.damaged(kept)
 
 
 def test_removing_one_quantization_leaves_the_other(server: HubServer, caches: Path) -> None:

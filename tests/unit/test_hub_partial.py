@@ -280,6 +280,18 @@ def test_a_file_of_no_bytes_can_be_finished(tmp_path: Path) -> None:
     assert (tmp_path / "empty").read_bytes() == b""
 
 
+def test_what_is_not_believed_takes_no_room(tmp_path: Path) -> None:
+    """The free space was compared with what the disk must still give: bytes that nobody vouches for give none."""
+    path = tmp_path / "a.partial"
+    path.write_bytes(b"x" * 1_000_000)
+    file = PartialFile(path, "ab" * 32, 1_000_000)
+    file.write(0, b"new")
+    assert path.stat().st_size == 1_000_000
+    assert path.stat().st_blocks * 512 < 100_000
+    assert path.read_bytes() == b"new" + bytes(999_997)
+    file.close()
+
+
 def test_starting_over_forgets_everything(tmp_path: Path) -> None:
     file = open_partial(tmp_path)
     file.write(0, b"x" * 100)

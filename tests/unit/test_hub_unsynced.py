@@ -104,6 +104,15 @@ def test_a_mark_is_on_disk_before_the_file_can_be(tmp_path: Path, monkeypatch: p
     assert mark(directory, ["a" * 64]) == made[:1]  # again, by the next attempt
 
 
+def test_a_mark_is_not_made_through_a_link(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / f"{'a' * 64}.{boot_id()}.unsynced").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        mark(work, ["a" * 64])
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["x.unsynced", f"{'a' * 64}.unsynced", f"{'A' * 64}.boot.unsynced", f"{'a' * 64}.partial"]
 )
@@ -140,6 +149,57 @@ def test_what_the_kernel_has_written_meanwhile_is_no_longer_marked(
     assert {each.digest for each in marks(pulled.work)} == {blob_of(pulled, path).name for path in FILES if path != BIG}
     reboot()
     assert blob.name not in in_doubt(pulled)
+
+
+def grow_old(cache: RepoCache) -> None:
+    """All of its files were written long ago."""
+    for path in FILES:
+        os.utime(blob_of(cache, path), (0, time.time() - 61))
+
+
+def test_when_no_mark_is_left_neither_is_their_directory(pulled: RepoCache) -> None:
+    grow_old(pulled)
+    local.find(SOURCE)
+    assert not pulled.work.exists()
+
+
+def test_the_marks_of_a_pull_that_goes_on_are_left_to_it(pulled: RepoCache) -> None:
+    grow_old(pulled)
+    with pulled.locked():
+        local.find(SOURCE)
+        assert len(marks(pulled.work)) == len(FILES)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_directory_that_cannot_be_synced(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network filesystems have no such thing; a disk that fails is another matter."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(unsynced.os, "fsync", refuse)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="Input/output"):
+            unsynced.sync(tmp_path)
+    else:
+        unsynced.sync(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize("what", ["locked", "unlink"])
+def test_a_disk_that_fails_while_the_doubt_is_settled_is_an_error(
+    what: str, pulled: RepoCache, reboot: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **more: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    reboot()
+    with monkeypatch.context() as patch:
+        patch.setattr(RepoCache if what == "locked" else Path, what, broken)
+        with pytest.raises(OSError, match="Input/output"):
+            settle(pulled)
+    assert len(in_doubt(pulled)) == len(FILES)
 
 
 def test_after_a_restart_intact_files_are_hashed_once(

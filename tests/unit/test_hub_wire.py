@@ -21,7 +21,7 @@ from glmlocal.errors import DownloadError
 from glmlocal.hub import http as hub_http
 from glmlocal.hub.http import TryAgain
 from glmlocal.hub.huggingface import HuggingFace
-from glmlocal.hub.wire import Wire
+from glmlocal.hub.wire import Wire, _proxy_of
 from hub import server as hub_server
 from hub.pulling import PATIENCE, QUICK, REPO, fetch, huggingface, modelscope, visible_files
 from hub.server import HubServer
@@ -254,6 +254,52 @@ def test_no_proxy_is_honoured(server: HubServer, tmp_path: Path, monkeypatch: py
     assert visible_files(tmp_path) == FILES
 
 
+def test_no_proxy_with_a_port_is_honoured_for_lists_and_bytes(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", f"127.0.0.1:{server.port}, localhost:{server.port}")
+    fetch(huggingface(server, tmp_path), options=ONCE)
+    assert visible_files(tmp_path) == FILES
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "is_direct"),
+    [
+        ("", False),
+        ("*", True),
+        ("hub.example", True),
+        ("HUB.EXAMPLE", True),
+        (" other , hub.example ", True),
+        (".example", True),
+        ("example", True),
+        ("hub.example:8443", True),
+        ("hub.example:443", False),
+        ("ub.example", False),
+        ("hub.example.evil", False),
+        ("*.example", False),
+        ("10.0.0.0/8", False),
+    ],
+)
+@pytest.mark.parametrize("variable", ["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"])
+def test_what_goes_through_the_proxy(
+    variable: str, no_proxy: str, is_direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As httpx, which asks for the list, would have it."""
+    import httpx
+
+    url = httpx.URL("https://hub.example:8443/x")
+    assert _proxy_of(url) is None
+    monkeypatch.setenv(variable, "http://me:pw@proxy.example:3128")
+    monkeypatch.setenv("no_proxy", no_proxy)
+    proxy = _proxy_of(url)
+    assert (None if proxy is None else str(proxy.copy_with(userinfo=b""))) == (
+        None if is_direct else "http://proxy.example:3128"
+    )
+    with hub_http.new_client(PATIENCE) as client:
+        assert (client._transport_for_url(url) is client._transport) == is_direct
+
+
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "ftp://127.0.0.1:1", "http://127.0.0.1:9", "nonsense:x"])
 def test_a_proxy_that_cannot_be_used_is_one_line(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", proxy)
@@ -296,6 +342,13 @@ def over_tls(server: HubServer, cache: Path, host: str = "127.0.0.1") -> Hugging
 def test_over_tls(secure: HubServer, tmp_path: Path) -> None:
     fetch(over_tls(secure, tmp_path / "hub"), options=ONCE)
     assert visible_files(tmp_path / "hub") == FILES
+
+
+def test_from_https_no_bytes_come_over_http(secure: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HubServer, "cdn", property(lambda self: f"http://localhost:{self.port}"))
+    with pytest.raises(DownloadError, match=r"http://localhost:.*not https"):
+        fetch(over_tls(secure, tmp_path / "hub"), options=ONCE)
+    assert visible_files(tmp_path / "hub") == {}
 
 
 def test_a_certificate_that_nobody_trusts(secure: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

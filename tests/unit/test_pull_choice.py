@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from glmlocal import catalogue
 from glmlocal.cli import pull
 from glmlocal.cli.main import main
 from glmlocal.cli.pull_choice import Choice, choose_release
 from glmlocal.errors import ConfigError
+from glmlocal.hub.known import list_releases
 from glmlocal.hub.names import Source
 from glmlocal.planner import probe
+from glmlocal.planner.machine import Nvme
 from glmlocal.resolve import resolve
 from planned import machine
 
@@ -51,14 +54,30 @@ def test_quantizing_while_loading_is_said() -> None:
     assert "GLM-4.5-Air-FP8, loaded with --quant int4, is the finest" in told[0]
 
 
+def test_where_memory_holds_none_the_fastest_is_packed() -> None:
+    told: list[str] = []
+    small = machine(ram_gib=24, nvme=Nvme(1 << 40, 5.0))
+    found = choose_release("GLM-4.5-Air", "huggingface", small, told.append)
+    assert (found.hub_id, found.quant, found.must_be_packed) == ("unsloth/GLM-4.5-Air-GGUF:Q2_K", "keep", True)
+    (text,) = told
+    assert "none of the 5 releases tried fits into memory" in text
+    assert "GLM-4.5-Air-GGUF:Q2_K runs fastest with experts read from the disk" in text
+    assert "the finest that this machine holds" not in text
+    assert "`glmlocal pull GLM-4.5-Air --pack` fetches and packs at once, which takes 41.57 GiB of disk" in text
+    assert found.next_step.endswith("`glmlocal pack unsloth/GLM-4.5-Air-GGUF:Q2_K --quant keep` to run it")
+
+
 def test_where_nothing_fits_it_says_what_is_missing() -> None:
     with pytest.raises(ConfigError, match=r"smallest tried is GLM-4.5-Air-GGUF:Q2_K.*are missing.*--compare"):
         choose_release("GLM-4.5-Air", "huggingface", machine(ram_gib=24), lambda text: None)
 
 
-def test_a_hub_that_has_none_of_them_is_said() -> None:
-    with pytest.raises(ConfigError, match="name one of them"):
+def test_a_hub_that_has_none_of_them_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"this version does not run; to fetch it .* name a release: GLM-5-BF16"):
         choose_release("GLM-5", "huggingface", machine(ram_gib=2000), lambda text: None)
+    monkeypatch.setattr(catalogue, "releases", lambda: ())
+    with pytest.raises(ConfigError, match=r"no release of GLM-4\.6 is known on modelscope; try the other hub"):
+        list_releases("GLM-4.6", "modelscope")
 
 
 def test_on_another_hub_only_what_is_there_is_chosen() -> None:
@@ -136,6 +155,26 @@ def test_without_a_terminal_the_error_is_short_and_names_the_command(
         "no release of GLM-4.5-Air is on this disk; fetch the one that suits this machine with "
         "`glmlocal pull GLM-4.5-Air`; `glmlocal plan GLM-4.5-Air --compare` shows all of them"
     )
+    assert nothing_here == []
+
+
+def test_what_would_have_to_be_packed_is_not_fetched_to_be_run(
+    nothing_here: list[Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "runtime_machine", lambda ram=None: machine(ram_gib=24, nvme=Nvme(1 << 40, 5.0)))
+    with pytest.raises(ConfigError, match=r"out of a pack only; make one with `glmlocal pull GLM-4\.5-Air --pack`"):
+        pull.offer_to_pull(argparse.Namespace(model="GLM-4.5-Air", quant="keep"))
+    assert nothing_here == []
+
+
+def test_a_familys_pack_is_named(nothing_here: list[Source], tmp_path: Path) -> None:
+    for name in ("GLM-4.5-Air-GGUF-Q2_K-keep", "GLM-4.5-AirX-int4", "GLM-4.5-Air-begun"):
+        (tmp_path / "packs" / name).mkdir(parents=True)
+        if "begun" not in name:
+            (tmp_path / "packs" / name / "experts.pack").touch()
+    with pytest.raises(ConfigError, match=r"of its releases GLM-4\.5-Air-GGUF-Q2_K-keep is here, packed: name it"):
+        resolve("glm-4.5-air")
+    pull.offer_to_pull(argparse.Namespace(model="GLM-4.5-Air", quant="keep"))
     assert nothing_here == []
 
 
