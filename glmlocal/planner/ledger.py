@@ -83,13 +83,12 @@ class Demand:
         usable = [(i, gpu) for i, gpu in enumerate(self.machine.gpus) if self.gpu_free_bytes(gpu) > 0]
         return sorted(usable, key=lambda item: -item[1].read_gb_per_s)
 
-    @cached_property
-    def is_hopeless(self) -> bool:
-        """Are the weights alone more than all memory together? Then no layout needs to be tried."""
+    def is_hopeless(self, kv_tokens: int = 0) -> bool:
+        """Are weights and such a KV pool alone more than all memory together? Then no layout needs to be tried."""
         if self.machine.nvme is not None and self.wants.offload:
             return False
         memory = sum(self.gpu_free_bytes(gpu) for _, gpu in self.gpus) + self.ram_bytes
-        return sum(self.weights.full) > memory
+        return sum(self.weights.full) + sum(self.kv_bytes) * kv_tokens > memory
 
     @cached_property
     def laid_out(self) -> Callable[[int], Layout]:
@@ -224,7 +223,7 @@ def layouts(demand: Demand, kv_tokens: int) -> Iterator[Layout]:
     """
     layout = _lay_out(demand, kv_tokens, demand.gpus)
     yield layout
-    if demand.is_hopeless:
+    if demand.is_hopeless(kv_tokens):
         return
     if demand.gpus and not demand.needs_gpus and not (layout.fits and layout.is_fast):
         for other in (_lay_out(demand, kv_tokens, demand.gpus, whole=True), _lay_out(demand, kv_tokens, [])):

@@ -19,7 +19,7 @@ from rich.console import Console
 import tiny
 import tiny_gguf
 from glmlocal.cli import plan_content as content
-from glmlocal.cli import plan_markdown, plan_report, plan_svg
+from glmlocal.cli import plan_markdown, plan_report, plan_svg, plan_table
 from glmlocal.cli.main import main
 from glmlocal.cli.plan_content import Bar
 from glmlocal.hub import pull
@@ -287,14 +287,32 @@ def test_a_report_of_what_does_not_fit_begins_with_what_is_missing() -> None:
 
 
 def test_a_table_of_plans_fits_eighty_columns() -> None:
-    out = Console(file=io.StringIO(), width=80)
-    rows = [("x" * 90, "GPU + RAM + NVMe", "1,048,576", "12.3", "1.371 TiB"), ("short", "GPU", "", "", "1 GiB")]
-    plan_report.show_many(("model", "where", "context", "tok/s", "download"), rows, out, ("note",))
-    assert isinstance(out.file, io.StringIO)
-    lines = out.file.getvalue().splitlines()
-    assert max(map(len, lines)) <= 80
-    assert "GPU + RAM + NVMe" in lines[1]
-    assert "1.371 TiB" in lines[1]
+    rows = [("x" * 90, "GPU + RAM + NVMe", "1,048,576", "12.3", "1.371 TiB"), ("モデル", "GPU", "", "", "1 GiB")]
+    lines = list(plan_table.table(("model", "where", "context", "tok/s", "download"), rows, 80))
+    assert max(map(cell_len, lines)) == 80
+    assert lines[1].split() == ["x" * 33, "GPU", "+", "RAM", "+", "NVMe", "1,048,576", "12.3", "1.371", "TiB"]
+    assert "".join(line.split()[0] for line in lines[1:4]) == "x" * 90  # folded, nothing lost
+    assert [cell_len(line) for line in (lines[0], lines[4])] == [80, 80]  # wide characters count twice
+    assert lines[0].endswith("download")
+
+
+def test_a_narrow_screen_folds_names_only() -> None:
+    lines = list(plan_table.table(("model", "where"), [("GLM", "GPU + RAM")], 5))
+    assert lines == ["m  where", "o", "d", "e", "l", "G  GPU + RAM", "L", "M"]
+
+
+def test_a_table_is_plain_text_in_a_pipe_and_dims_its_headings_on_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    pipe, screen = io.StringIO(), Screen()
+    for out in (pipe, screen):
+        plan_table.show_many(("model", "where"), [("GLM", "GPU")], ["a note"], out)
+    assert pipe.getvalue() == "model  where\nGLM    GPU\n\na note\n"
+    assert screen.getvalue() == "\x1b[2mmodel  where\x1b[22m\nGLM    GPU\n\n\x1b[2ma note\x1b[22m\n"
 
 
 def test_every_figure_is_explained() -> None:
