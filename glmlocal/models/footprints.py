@@ -24,6 +24,7 @@ from glmlocal.models.footprint_parts import Stored, component_of, joined, layer_
 QUANTS = ("keep", "int8", "int4")
 TEXT_FILES_BYTES = 20_000_000  # tokenizer.json, config and template beside a release's weights
 _DYNAMIC = {"UD-Q4_K_XL": "Q4_K_S", "UD-Q5_K_XL": "Q5_K_M", "UD-Q6_K_XL": "Q6_K"}  # Unsloth's: the nearest in size
+_ROLES = {"lm_head": "output", "v_proj": "attn_v", "o_proj": "attn_output", "down_proj": "ffn_down"}  # llama.cpp's
 FP8_SCALE_GROUP = 128  # numbers per fp32 scale in DeepSeek's FP8 cache of MLA; its rotated key stays bf16
 
 _Config = ModelConfig | DsaConfig
@@ -185,8 +186,7 @@ def _release_form(storage: _Storage, i: int, name: str, shape: tuple[int, ...]) 
     if component == "router":
         return FORMS["f32" if is_gguf else "bf16"]
     if is_gguf:
-        role = {"lm_head": "output", "v_proj": "attn_v", "o_proj": "attn_output", "down_proj": "ffn_down"}.get(leaf, "")
-        return FORMS[_form_name(_gguf_type(storage, role, shape[1], i))]
+        return FORMS[_form_name(_gguf_type(storage, _ROLES.get(leaf, ""), shape[1], i))]
     in_mtp = i >= storage.config.num_hidden_layers
     return FORMS[_by_recipe(dict(storage.recipe), component, leaf, ".indexer." in name, in_mtp)]
 
