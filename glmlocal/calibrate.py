@@ -58,6 +58,7 @@ _LEAST_TURNS, _SETTLED = 3, 1.02  # median over lower quartile
 # Calls of some microseconds take more turns: when the first run, OpenMP's threads that filled the matrices still spin.
 _LEAST_S, _MOST_TURNS = 0.03, 200
 _LEAST_WARM_S, _MOST_WARM_S = 2.0, 8.0
+_WARM_ROUNDS_S = 0.2  # rounds that do not count: what was not read for some ten seconds is slow again
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,15 +186,19 @@ class _Turns:
 
     def rounds(self, calls: Sequence[Callable[[], object]], times: int) -> list[tuple[float, ...]]:
         """Seconds of each call in rounds of all of them, to be subtracted within a round: a machine that is slower for
-        a while is so for all calls of a round. The first round does not count."""
-        taken: list[tuple[float, ...]] = []
-        for _ in range(1 + times):
-            marks = [self._clock()]
-            for call in calls:
-                call()
-                marks.append(self._clock())
-            taken.append(tuple(end - begin for begin, end in pairwise(marks)))
-        return taken[1:]
+        a while is so for all calls of a round. The first does not count, nor do others that begin soon after."""
+        begin = self._clock()
+        self._round(calls)
+        while self._clock() - begin < _WARM_ROUNDS_S:
+            self._round(calls)
+        return [self._round(calls) for _ in range(times)]
+
+    def _round(self, calls: Sequence[Callable[[], object]]) -> tuple[float, ...]:
+        marks = [self._clock()]
+        for call in calls:
+            call()
+            marks.append(self._clock())
+        return tuple(end - begin for begin, end in pairwise(marks))
 
 
 def _is_enough(taken: Sequence[float], times: int) -> bool:
@@ -401,7 +406,7 @@ def _row_s(
 
     All of that grows with the width of the hidden state, products with its square: little for a large model.
     """
-    layer_s = _of_a_layer(turns, *models.prefilling[activations], lambda model: model.chunk(CHUNK), 2)
+    layer_s = _of_a_layer(turns, *models.prefilling[activations], lambda model: model.chunk(CHUNK), 4)
     product_s = SMALL.layer_weights / products[f"{SMALL_SCHEME} {activations}"].at(CHUNK)
     attention_s = attention.seconds(SMALL.numbers, SMALL.operations) * CHUNK * (CHUNK + 1) / 2
     return max(layer_s - product_s - attention_s, 0.0) / (CHUNK * SMALL.hidden)

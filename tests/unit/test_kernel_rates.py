@@ -244,7 +244,8 @@ def test_the_median_of_the_turns_counts() -> None:
 def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that doctor measures, in a moment."""
     smaller = {"HIDDEN": 256, "INTERMEDIATE": 128, "MANY_OUT": 512, "CHUNK": 16, "SMALL": TINY}
-    for name, value in {**smaller, "ATTENTION": SMALL_ATTENTION, "_LEAST_WARM_S": 0.0, "_MOST_WARM_S": 0.1}.items():
+    warm = {"_LEAST_WARM_S": 0.0, "_MOST_WARM_S": 0.1, "_WARM_ROUNDS_S": 0.0}
+    for name, value in {**smaller, **warm, "ATTENTION": SMALL_ATTENTION}.items():
         monkeypatch.setattr(calibrate, name, value)
     monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 0)
 
@@ -306,8 +307,20 @@ def test_rounds_subtract_what_a_slower_while_adds() -> None:
     def second() -> None:
         now[0] += 3.0 * pace[0]
 
-    rounds = calibrate._Turns(lambda: now[0]).rounds([first, second], 6)
+    rounds = calibrate._Turns(lambda: now[0]).rounds([first, second], 6)  # the first of seven does not count
     assert [round(b - a, 9) for a, b in rounds] == [1.0, 1.0, 5.0, 5.0, 1.0, 1.0]
+
+
+def test_short_rounds_do_not_count_for_a_while() -> None:
+    """Models that wait for their turn for ten seconds are slow at first, where the host takes idle pages away."""
+    now, made = [0.0], [0]
+
+    def call() -> None:
+        made[0] += 1
+        now[0] += 0.02 if now[0] < 0.15 else 0.01
+
+    assert calibrate._Turns(lambda: now[0]).rounds([call], 3) == [pytest.approx((0.01,))] * 3
+    assert made[0] == 8 + 4 + 3
 
 
 def test_fp8_weights_that_are_measured_are_as_real_ones() -> None:
