@@ -92,12 +92,24 @@ def measure(
     }
     on_step("measuring the kernels: small models")
     models = _Models.of(tuple(get_args(Activations)))
-    nbytes = [subject.nbytes for subject in subjects.values()]
-    nbytes += [_attention_bytes(dtype, shape) for dtype in TORCH_DTYPE for shape in ATTENTION]
-    memory, turns = record_buffer(max(nbytes)), _Turns(clock)
+    weights = record_buffer(max(subject.nbytes for subject in subjects.values()))
+    # In small pages, as torch gives them to a KV cache too.
+    cache = torch.empty(max(_cache_bytes(d, shape) for d in TORCH_DTYPE for shape in ATTENTION), dtype=torch.uint8)
+    measured, turns = _Measured(subjects, models, weights, cache), _Turns(clock)
     on_step("measuring the kernels: waiting for memory to be as fast as it gets")
-    _warm(memory, clock)
-    return median_of([_measure_once(subjects, models, memory, turns, on_step) for _ in range(1 if quick else PASSES)])
+    for memory in (weights, cache.numpy()):
+        _warm(memory, clock)
+    return median_of([_measure_once(measured, turns, on_step) for _ in range(1 if quick else PASSES)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Measured:
+    """What is measured, and the memory that it is measured over."""
+
+    subjects: Mapping[str, _Subject]  # by "SCHEME ACTIVATIONS"
+    models: _Models
+    weights: NDArray[np.uint8]  # of any one of the subjects
+    cache: Tensor  # uint8; keys and values of any dtype and shape of ATTENTION
 
 
 def _warm(memory: NDArray[np.uint8], clock: Clock) -> None:
@@ -112,21 +124,15 @@ def _warm(memory: NDArray[np.uint8], clock: Clock) -> None:
         taken.append(clock() - now)
 
 
-def _measure_once(
-    subjects: Mapping[str, _Subject],
-    models: _Models,
-    memory: NDArray[np.uint8],
-    turns: _Turns,
-    on_step: Callable[[str], None],
-) -> KernelRates:
-    products = {}
-    for name, subject in subjects.items():
+def _measure_once(measured: _Measured, turns: _Turns, on_step: Callable[[str], None]) -> KernelRates:
+    products, models = {}, measured.models
+    for name, subject in measured.subjects.items():
         on_step(f"measuring the kernels: {name}")
-        products[name] = _product(subject, memory, turns)
+        products[name] = _product(subject, measured.weights, turns)
     on_step("measuring the kernels: attention")
     dtypes = tuple(TORCH_DTYPE)
-    decode = {dtype: _attention(dtype, 1, memory, turns) for dtype in dtypes}
-    prefill = {dtype: _attention(dtype, CHUNK, memory, turns) for dtype in dtypes}
+    decode = {dtype: _attention(dtype, 1, measured.cache, turns) for dtype in dtypes}
+    prefill = {dtype: _attention(dtype, CHUNK, measured.cache, turns) for dtype in dtypes}
     on_step("measuring what a layer and a token cost beside their products")
     layer_s, token_s = _overheads(models, turns, products)
     row_s = {each: _row_s(each, models, turns, products, prefill["bf16"]) for each in get_args(Activations)}
@@ -298,7 +304,7 @@ def _fp8_codes(values: np.ndarray) -> np.ndarray:
     return scaled.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
-def _attention(kv_dtype: str, new: int, memory: NDArray[np.uint8], turns: _Turns) -> AttentionCost:
+def _attention(kv_dtype: str, new: int, memory: Tensor, turns: _Turns) -> AttentionCost:
     """Of each of ``new`` queries."""
     first, second = (
         (float(shape.numbers), float(shape.operations), _attention_s(kv_dtype, shape, new, memory, turns))
@@ -307,9 +313,10 @@ def _attention(kv_dtype: str, new: int, memory: NDArray[np.uint8], turns: _Turns
     return AttentionCost.of_two(first, second)
 
 
-def _attention_bytes(kv_dtype: str, shape: AttentionShape) -> int:
-    """Of keys and values that one query is measured over."""
-    return _copies(kv_dtype, shape) * _blocks(shape.context) * BLOCK_SIZE * shape.numbers * TORCH_DTYPE[kv_dtype].itemsize
+def _cache_bytes(kv_dtype: str, shape: AttentionShape) -> int:
+    """Of keys and values that one query, or a chunk, is measured over."""
+    num_blocks = max(_copies(kv_dtype, shape) * _blocks(shape.context), _blocks(shape.prefill_context))
+    return num_blocks * BLOCK_SIZE * shape.numbers * TORCH_DTYPE[kv_dtype].itemsize
 
 
 def _copies(kv_dtype: str, shape: AttentionShape) -> int:
@@ -322,7 +329,7 @@ def _blocks(context: int) -> int:
     return -(-context // BLOCK_SIZE)
 
 
-def _attention_s(kv_dtype: str, shape: AttentionShape, new: int, memory: NDArray[np.uint8], turns: _Turns) -> float:
+def _attention_s(kv_dtype: str, shape: AttentionShape, new: int, memory: Tensor, turns: _Turns) -> float:
     """Seconds of a query for each of its positions. One query finds no key in a cache, and a chunk finds all."""
     context, dtype = shape.context if new == 1 else shape.prefill_context, TORCH_DTYPE[kv_dtype]
     num_blocks, copies = _blocks(context), _copies(kv_dtype, shape) if new == 1 else 1
@@ -330,8 +337,7 @@ def _attention_s(kv_dtype: str, shape: AttentionShape, new: int, memory: NDArray
     nbytes = math.prod(pool) * dtype.itemsize
     # Written, not only allocated: pages that nobody wrote to are all the same page of zeros.
     keys, values = (
-        torch.from_numpy(memory[begin : begin + nbytes]).view(dtype).view(pool).copy_(torch.ones(()))
-        for begin in (0, nbytes)
+        memory[begin : begin + nbytes].view(dtype).view(pool).copy_(torch.ones(())) for begin in (0, nbytes)
     )
     scale = torch.ones(copies * num_blocks, shape.kv_heads, BLOCK_SIZE) if kv_dtype == "int8" else None
     query = torch.randn(new, shape.heads, shape.head_dim)
@@ -366,17 +372,13 @@ class _Models:
         )
 
 
-def _of_a_layer(
-    turns: _Turns, few: Skeleton, many: Skeleton, call: Callable[[Skeleton], object], times: int
-) -> float:
+def _of_a_layer(turns: _Turns, few: Skeleton, many: Skeleton, call: Callable[[Skeleton], object], times: int) -> float:
     """Seconds that a layer more takes."""
     rounds = turns.rounds([partial(call, few), partial(call, many)], times)
     return median(deep_s - shallow_s for shallow_s, deep_s in rounds) / (many.layers - few.layers)
 
 
-def _overheads(
-    models: _Models, turns: _Turns, products: Mapping[str, ProductRate]
-) -> tuple[dict[str, float], float]:
+def _overheads(models: _Models, turns: _Turns, products: Mapping[str, ProductRate]) -> tuple[dict[str, float], float]:
     """Seconds of a layer by activations, and of a step around the layers, beside products.
 
     Around: from models of tiny layers and a whole vocabulary. A layer: from layers like a small model's, whose products

@@ -1,6 +1,6 @@
 """What is to be placed, in bytes: a model's layers, what each token's keys and values take, what devices keep for us.
 
-Nothing is decided here: which layer goes where is ``layout.py``'s and ``layers.py``'s, what is asked for ``solve.py``'s.
+Nothing is decided here: which layer goes where is ``layout.py``'s and ``layers.py``'s, what is asked is ``solve.py``'s.
 """
 
 from __future__ import annotations

@@ -297,6 +297,7 @@ def _near(name: str, word: str) -> str:
     keys = {key: spec.name for spec in SPECS for key in spec.keys}
     near = difflib.get_close_matches(_joined(name), names, n=1, cutoff=0.7)
     found = names[near[0]] if near else None
-    if found is None and (near := difflib.get_close_matches(word, keys, n=1, cutoff=0.5)):
+    cutoff = 0.5 if any(map(str.isdigit, word)) else 0.75  # nearly all have digits: "nan" is near to no Titan
+    if found is None and len(word) > 2 and (near := difflib.get_close_matches(word, keys, n=1, cutoff=cutoff)):
         found = keys[near[0]]
     return f": did you mean {found}?" if found else ", which has for example H100, RTX 4090 and MI300X; try one"

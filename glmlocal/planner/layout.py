@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from glmlocal.planner import ledger, layers
+from glmlocal.planner import layers, ledger
 from glmlocal.planner.demand import Bytes, Demand, padded, total
 from glmlocal.planner.machine import Gpu
 from glmlocal.planner.plan import CPU, Device, Placement

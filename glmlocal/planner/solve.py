@@ -16,9 +16,9 @@ from glmlocal.models.config import KV_DTYPES
 from glmlocal.models.footprint import Footprint
 from glmlocal.models.precision import auto_activations, auto_kv_dtype, check_activations
 from glmlocal.planner import advise
+from glmlocal.planner.demand import MAX_NUM_BATCHED_TOKENS, Demand
 from glmlocal.planner.efficiency import DEFAULT, EXPECTED, Efficiency
 from glmlocal.planner.forecast import MOST_DRAFTS, PlacedModel, forecast
-from glmlocal.planner.demand import MAX_NUM_BATCHED_TOKENS, Demand
 from glmlocal.planner.layout import Layout, holds, lay_out, layouts, pace
 from glmlocal.planner.machine import Machine
 from glmlocal.planner.plan import Plan, Resolved, Wants

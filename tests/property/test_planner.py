@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from glmlocal.errors import ConfigError
 from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate
 from glmlocal.models.footprint import Footprint, Layer
+from glmlocal.planner.demand import Demand
+from glmlocal.planner.layout import layouts
 from glmlocal.planner.machine import Cpu, Gpu, Machine, Nvme, Ram
 from glmlocal.planner.plan import CPU, Plan, Wants
 from glmlocal.planner.plan_json import as_json, from_json
@@ -99,6 +101,20 @@ def wishes(draw: st.DrawFn, model: Footprint, *, offload: bool = True) -> Wants:
 
 
 CASES = footprints().flatmap(lambda model: st.tuples(st.just(model), machines(), wishes(model)))
+
+
+@settings(deadline=None)
+@given(CASES, st.booleans(), st.sampled_from([0, 32, 4096, 1 << 17]))
+def test_the_ledger_adds_up_to_what_was_placed(case, offload, kv_tokens):
+    """A layout is sums of bytes, its ledger their reasons: two ways to count the same."""
+    model, machine, wants = case
+    wants = replace(wants, offload=offload, cpu_offload_bytes=wants.cpu_offload_bytes if offload else None)
+    demand = Demand(model, machine, wants, "bf16", wants.draft or 0)
+    for found in layouts(demand, kv_tokens):
+        used = [device.used_bytes for device in found.devices]
+        assert [*found.used_bytes][: len(used)] == used
+        assert not any(found.used_bytes[len(used) :])  # nothing on NVMe, and no device for it
+        assert found.fits == all(device.used_bytes <= device.capacity_bytes for device in found.devices)
 
 
 @settings(deadline=None)

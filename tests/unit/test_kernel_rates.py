@@ -138,7 +138,7 @@ def test_measuring_finds_every_rate_and_survives_json(small_shapes: None, monkey
 def test_a_clock_that_doubles_halves_the_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations are counted right: a call that takes a second by the clock does its own number of them."""
     ticks = iter(range(10_000))
-    best, memory = calibrate._Turns(lambda: float(next(ticks))), cpu_memory(1 << 26)
+    best, memory = calibrate._Turns(lambda: float(next(ticks))), torch.empty(1 << 20, dtype=torch.uint8)
     monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 0)
     assert calibrate._attention_s("bf16", SMALL_ATTENTION[0], 1, memory, best) == 1 / 64
     assert calibrate._attention_s("bf16", SMALL_ATTENTION[0], 16, memory, best) == 1 / sum(range(80 - 16 + 1, 81))
@@ -277,11 +277,12 @@ def test_attention_is_measured_over_pages_that_were_written(monkeypatch: pytest.
     monkeypatch.setattr(calibrate.kernels, "paged_attention", lambda *arguments: seen.append(arguments))
     monkeypatch.setattr(calibrate, "last_level_cache_bytes", lambda: 1 << 20)
     monkeypatch.setattr(calibrate, "CHUNK", 16)
-    memory = np.zeros(calibrate._attention_bytes("fp8", SMALL_ATTENTION[0]) + (0 if new == 1 else 1 << 16), np.uint8)
+    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    assert calibrate._cache_bytes("fp8", SMALL_ATTENTION[0]) == 64 * 64 * 2 * 2 * 64  # as many copies as there may be
     calibrate._attention_s("fp8", SMALL_ATTENTION[0], new, memory, calibrate._Turns(time.perf_counter))
     keys, values = (arguments[1:3] for arguments in seen[:1]).__next__()
-    assert keys.data_ptr() == memory.ctypes.data  # what was read until it was fast
-    assert values.data_ptr() == memory.ctypes.data + keys.numel()
+    assert keys.data_ptr() == memory.data_ptr()  # what was read until it was fast
+    assert values.data_ptr() == memory.data_ptr() + keys.numel()
     assert all(float(each.float().min()) == 1.0 for arguments in seen for each in arguments[1:3])
     blocks = [frozenset(arguments[3].flatten().tolist()) for arguments in seen]
     copies = min(64, 1 + 2 * (1 << 20) // (64 * 2 * 2 * 64)) if new == 1 else 1
