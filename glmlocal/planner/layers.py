@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
+from operator import mul
 
 _STEPS = 16  # of a bisection over how full a GPU is: to 2e-5 of its memory
 
@@ -93,7 +94,7 @@ def fill(sizes: Sequence[int], counts: Sequence[int], free: int) -> list[int]:
         needed = sum(layers * size * min(middle, count) for (size, count), layers in alike.items())
         low, high = (middle, high) if needed <= free else (low, middle - 1)
     given = [min(low, count) for count in counts]
-    free -= sum(size * number for size, number in zip(sizes, given, strict=True))
+    free -= sum(map(mul, sizes, given))
     for layer, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         if given[layer] < count:
             if size > free:

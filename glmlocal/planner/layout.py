@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from operator import mul
 
 from glmlocal.planner import layers, ledger
 from glmlocal.planner.demand import Bytes, Demand, padded, total
@@ -139,7 +140,7 @@ def _used(
 
 
 def _times(sizes: Iterable[int], counts: Iterable[int]) -> int:
-    return sum(size * count for size, count in zip(sizes, counts, strict=True))
+    return sum(map(mul, sizes, counts))
 
 
 def _over_gpus(demand: Demand, sizes: Bytes, placement: Placement) -> Placement:
