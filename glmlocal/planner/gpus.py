@@ -128,6 +128,9 @@ _STRIX_HALO = ("strixhalo", "8060s", "max395", "ryzenmax395", "ryzenmax395w8060s
 #   MI350X, MI355X (8 TB/s)      gangliao.me/blog/2026/amd-gpu-architecture-deep-dive
 #   RX 6900 XT (rates)           fpsbench.com/compare/gpu/amd-radeon-rx-6900-xt-vs-amd-radeon-rx-vega-56
 #   PRO W7900 (864 GB/s)         itcreations.com/amd-gpu/amd-radeon-pro-w7900-gpu
+#   RTX A6000 (rates; bandwidth) llmperf.net/categories/gpu/Nvidia-A6000-GPUs
+#   RTX 4080 SUPER (736 GB/s)    elchapuzasinformatico.com/2023/12/nvidia-rtx-4080-super-memorias-gddr6x-23-gbps
+#   DGX Spark (273 GB/s)         ai-infrastructure.net/dgx-spark; dgx-spark.warehack.ing/hardware
 # The others rest on the datasheets alone: no page that lists them without sparsity was found again.
 SPECS: tuple[Spec, ...] = (
     # NVIDIA H100 datasheet (SXM5, PCIe, NVL); memory from nvidia-smi, as are all lines' of NVIDIA.

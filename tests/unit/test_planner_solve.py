@@ -248,6 +248,12 @@ def test_a_gpu_too_small_to_help_does_not_hinder():
     assert "staging" not in on(with_gpu, "ram")
 
 
+def test_a_gpu_slower_than_the_cpu_is_left_alone():
+    slow = replace(RTX4090, read_gb_per_s=20.0)
+    found = plan(air(**INT4), machine(slow, ram_gib=128), Wants(context=8192))
+    assert set(found.placement.layer_device) == {CPU}
+
+
 def test_a_table_that_is_held_is_counted_once():
     model = air(**INT4)
     held = replace(model, top=(replace(model.top[0], nbytes=GIB), *model.top[1:]))
