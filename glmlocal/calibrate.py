@@ -146,7 +146,7 @@ def median_of(passes: Sequence[KernelRates]) -> KernelRates:
     def middle(seconds: Iterable[float]) -> float:
         ordered = sorted(seconds)
         found = median(ordered)
-        distances.append(min((b - a for a, b in pairwise(ordered) if a <= found <= b), default=0.0) / found)
+        distances.append(min((b - a for a, b in pairwise(ordered)), default=0.0) / found)
         return found
 
     def product(name: str) -> ProductRate:

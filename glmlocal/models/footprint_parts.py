@@ -115,9 +115,9 @@ def joined(layers: Iterable[Layer]) -> Layer | None:
 
 def merged(parts: Iterable[Part]) -> tuple[Part, ...]:
     """Parts that differ in numbers only, as one."""
-    found: dict[tuple[str, str, bool], list[Part]] = {}
+    found: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
-        found.setdefault((part.component, part.scheme, part.is_integer), []).append(part)
+        found.setdefault((part.component, part.scheme), []).append(part)
     return tuple(_sum(alike, alike[0].scheme) for alike in found.values())
 
 

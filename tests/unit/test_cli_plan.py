@@ -297,6 +297,11 @@ def test_a_table_of_plans_fits_eighty_columns() -> None:
     assert lines[0].endswith("download")
 
 
+def test_words_are_on_the_left_of_their_column_and_numbers_on_the_right() -> None:
+    lines = list(plan_table.table(("model", "where", "context"), [("GLM", "GPU", "8")], 80))
+    assert lines == ["model  where  context", "GLM    GPU          8"]
+
+
 def test_a_narrow_screen_folds_names_only() -> None:
     lines = list(plan_table.table(("model", "where"), [("GLM", "GPU + RAM")], 5))
     assert lines == ["m  where", "o", "d", "e", "l", "G  GPU + RAM", "L", "M"]

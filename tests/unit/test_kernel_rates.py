@@ -120,7 +120,9 @@ def test_memory_is_read_until_it_is_as_fast_as_it_gets(monkeypatch: pytest.Monke
 def test_measuring_finds_every_rate_and_survives_json(small_shapes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "QUICK_SCHEMES", ("Q4_0", "bf16"))
     steps: list[str] = []
+    monkeypatch.setattr(calibrate, "_warm", lambda memory, _: steps.append("warm") or memory.fill(1))
     rates = calibrate.measure(quick=True, clock=time.process_time, on_step=steps.append)
+    assert [i for i, step in enumerate(steps) if step == "warm"] == [2, 3]  # weights, keys and values; before all rates
     assert set(rates.products) == {"Q4_0 int8", "Q4_0 fp32", "bf16 fp32"}
     assert rates.products["Q4_0 int8"].rows == rates.products["bf16 fp32"].rows == (1, 2, 4, 8, 16, 32, 64, 512)
     assert rates.products["Q4_0 fp32"].rows == (1, 4, 16, 64, 512)
@@ -129,8 +131,9 @@ def test_measuring_finds_every_rate_and_survives_json(small_shapes: None, monkey
     assert all(1e-7 <= seconds < 0.1 for seconds in rates.layer_s.values())
     assert rates.token_s < 1
     assert set(rates.row_s) == {"int8", "fp32"}
-    assert len(steps) == 7
+    assert len(steps) == 9
     assert rates.spread == 0.0
+    rates = replace(rates, spread=0.02)
     again = kernel_rates.from_json(json.loads(json.dumps(kernel_rates.as_json(rates))))
     assert again == rates
 
