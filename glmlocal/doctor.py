@@ -232,6 +232,7 @@ def _rate_facts(rates: KernelRates) -> dict[str, Any]:
         "layer_s": {activations: _round(seconds) for activations, seconds in rates.layer_s.items()},
         "token_s": _round(rates.token_s),
         "row_s": {activations: _round(seconds) for activations, seconds in rates.row_s.items()},
+        "spread": _round(rates.spread),
     }
 
 

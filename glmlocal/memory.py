@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import psutil
-
 from glmlocal.machine.cgroups import memory_limit
+from glmlocal.machine.files import key_values
+from glmlocal.units import KIB
 
 
-def system_bytes() -> tuple[int, int]:
+def system_bytes(root: Path = Path("/")) -> tuple[int, int]:
     """Of the whole system, its total and what is available of it; (0, 0) where nobody can say.
 
-    psutil reads /proc/meminfo, which sandboxes hide or replace; then the C library is asked, whose "available" leaves
-    out what caches could give back.
+    Sandboxes hide /proc/meminfo or replace it; then the C library is asked, whose "available" leaves out what caches
+    could give back.
     """
-    try:
-        memory = psutil.virtual_memory()
-        return int(memory.total), int(memory.available)
-    except (OSError, KeyError, ValueError, IndexError, RuntimeError):
-        pass
+    info = key_values(root / "proc/meminfo")
+    if {"MemTotal", "MemAvailable"} <= info.keys():
+        return info["MemTotal"] * KIB, info["MemAvailable"] * KIB
     try:
         page_bytes = os.sysconf("SC_PAGE_SIZE")
         return os.sysconf("SC_PHYS_PAGES") * page_bytes, os.sysconf("SC_AVPHYS_PAGES") * page_bytes

@@ -104,7 +104,7 @@ class Skeleton:
             }
         )
         cos_sin, hidden = cos_sin_table(_CONTEXT, shape.head_dim, 1e6), shape.hidden
-        self._hidden = hidden
+        self.layers, self._hidden = layers, hidden
         self._head = Linear(kernels.pack(_floats(vocab, hidden)))
         model = Glm4MoeForCausalLM(
             config,

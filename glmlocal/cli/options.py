@@ -11,16 +11,15 @@ KV_DTYPES = ("auto", "fp32", "bf16", "fp8", "int8")
 ACTIVATIONS = ("auto", "int8", "fp32")
 PLAN_QUANTS = ("auto", *QUANTS)
 MAX_DRAFTS = 3
+_MOST_DIGITS = 100  # of a whole number: more are no mistake of typing, and Python refuses thousands
 
 
 def at_least(least: int) -> Any:
     """An argparse type: a whole number, not below that."""
 
     def whole_number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
+        is_number = text.isascii() and text.isdigit() and len(text) < _MOST_DIGITS
+        value = int(text) if is_number else least - 1
         if value < least:
             raise argparse.ArgumentTypeError(f"wanted a whole number of at least {least}, found {text!r}")
         return value
@@ -29,10 +28,15 @@ def at_least(least: int) -> Any:
 
 
 def tokens(text: str) -> int:
-    """An argparse type: ``32768``, or ``32K``, which are as many."""
-    number = text[:-1] if text[-1:] in ("K", "k") else text
-    count: int = at_least(1)(number)
-    return count * (1024 if number != text else 1)
+    """An argparse type: ``32768``, or ``32K``, which are as many; ``1M`` are 1,024 K."""
+    factor = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:].upper(), 1)
+    try:
+        count: int = at_least(1)(text if factor == 1 else text[:-1])
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"wanted a whole number of at least 1, as 32768, 32K or 1M, found {text!r}"
+        ) from None
+    return count * factor
 
 
 def a_size(text: str) -> int:

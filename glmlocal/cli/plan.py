@@ -257,11 +257,11 @@ def _plans(
 
 def _print_table(plans: list[Plan], names: list[str], machine: Machine, notes: tuple[str, ...]) -> None:
     from glmlocal.cli.plan_content import machine_name
-    from glmlocal.cli.plan_report import console, show_many
+    from glmlocal.cli.plan_table import show_many
     from glmlocal.cli.terminal import one_line
 
     lines = [f"on {machine_name(machine)}; tok/s of one sequence at an empty context, GPU speeds are modelled", *notes]
-    show_many(_HEADINGS, _rows(plans, names), console(), map(one_line, lines))
+    show_many(_HEADINGS, _rows(plans, names), map(one_line, lines))
 
 
 def _rows(plans: list[Plan], names: list[str]) -> Iterator[tuple[str, ...]]:

@@ -48,19 +48,6 @@ def show(plan: Plan, out: Console, notes: Iterable[str] = (), *, explain: bool =
         _section(out, "every figure", _explanations(plan))
 
 
-def show_many(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]], out: Console, notes: Iterable[str]) -> None:
-    """A table of plans, one per line; the first column keeps its width, numbers are on the right."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index < 2 else "right", overflow="fold", no_wrap=index > 0)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
-    out.print()
-    for note in notes:
-        out.print(note, style="dim")
-
-
 def bar_text(bar: Bar, cells: int = _BAR_CELLS) -> Text:
     """``█████▓▒    ``: parts in proportion, at least one cell each; what the device does not have is ``!``."""
     whole = max(bar.capacity_bytes, bar.used_bytes, 1)

@@ -47,6 +47,19 @@ def use_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
+def dimmed(text: str, stream: TextIO) -> str:
+    """Text as less important than the rest, where the stream is a screen that can show it."""
+    return f"{_DIM}{text}{_DIM_OFF}" if _shows_styles(stream) else text
+
+
+def _understands_escapes(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def _shows_styles(stream: TextIO) -> bool:
+    return _understands_escapes(stream) and not os.environ.get("NO_COLOR")
+
+
 class Console:
     """The two output streams and what is on the current line of the screen.
 
@@ -57,9 +70,8 @@ class Console:
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.out, self.err = out or sys.stdout, err or sys.stderr
         self.out_is_screen, self.err_is_screen = self.out.isatty(), self.err.isatty()
-        capable = self.err_is_screen and os.environ.get("TERM", "dumb") != "dumb"
-        self.animated = capable
-        self._dims = capable and not os.environ.get("NO_COLOR")
+        self.animated = _understands_escapes(self.err)
+        self._dims = _shows_styles(self.err)
         self._line_is_open = False  # the screen's cursor is not in the first column
         self._status = ""
         self._status_time = 0.0

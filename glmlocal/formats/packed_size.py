@@ -6,6 +6,7 @@ The formula of ``kernels/cpu/src/packed_matrix.cpp``, which tests compare it wit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from glmlocal.formats.schemes import QuantScheme
 
@@ -41,6 +42,7 @@ def packed_bytes(rows: int, columns: int, kind: str | QuantScheme) -> int:
     return packed_sections(rows, columns, kind).nbytes
 
 
+@lru_cache(maxsize=1 << 12)  # a model has many matrices of few shapes
 def packed_sections(rows: int, columns: int, kind: str | QuantScheme) -> PackedSections:
     """The same, section by section."""
     tiles, blocks = -(-rows // TILE_ROWS), -(-columns // BLOCK_COLUMNS)

@@ -12,6 +12,7 @@ from glmlocal.units import format_bytes
 Level = Literal["ok", "warn", "fix"]
 BUSY_CPUS = 0.3  # of one CPU, while nothing of ours runs
 BUSY_DIFFERENCE = 0.15  # between two measurements of the same peak
+BUSY_SPREAD = 0.05  # between the two nearest of three measurements of the kernels, on average of all figures
 SLOW_DISK_GB_PER_S = 0.5
 _X86 = ("avx2", "avx_vnni", "avx512", "amx")  # instruction sets that a build for x86-64 can have
 _SPEED = {"generic": 0, **{name: rank for rank, name in enumerate(ISA_FLAGS, 1)}}
@@ -101,7 +102,8 @@ def _cores(facts: Facts) -> Iterator[Finding]:
 
 def is_busy(facts: Facts) -> bool:
     """Did something else run while the machine was measured?"""
-    return facts["cpu"]["busy_cpus"] > BUSY_CPUS or _difference(facts) > BUSY_DIFFERENCE
+    is_unsteady = _difference(facts) > BUSY_DIFFERENCE or _spread(facts) > BUSY_SPREAD
+    return facts["cpu"]["busy_cpus"] > BUSY_CPUS or is_unsteady
 
 
 def _difference(facts: Facts) -> float:
@@ -109,11 +111,18 @@ def _difference(facts: Facts) -> float:
     return 0.0 if peaks is None or peaks["difference"] is None else float(peaks["difference"])
 
 
+def _spread(facts: Facts) -> float:
+    return 0.0 if facts["kernel_rates"] is None else float(facts["kernel_rates"]["spread"])
+
+
 def _busy(facts: Facts) -> Iterator[Finding]:
     busy = facts["cpu"]["busy_cpus"]
     if busy > BUSY_CPUS:
         text = f"something else uses {busy:.1f} CPUs (or the host gives them away): what was measured is too low"
         yield Finding("warn", "load", text, "stop it and run doctor again")
+    elif _spread(facts) > BUSY_SPREAD:
+        text = f"no two of three measurements of the kernels agree: {_spread(facts):.0%} apart, where 1% is usual"
+        yield Finding("warn", "load", text, "run doctor again when the machine, or the host under it, is quiet")
     elif is_busy(facts):
         text = f"the peaks changed by {_difference(facts):.0%} during the measurement: something else runs at times"
         yield Finding("warn", "load", text, "run doctor again when the machine is quiet")

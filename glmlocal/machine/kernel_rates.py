@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,30 +105,7 @@ class KernelRates:
     # By activations: of a layer, for each number of each hidden state of a chunk, beside products and attention.
     row_s: Mapping[str, float] = field(default_factory=lambda: {"int8": 0.0, "fp32": 0.0})
 
-    @classmethod
-    def mean(cls, passes: Sequence[KernelRates]) -> KernelRates:
-        """Of several measurements of the same kernels: the mean seconds of everything."""
-        first, number = passes[0], len(passes)
-
-        def mean(seconds: Iterable[float]) -> float:
-            return sum(seconds) / number
-
-        def product(name: str) -> ProductRate:
-            rates = zip(*(each.products[name].weights_per_s for each in passes), strict=True)
-            return ProductRate(first.products[name].rows, tuple(number / sum(1 / r for r in row) for row in rates))
-
-        def attention(costs: Sequence[AttentionCost]) -> AttentionCost:
-            return AttentionCost(mean(cost.number_s for cost in costs), mean(cost.operation_s for cost in costs))
-
-        return cls(
-            first.kernels_id,
-            {name: product(name) for name in first.products},
-            {dtype: attention([each.attention_decode[dtype] for each in passes]) for dtype in first.attention_decode},
-            {dtype: attention([each.attention_prefill[dtype] for each in passes]) for dtype in first.attention_prefill},
-            {name: mean(each.layer_s[name] for each in passes) for name in first.layer_s},
-            mean(each.token_s for each in passes),
-            {name: mean(each.row_s[name] for each in passes) for name in first.row_s},
-        )
+    spread: float = 0.0  # how far passes lay apart: of every figure, the median from the pass that came nearest to it
 
     def product(self, scheme: str, activations: str) -> ProductRate | None:
         """None where nothing like it was measured; floats meet fp32 whatever is asked."""
@@ -156,6 +133,7 @@ def as_json(rates: KernelRates) -> dict[str, Any]:
         "layer_s": dict(rates.layer_s),
         "token_s": rates.token_s,
         "row_s": dict(rates.row_s),
+        "spread": rates.spread,
     }
 
 
@@ -171,6 +149,7 @@ def from_json(values: Mapping[str, Any]) -> KernelRates:
         {name: _positive(values["layer_s"][name]) for name in ("int8", "fp32")},
         _positive(values["token_s"]),
         {name: _not_negative(values["row_s"][name]) for name in ("int8", "fp32")},
+        _not_negative(values.get("spread", 0.0)),
     )
 
 

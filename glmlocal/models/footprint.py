@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 COMPONENTS = ("embeddings", "attention", "dense", "shared", "routed", "router", "norms", "mtp", "head")
 
@@ -24,35 +25,35 @@ class Part:
     is_integer: bool = False  # codes are integers: multiplied with int8 activations where those are used
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, as Footprint: sums are kept
 class Layer:
-    """One decoder layer. The routed experts of a layer are alike."""
+    """One decoder layer. The routed experts of a layer are alike; layers that are alike are mostly one object."""
 
     parts: tuple[Part, ...]  # everything but the routed experts
     expert: Part | None = None  # ONE routed expert: gate, up and down; None in a dense layer
     num_experts: int = 0
 
-    @property
+    @cached_property
     def resident_bytes(self) -> int:
         """Of all but the routed experts."""
         return sum(part.nbytes for part in self.parts)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.resident_bytes + (self.expert.nbytes * self.num_experts if self.expert else 0)
 
-    @property
+    @cached_property
     def params(self) -> int:
         experts = self.expert.params * self.num_experts if self.expert else 0
         return sum(part.params for part in self.parts) + experts
 
-    @property
+    @cached_property
     def checkpoint_bytes(self) -> int:
         experts = self.expert.checkpoint_bytes * self.num_experts if self.expert else 0
         return sum(part.checkpoint_bytes for part in self.parts) + experts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Footprint:
     """A model in one quantization."""
 
@@ -77,7 +78,7 @@ class Footprint:
     # Of a recorded route trace: hit rate with 0, 1, … all experts of a layer at hand (planner.routes); None: no trace.
     hit_curve: tuple[float, ...] | None = None
 
-    @property
+    @cached_property
     def total_params(self) -> int:
         """Of the whole checkpoint, MTP included."""
         return sum(part.params for part in self.top) + sum(layer.params for layer in self._all_layers)
@@ -87,19 +88,19 @@ class Footprint:
         """Does the runtime load the MTP layer? It leaves one alone that is incomplete or stored in an unknown type."""
         return self.mtp is not None and self.mtp.nbytes > 0
 
-    @property
+    @cached_property
     def active_params(self) -> int:
         """Of one token: everything but the experts that it is not sent to; MTP not counted, the embedding table is."""
         fixed = sum(part.params for part in (*self.top, *(p for layer in self.layers for p in layer.parts)))
         experts = sum(layer.expert.params for layer in self.layers if layer.expert)
         return fixed + experts * self.num_experts_per_tok
 
-    @property
+    @cached_property
     def weights_bytes(self) -> int:
         """Of all tensors in the release's files."""
         return sum(part.checkpoint_bytes for part in self.top) + sum(one.checkpoint_bytes for one in self._all_layers)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Of all weights as the runtime holds them."""
         return sum(part.nbytes for part in self.top) + sum(layer.nbytes for layer in self._all_layers)

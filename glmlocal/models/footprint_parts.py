@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from glmlocal.formats.forms import FORMS, Form
 from glmlocal.formats.index import TensorRef
@@ -31,6 +32,7 @@ class Stored:
     is_packed: bool = False  # of an expert pack: held just as it is
 
 
+@lru_cache(maxsize=1 << 12)
 def component_of(name: str) -> str:
     """One of ``footprint.COMPONENTS``."""
     for component, mark in _MARKS:
@@ -113,11 +115,10 @@ def joined(layers: Iterable[Layer]) -> Layer | None:
 
 def merged(parts: Iterable[Part]) -> tuple[Part, ...]:
     """Parts that differ in numbers only, as one."""
-    found: dict[tuple[str, str, bool], Part] = {}
+    found: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
-        key = (part.component, part.scheme, part.is_integer)
-        found[key] = _sum((found[key], part), part.scheme) if key in found else part
-    return tuple(found.values())
+        found.setdefault((part.component, part.scheme), []).append(part)
+    return tuple(_sum(alike, alike[0].scheme) for alike in found.values())
 
 
 def _one_expert(matrices: list[Part]) -> Part:
@@ -126,8 +127,7 @@ def _one_expert(matrices: list[Part]) -> Part:
     return replace(expert, is_integer=all(part.is_integer for part in matrices))
 
 
-def _sum(parts: Iterable[Part], scheme: str) -> Part:
-    parts = tuple(parts)
+def _sum(parts: Sequence[Part], scheme: str) -> Part:
     return Part(
         component=parts[0].component,
         scheme=scheme,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from glmlocal.catalogue import Release
+from glmlocal.catalogue import MTP, Format, Release
 from glmlocal.errors import CheckpointError, ConfigError
 from glmlocal.formats.expert_pack_layout import PACK_DTYPE
 from glmlocal.formats.forms import FORMS, Form
@@ -24,6 +24,7 @@ from glmlocal.models.footprint_parts import Stored, component_of, joined, layer_
 QUANTS = ("keep", "int8", "int4")
 TEXT_FILES_BYTES = 20_000_000  # tokenizer.json, config and template beside a release's weights
 _DYNAMIC = {"UD-Q4_K_XL": "Q4_K_S", "UD-Q5_K_XL": "Q5_K_M", "UD-Q6_K_XL": "Q6_K"}  # Unsloth's: the nearest in size
+_ROLES = {"lm_head": "output", "v_proj": "attn_v", "o_proj": "attn_output", "down_proj": "ffn_down"}  # llama.cpp's
 FP8_SCALE_GROUP = 128  # numbers per fp32 scale in DeepSeek's FP8 cache of MLA; its rotated key stays bf16
 
 _Config = ModelConfig | DsaConfig
@@ -31,31 +32,24 @@ _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def of_release(release: Release, quant: str = "keep") -> Footprint:
-    """Of a release as the catalogue has it: exact for BF16, else an estimate. Raises ConfigError for ``quant``."""
+    """Of a release as the catalogue has it: exact for BF16, else an estimate. Raises ConfigError for ``quant``.
+
+    Releases that store a model alike, as many publishers' Q4_K_M do, share their layers.
+    """
     _check_quant(quant)
     config = _read_config(release.family.config)
     if release.mtp == "none":
         config = replace(config, num_nextn_predict_layers=0)
-    made: dict[tuple[object, ...], Layer] = {}  # alike layers once
-
-    def layer(i: int) -> Layer:
-        key = _layer_kind(release, config, i)
-        if key not in made:
-            stored = (
-                _published(release, config, i, name, shape) for name, shape in _release_shapes(release, config, i)
-            )
-            in_mtp = i >= config.num_hidden_layers
-            made[key], _ = layer_of(stored, quant, in_mtp=in_mtp, num_experts=config.n_routed_experts)
-        return made[key]
-
-    top = [_published(release, config, 0, name, shape) for name, shape in _top_tensors(config).items()]
+    top, layers, mtp = _released(
+        _Storage(config, release.format, release.quant, tuple(release.recipe.items()), release.mtp), quant
+    )
     footprint = _footprint(
         config,
         name=release.name,
         quant=quant,
-        top=top_parts(top, quant),
-        layers=tuple(layer(i) for i in range(config.num_hidden_layers)),
-        mtp=joined(layer(i) for i in _mtp_layers(config)),
+        top=top,
+        layers=layers,
+        mtp=mtp,
         file_bytes=0,
         is_exact=release.format == "bf16",
     )
@@ -123,10 +117,39 @@ def _copies(config: _Config, i: int) -> dict[str, tuple[int, ...]]:
 # Releases
 
 
-def _release_shapes(release: Release, config: _Config, i: int) -> _Shapes:
-    shapes = _shapes_of_a_layer(config, i)
-    if i >= config.num_hidden_layers and release.mtp == "with copies":
-        shapes += tuple(_copies(config, i).items())
+class _Storage(NamedTuple):
+    """Of a release, what says how each tensor is stored."""
+
+    config: _Config
+    format: Format
+    quant: str | None  # of a GGUF file: "Q4_K_M"
+    recipe: tuple[tuple[str, str], ...]
+    mtp: MTP
+
+
+@lru_cache(maxsize=256)
+def _released(storage: _Storage, quant: str) -> tuple[tuple[Part, ...], tuple[Layer, ...], Layer | None]:
+    """What is in no layer, the decoder layers, the MTP layer."""
+    config = storage.config
+    made: dict[tuple[object, ...], Layer] = {}  # alike layers once
+
+    def layer(i: int) -> Layer:
+        key = _layer_kind(storage, i)
+        if key not in made:
+            stored = (_published(storage, i, name, shape) for name, shape in _release_shapes(storage, i))
+            in_mtp = i >= config.num_hidden_layers
+            made[key], _ = layer_of(stored, quant, in_mtp=in_mtp, num_experts=config.n_routed_experts)
+        return made[key]
+
+    top = [_published(storage, 0, name, shape) for name, shape in _top_tensors(config).items()]
+    layers = tuple(layer(i) for i in range(config.num_hidden_layers))
+    return top_parts(top, quant), layers, joined(layer(i) for i in _mtp_layers(config))
+
+
+def _release_shapes(storage: _Storage, i: int) -> _Shapes:
+    shapes = _shapes_of_a_layer(storage.config, i)
+    if i >= storage.config.num_hidden_layers and storage.mtp == "with copies":
+        shapes += tuple(_copies(storage.config, i).items())
     return shapes
 
 
@@ -137,35 +160,35 @@ def _shapes_of_a_layer(config: _Config, i: int) -> _Shapes:
     return tuple(item for item in items if ".mlp.experts." not in item[0] or ".mlp.experts.0." in item[0])
 
 
-def _layer_kind(release: Release, config: _Config, i: int) -> tuple[object, ...]:
+def _layer_kind(storage: _Storage, i: int) -> tuple[object, ...]:
     """Equal for layers of a release that are alike."""
+    config = storage.config
     is_mtp, is_dense = i >= config.num_hidden_layers, i < config.first_k_dense_replace
     has_indexer = isinstance(config, DsaConfig) and config.has_indexer(i)
     types: tuple[str, ...] = ()
-    if release.quant is not None and release.format == "gguf":
-        types = tuple(_gguf_type(release.quant, role, 256, i, config) for role in ("attn_v", "ffn_down"))
+    if storage.quant is not None and storage.format == "gguf":
+        types = _gguf_type(storage, "attn_v", 256, i), _gguf_type(storage, "ffn_down", 256, i)
     return is_mtp, is_dense, has_indexer, types
 
 
-def _published(release: Release, config: _Config, i: int, name: str, shape: tuple[int, ...]) -> Stored:
+def _published(storage: _Storage, i: int, name: str, shape: tuple[int, ...]) -> Stored:
     """A tensor of layer ``i`` as the release has it."""
-    form = _release_form(release, config, i, name, shape)
+    form = _release_form(storage, i, name, shape)
     rows, columns = shape if len(shape) == 2 else (1, shape[0])
     return Stored(name, shape, form, form.file_bytes(rows, columns))
 
 
-def _release_form(release: Release, config: _Config, i: int, name: str, shape: tuple[int, ...]) -> Form:
-    is_gguf = release.format == "gguf"
+def _release_form(storage: _Storage, i: int, name: str, shape: tuple[int, ...]) -> Form:
+    is_gguf = storage.format == "gguf"
     if len(shape) == 1:
         return FORMS["f32" if is_gguf or name.endswith("e_score_correction_bias") else "bf16"]
     component, leaf = component_of(name), name.split(".")[-2]
     if component == "router":
         return FORMS["f32" if is_gguf else "bf16"]
     if is_gguf:
-        assert release.quant is not None
-        role = {"lm_head": "output", "v_proj": "attn_v", "o_proj": "attn_output", "down_proj": "ffn_down"}.get(leaf, "")
-        return FORMS[_form_name(_gguf_type(release.quant, role, shape[1], i, config))]
-    return FORMS[_by_recipe(release.recipe, component, leaf, ".indexer." in name, i >= config.num_hidden_layers)]
+        return FORMS[_form_name(_gguf_type(storage, _ROLES.get(leaf, ""), shape[1], i))]
+    in_mtp = i >= storage.config.num_hidden_layers
+    return FORMS[_by_recipe(dict(storage.recipe), component, leaf, ".indexer." in name, in_mtp)]
 
 
 def _by_recipe(recipe: Mapping[str, str], component: str, leaf: str, in_indexer: bool, in_mtp: bool) -> str:
@@ -176,9 +199,10 @@ def _by_recipe(recipe: Mapping[str, str], component: str, leaf: str, in_indexer:
     return next(recipe[key] for key in (*keys, f"{component}.{leaf}", component, "linear") if key in recipe)
 
 
-def _gguf_type(quant: str, role: str, columns: int, i: int, config: _Config) -> str:
-    num_blocks = config.num_hidden_layers + config.num_nextn_predict_layers
-    return tensor_type(_DYNAMIC.get(quant, quant), role, columns, i, num_blocks)
+def _gguf_type(storage: _Storage, role: str, columns: int, i: int) -> str:
+    assert storage.quant is not None
+    num_blocks = storage.config.num_hidden_layers + storage.config.num_nextn_predict_layers
+    return tensor_type(_DYNAMIC.get(storage.quant, storage.quant), role, columns, i, num_blocks)
 
 
 # Checkpoints

@@ -25,7 +25,7 @@ from glmlocal.offload.eviction import lfru
 from glmlocal.offload.stats import GpuStats
 from glmlocal.offload.store import Arrival, ExpertStore
 from glmlocal.offload.tiers import ExpertKey, Residency
-from glmlocal.planner.ledger import EXPERT_STAGING
+from glmlocal.planner.demand import EXPERT_STAGING
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from glmlocal.models.footprint import Footprint
 from glmlocal.planner.hardware import reserve_bytes
-from glmlocal.planner.ledger import Layout
+from glmlocal.planner.layout import Layout
 from glmlocal.planner.machine import Machine
 from glmlocal.planner.plan import CPU, Advice, Placement, Plan, Shortfall, Wants
 from glmlocal.units import GIB, format_bytes

@@ -35,9 +35,10 @@ class Efficiency:
     cpu_layer_s: Guess = (60e-6, 40e-6, 25e-6)  # three native calls and Python between them
     cpu_token_s: Guess = (3e-3, 2e-3, 1.5e-3)  # embedding row, sampling 151,552 logits, detokenizing, scheduling
     measured: Guess = (0.87, 1.00, 1.13)  # of the kernels' rates: what judging on other shapes leaves to doubt
-    gpu_read: Guess = (0.50, 0.65, 0.80)
-    gpu_arithmetic: Guess = (0.25, 0.40, 0.60)
+    gpu_read: Guess = (0.50, 0.65, 0.85)
+    gpu_arithmetic: Guess = (0.12, 0.25, 0.45)
     gpu_layer_s: Guess = (100e-6, 50e-6, 25e-6)  # launches of about ten kernels without a CUDA graph
+    gpu_hot: Guess = (0.0, 1.0, 1.0)  # of what a cache of the hottest experts finds beyond any experts (``hits.py``)
     gpu_token_s: Guess = (2e-3, 1e-3, 0.5e-3)
     sync_s: Guess = (60e-6, 30e-6, 15e-6)  # a layer whose misses the CPU computes: there and back
     hop_s: Guess = (40e-6, 20e-6, 10e-6)  # a token's activations from one device to the next

@@ -47,6 +47,12 @@ class _Step:
         here = self.gpu_experts if self.device != CPU else self._in_ram
         return self._hits(here)
 
+    def near_with(self, hot: float) -> float:
+        """The same where only a part of the use that a cache of the hottest makes of them is made: at 0 any experts
+        are there, as where engines keep whole layers' on the GPU."""
+        share = self.gpu_experts / self.layer.num_experts if self.layer.num_experts else 1.0
+        return share + hot * (self.near - share)
+
     @property
     def there(self) -> float:
         """Chance that an expert need not be read from NVMe."""
@@ -194,16 +200,17 @@ class PlacedModel:
             return
         wanted = self._experts(step.layer, rows)
         busy = wanted * expert.nbytes / s.gpu_read(gpu)
-        if step.near == 1.0:
+        near = step.near_with(s.time(s.e.gpu_hot))
+        if near == 1.0:
             clock.add("gpu memory", count * busy)
             return
         compute, resource = self._one_expert(s, step.layer, expert, rows)
         read = expert.nbytes / s.nvme
-        wait = expected_wait(wanted, step.near, step.there, busy, compute, read)
+        wait = expected_wait(wanted, near, step.there, busy, compute, read)
         clock.add("gpu memory", count * busy)
-        slowest = "nvme" if read * (1 - step.there) > compute * (1 - step.near) else resource
+        slowest = "nvme" if read * (1 - step.there) > compute * (1 - near) else resource
         clock.add(slowest, count * (wait - busy))
-        clock.add("overhead", count * s.time(s.e.sync_s) * (1 - step.near**wanted))
+        clock.add("overhead", count * s.time(s.e.sync_s) * (1 - near**wanted))
 
     def _around(self, clock: _Clock, s: Speeds, rows: int) -> None:
         """The head, hops between devices, and what a step costs outside the model."""

@@ -128,6 +128,9 @@ _STRIX_HALO = ("strixhalo", "8060s", "max395", "ryzenmax395", "ryzenmax395w8060s
 #   MI350X, MI355X (8 TB/s)      gangliao.me/blog/2026/amd-gpu-architecture-deep-dive
 #   RX 6900 XT (rates)           fpsbench.com/compare/gpu/amd-radeon-rx-6900-xt-vs-amd-radeon-rx-vega-56
 #   PRO W7900 (864 GB/s)         itcreations.com/amd-gpu/amd-radeon-pro-w7900-gpu
+#   RTX A6000 (rates; bandwidth) llmperf.net/categories/gpu/Nvidia-A6000-GPUs
+#   RTX 4080 SUPER (736 GB/s)    elchapuzasinformatico.com/2023/12/nvidia-rtx-4080-super-memorias-gddr6x-23-gbps
+#   DGX Spark (273 GB/s)         ai-infrastructure.net/dgx-spark; dgx-spark.warehack.ing/hardware
 # The others rest on the datasheets alone: no page that lists them without sparsity was found again.
 SPECS: tuple[Spec, ...] = (
     # NVIDIA H100 datasheet (SXM5, PCIe, NVL); memory from nvidia-smi, as are all lines' of NVIDIA.
@@ -297,6 +300,7 @@ def _near(name: str, word: str) -> str:
     keys = {key: spec.name for spec in SPECS for key in spec.keys}
     near = difflib.get_close_matches(_joined(name), names, n=1, cutoff=0.7)
     found = names[near[0]] if near else None
-    if found is None and (near := difflib.get_close_matches(word, keys, n=1, cutoff=0.5)):
+    cutoff = 0.5 if any(map(str.isdigit, word)) else 0.75  # nearly all have digits: "nan" is near to no Titan
+    if found is None and len(word) > 2 and (near := difflib.get_close_matches(word, keys, n=1, cutoff=cutoff)):
         found = keys[near[0]]
     return f": did you mean {found}?" if found else ", which has for example H100, RTX 4090 and MI300X; try one"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
+from operator import mul
 
 _STEPS = 16  # of a bisection over how full a GPU is: to 2e-5 of its memory
 
@@ -19,7 +20,7 @@ def pack(loads: Sequence[int], budgets: Sequence[float]) -> list[int] | None:
 
     No other contiguous split in this order fits where this one does not.
     """
-    return _pack(_runs(loads), budgets)
+    return pack_runs(_runs(loads), budgets)
 
 
 def _runs(loads: Sequence[int]) -> list[tuple[int, int]]:
@@ -27,7 +28,8 @@ def _runs(loads: Sequence[int]) -> list[tuple[int, int]]:
     return [(load, len(list(run))) for load, run in groupby(loads)]
 
 
-def _pack(runs: Sequence[tuple[int, int]], budgets: Sequence[float]) -> list[int] | None:
+def pack_runs(runs: Sequence[tuple[int, int]], budgets: Sequence[float]) -> list[int] | None:
+    """``pack`` of (load, how many of the same follow one another)."""
     owners: list[int] = []
     device, used = 0, 0
     for load, left in runs:
@@ -69,12 +71,14 @@ def level(loads: Sequence[int], budgets: Sequence[int]) -> list[int]:
 
 def _level(loads: Sequence[int], full: Sequence[int], shared: Sequence[int], most: float) -> list[int]:
     """The first devices full, the others up to the same least fraction (at most ``most``, which is enough)."""
+    if len(full) + len(shared) == 1:
+        return [0] * len(loads)
     low, high, runs = 0.0, most, _runs(loads)
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        fits = _pack(runs, [*full, *(budget * middle for budget in shared)]) is not None
+        fits = pack_runs(runs, [*full, *(budget * middle for budget in shared)]) is not None
         low, high = (low, middle) if fits else (middle, high)
-    owners = _pack(runs, [*full, *(budget * high for budget in shared)])
+    owners = pack_runs(runs, [*full, *(budget * high for budget in shared)])
     assert owners is not None, "most is enough"
     return owners
 
@@ -90,7 +94,7 @@ def fill(sizes: Sequence[int], counts: Sequence[int], free: int) -> list[int]:
         needed = sum(layers * size * min(middle, count) for (size, count), layers in alike.items())
         low, high = (middle, high) if needed <= free else (low, middle - 1)
     given = [min(low, count) for count in counts]
-    free -= sum(size * number for size, number in zip(sizes, given, strict=True))
+    free -= sum(map(mul, sizes, given))
     for layer, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         if given[layer] < count:
             if size > free:

@@ -88,9 +88,12 @@ def machine(
     if not is_own and not limits_of_this_machine:
         notes.append(_described_note(is_auto, ram, chosen_nvme is own_nvme))
     found, chosen_ram = _shared(found, chosen_ram)
+    cpu = _cpu(cpu_facts, measured)
+    if ram is not None and not limits_of_this_machine:  # kernels were measured over this machine's memory
+        cpu = replace(cpu, kernels=None)
     return Machine(
         gpus=found,
-        cpu=_cpu(cpu_facts, measured),
+        cpu=cpu,
         ram=chosen_ram,
         nvme=chosen_nvme,
         is_this_machine=is_own or limits_of_this_machine,

@@ -16,9 +16,10 @@ from glmlocal.models.config import KV_DTYPES
 from glmlocal.models.footprint import Footprint
 from glmlocal.models.precision import auto_activations, auto_kv_dtype, check_activations
 from glmlocal.planner import advise
+from glmlocal.planner.demand import MAX_NUM_BATCHED_TOKENS, Demand
 from glmlocal.planner.efficiency import DEFAULT, EXPECTED, Efficiency
 from glmlocal.planner.forecast import MOST_DRAFTS, PlacedModel, forecast
-from glmlocal.planner.ledger import MAX_NUM_BATCHED_TOKENS, Demand, Layout, holds, lay_out, layouts, pace
+from glmlocal.planner.layout import Layout, holds, lay_out, layouts, pace
 from glmlocal.planner.machine import Machine
 from glmlocal.planner.plan import Plan, Resolved, Wants
 
@@ -54,10 +55,10 @@ def plan_all(footprints: Iterable[Footprint], machine: Machine, wants: Wants) ->
 
     Models that differ in nothing but their names and files, as GLM-4.5 and 4.7 do, are solved once.
     """
-    solved: dict[tuple[object, ...], list[tuple[Footprint, Plan | ConfigError]]] = {}
+    solved: dict[int, list[tuple[Footprint, Plan | ConfigError]]] = {}  # by weight: what is alike weighs the same
     out = []
     for footprint in footprints:
-        known = solved.setdefault((footprint.layers, footprint.top, footprint.mtp), [])
+        known = solved.setdefault(footprint.nbytes, [])
         alike = replace(footprint, name="", file_bytes=0)
         found = next((result for other, result in known if other == alike), None)
         if found is None:
@@ -224,7 +225,7 @@ def _with_context(demand: Demand, most_pace: float) -> tuple[int, int, Layout]:
         if fast < least:
             fast = largest(least, lambda kv_tokens: holds(demand, kv_tokens))
     if fast < (wanted or least):
-        spilled = wanted or _largest_spilled(demand, min(limit, SPILL_CONTEXT))
+        spilled = wanted or min(_largest_spilled(demand, limit), SPILL_CONTEXT)
         context = spilled if spilled >= least else wanted or least
         kv_tokens = _shared_pool(demand, context)
         return context, kv_tokens, lay_out(demand, kv_tokens)
@@ -265,7 +266,7 @@ def _max_context(demand: Demand, layout: Layout) -> int:
 
 def _largest_spilled(demand: Demand, limit: int) -> int:
     """The largest context that fits with experts outside the fastest tier."""
-    if demand.is_hopeless:
+    if demand.is_hopeless():
         return 0
     return _largest(limit, lambda context: lay_out(demand, _shared_pool(demand, context)).fits)
 

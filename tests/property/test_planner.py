@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from glmlocal.errors import ConfigError
 from glmlocal.machine.kernel_rates import AttentionCost, KernelRates, ProductRate
 from glmlocal.models.footprint import Footprint, Layer
+from glmlocal.planner.demand import Demand
+from glmlocal.planner.layout import layouts
 from glmlocal.planner.machine import Cpu, Gpu, Machine, Nvme, Ram
 from glmlocal.planner.plan import CPU, Plan, Wants
 from glmlocal.planner.plan_json import as_json, from_json
@@ -98,7 +100,26 @@ def wishes(draw: st.DrawFn, model: Footprint, *, offload: bool = True) -> Wants:
     )
 
 
+RAM_SHARES = st.none() | st.floats(0.3, 0.9)  # of a model's bytes: few of the machines above need slots over NVMe
 CASES = footprints().flatmap(lambda model: st.tuples(st.just(model), machines(), wishes(model)))
+
+
+@settings(deadline=None)
+@given(CASES, st.booleans(), st.sampled_from([0, 32, 4096, 1 << 17]), st.sampled_from([0, GIB]), RAM_SHARES)
+def test_the_ledger_adds_up_to_what_was_placed(case, offload, kv_tokens, table_bytes, ram_share):
+    """A layout is sums of bytes, its ledger their reasons: two ways to count the same."""
+    model, machine, wants = case
+    model = replace(model, top=(replace(model.top[0], nbytes=table_bytes), *model.top[1:]))
+    if ram_share is not None:
+        ram = replace(machine.ram, available_bytes=4 * GIB + int(ram_share * model.nbytes))
+        machine = replace(machine, gpus=(), ram=ram, nvme=Nvme(200 * GIB, 3.0))
+    wants = replace(wants, offload=offload, cpu_offload_bytes=wants.cpu_offload_bytes if offload else None)
+    demand = Demand(model, machine, wants, "bf16", wants.draft or 0)
+    for found in layouts(demand, kv_tokens):
+        used = [device.used_bytes for device in found.devices]
+        assert [*found.used_bytes][: len(used)] == used
+        assert not any(found.used_bytes[len(used) :])  # nothing on NVMe, and no device for it
+        assert found.fits == all(device.used_bytes <= device.capacity_bytes for device in found.devices)
 
 
 @settings(deadline=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import resource
 import subprocess
@@ -21,7 +22,7 @@ import tiny
 import tiny_gguf
 from glmlocal.cli import plan as cli_plan
 from glmlocal.cli import plan_content as content
-from glmlocal.cli import plan_markdown, plan_report, plan_svg
+from glmlocal.cli import plan_markdown, plan_report, plan_svg, plan_table
 from glmlocal.cli.main import main
 from glmlocal.cli.plan_content import Bar
 from glmlocal.hub import pull
@@ -320,14 +321,37 @@ def test_a_report_of_what_does_not_fit_begins_with_what_is_missing() -> None:
 
 
 def test_a_table_of_plans_fits_eighty_columns() -> None:
-    out = Console(file=io.StringIO(), width=80)
-    rows = [("x" * 90, "GPU + RAM + NVMe", "1,048,576", "12.3", "1.371 TiB"), ("short", "GPU", "", "", "1 GiB")]
-    plan_report.show_many(("model", "where", "context", "tok/s", "download"), rows, out, ("note",))
-    assert isinstance(out.file, io.StringIO)
-    lines = out.file.getvalue().splitlines()
-    assert max(map(len, lines)) <= 80
-    assert "GPU + RAM + NVMe" in lines[1]
-    assert "1.371 TiB" in lines[1]
+    rows = [("x" * 90, "GPU + RAM + NVMe", "1,048,576", "12.3", "1.371 TiB"), ("モデル", "GPU", "", "", "1 GiB")]
+    lines = list(plan_table.table(("model", "where", "context", "tok/s", "download"), rows, 80))
+    assert max(map(cell_len, lines)) == 80
+    assert lines[1].split() == ["x" * 33, "GPU", "+", "RAM", "+", "NVMe", "1,048,576", "12.3", "1.371", "TiB"]
+    assert "".join(line.split()[0] for line in lines[1:4]) == "x" * 90  # folded, nothing lost
+    assert [cell_len(line) for line in (lines[0], lines[4])] == [80, 80]  # wide characters count twice
+    assert lines[0].endswith("download")
+
+
+def test_words_are_on_the_left_of_their_column_and_numbers_on_the_right() -> None:
+    lines = list(plan_table.table(("model", "where", "context"), [("GLM", "GPU", "8")], 80))
+    assert lines == ["model  where  context", "GLM    GPU          8"]
+
+
+def test_a_narrow_screen_folds_names_only() -> None:
+    lines = list(plan_table.table(("model", "where"), [("GLM", "GPU + RAM")], 5))
+    assert lines == ["m  where", "o", "d", "e", "l", "G  GPU + RAM", "L", "M"]
+
+
+def test_a_table_is_plain_text_in_a_pipe_and_dims_its_headings_on_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    pipe, screen = io.StringIO(), Screen()
+    for out in (pipe, screen):
+        plan_table.show_many(("model", "where"), [("GLM", "GPU")], ["a note"], out)
+    assert pipe.getvalue() == "model  where\nGLM    GPU\n\na note\n"
+    assert screen.getvalue() == "\x1b[2mmodel  where\x1b[22m\nGLM    GPU\n\n\x1b[2ma note\x1b[22m\n"
 
 
 def test_every_figure_is_explained() -> None:
@@ -594,6 +618,11 @@ def test_engines(words: tuple[str, ...], beginning: str, capsys: pytest.CaptureF
         (("GLM-4.5-Air", "--nvme", "2TB@-7"), "cannot read '-7' as GB/s for --nvme"),
         (("GLM-4.5-Air", "--vram", "-1GiB"), "'-1GiB' is negative"),
         (("GLM-4.5-Air", "--context", "-5K"), "wanted a whole number of at least 1"),
+        (("GLM-4.5-Air", "--context", "٣٢٠٠٠"), "32768, 32K or 1M, found '٣٢٠٠٠'"),
+        (("GLM-4.5-Air", "--context", "1_000"), "found '1_000'"),
+        (("GLM-4.5-Air", "--context", "9" * 5000), "wanted a whole number"),
+        (("GLM-4.5-Air", "--context", "1M"), "--context is 1048576, wanted 2 to 131072"),
+        (("GLM-4.5-Air", "--batch", "٣"), "found '٣'"),
         (("GLM-4.5-Air", "--context", "256K"), "--context is 262144, wanted 2 to 131072"),
         (("GLM-4.5-Air", "--ram", "--json"), "expected one argument"),
         (("GLM-4.5-Air", "--ram", "nan@inf"), "--ram"),
@@ -620,25 +649,52 @@ def test_bad_input_is_one_line(words: tuple[str, ...], message: str, capsys: pyt
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("words", [["GLM-4.5-Air"], ["GLM-4.5-Air", "--gpus", "2xH100", "--json"], []])
-def test_planning_needs_neither_torch_nor_numpy(words: list[str]) -> None:
+HEAVY = {"torch", "numpy", "transformers", "pydantic", "httpx", "psutil"}
+
+
+@pytest.mark.parametrize(
+    ("words", "heavy"),
+    [
+        (["GLM-4.5-Air"], HEAVY),
+        (["GLM-4.5-Air", "--gpus", "2xH100", "--json"], {*HEAVY, "rich"}),
+        (["GLM-4.5-Air-FP8", "--gpus", "2xH100", "--engine", "vllm"], {*HEAVY, "rich"}),
+        ([], HEAVY),
+    ],
+)
+def test_planning_needs_nothing_heavy(words: list[str], heavy: set[str]) -> None:
     code = (
         f"import sys; from glmlocal.cli.main import main; main(['plan', *{words}]); "
-        "print([name for name in sys.modules if name.split('.')[0] in ('torch', 'numpy', 'transformers', 'pydantic')])"
+        "print(sorted({name.split('.')[0] for name in sys.modules}), 'rich.table' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    loaded, _, has_tables = done.stdout.splitlines()[-1].rpartition(" ")
+    assert "'glmlocal'" in loaded
+    assert not {name for name in heavy if f"'{name}'" in loaded}
+    assert has_tables == ("True" if words == ["GLM-4.5-Air"] else "False")  # the list has its own, which are quicker
 
 
-def test_planning_takes_half_a_second_of_the_processor() -> None:
-    """The least of three: other work on the machine makes even CPU time longer."""
+@pytest.mark.parametrize(
+    ("words", "most_s"),
+    [
+        (("GLM-4.5-Air",), 0.4),
+        (("GLM-4.5-Air", *H100S, "--explain"), 0.5),
+        (H100S, 0.9),  # every release; took 1.0 when each layout's ledger was written, in the search for a context too
+    ],
+)
+def test_planning_takes_little_of_the_processor(words: tuple[str, ...], most_s: float, tmp_path: Path) -> None:
+    """The least of five runs with bytecode at hand: other work on the machine makes even CPU time longer. Twice what
+    two 2 GHz cores of a server take when nothing else runs."""
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     times = []
-    for _ in range(3):
+    for _ in range(6):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "glmlocal", "plan", "GLM-4.5-Air"], capture_output=True, check=False)
+        subprocess.run(
+            [sys.executable, "-m", "glmlocal", "plan", *words],
+            capture_output=True, check=False, env={**environment, "PYTHONPYCACHEPREFIX": str(tmp_path)},
+        )  # fmt: skip
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(times) < 1.0  # twice the promise: slower machines than ours
+    assert min(times[1:]) < most_s
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ WELL: dict[str, Any] = {
         "transparent_huge_pages": "madvise",
     },
     "peaks": {"difference": 0.05},
+    "kernel_rates": {"spread": 0.02},
     "disk": {
         "path": "/models", "filesystem": "ext4", "direct": True, "gb_per_s": {"1": 1.0, "4": 3.0}, "problem": None,
     },
@@ -90,6 +91,7 @@ def test_a_machine_that_is_well_has_one_ok_per_subject() -> None:
         ({"cpu__allowed_cores": 4}, ("warn", "cores"), "only 4 of 8 cores"),
         ({"cpu__busy_cpus": 1.5}, ("warn", "load"), "1.5 CPUs"),
         ({"peaks__difference": 0.3}, ("warn", "load"), "30%"),
+        ({"kernel_rates__spread": 0.09}, ("warn", "load"), "9% apart"),
         (
             {"cpu__numa_nodes": [{"node": 0, "cpus": 4, "memory_bytes": GIB}, {"node": 1, "cpus": 4,
              "memory_bytes": GIB}]},
@@ -129,6 +131,7 @@ def test_what_is_wrong_is_found_with_advice(changes: dict[str, Any], expected: t
         {"cpu__limit": 16.0},
         {"cpu__busy_cpus": 0.2},
         {"peaks": None},
+        {"kernel_rates": None},
         {"peaks__difference": None},
         {"memory__limit_bytes": 64 * GIB},
         {"memory__swap_used_bytes": GIB},
@@ -150,3 +153,4 @@ def test_busy() -> None:
     assert not is_busy(WELL)
     assert is_busy(changed(cpu__busy_cpus=0.5))
     assert is_busy(changed(peaks__difference=0.2))
+    assert is_busy(changed(kernel_rates__spread=0.06))

@@ -26,8 +26,8 @@ from glmlocal.offload.dispatch import Costs, dispatch
 from glmlocal.offload.stats import GpuStats, OffloadStats, merged, since
 from glmlocal.offload.store import StoreStats
 from glmlocal.offload.tiers import ExpertKey, Residency
+from glmlocal.planner.demand import EXPERT_STAGING
 from glmlocal.planner.gpus import described
-from glmlocal.planner.ledger import EXPERT_STAGING
 from glmlocal.planner.machine import ExpertGpu, Machine, Nvme
 from glmlocal.planner.plan import CPU, Plan, Wants
 from glmlocal.planner.solve import plan

@@ -167,6 +167,11 @@ def test_a_link_replaces_the_cards_own_but_not_shared_memory() -> None:
         (",", "nothing between"),
         ("", "nothing between"),
         ("RTX 4900", "did you mean RTX 4090"),
+        ("titn", "did you mean Titan RTX"),
+        ("4099", "did you mean RTX 4090"),
+        ("nan", "in the table, which has for example"),  # near to no Titan
+        ("0", "in the table, which has for example"),
+        ("-1", "in the table, which has for example"),
         ("A100 48GB", "A100 with 80 GB"),
         ("1x24GiB@nan", "as GB/s"),
         ("1x24GiB@-3", "as GB/s"),
@@ -420,3 +425,12 @@ def test_rates_of_kernels_are_taken_unless_others_run_and_a_new_build_is_said(ow
     own.setenv("GLMLOCAL_CPU_ISA", "avx2")
     assert probe.machine().cpu.kernels is None
     assert any("measured as avx512" in note for note in probe.machine().notes)
+
+
+def test_kernels_that_were_measured_over_other_memory_say_nothing_of_the_described_one(own: pytest.MonkeyPatch) -> None:
+    """After doctor on a slow machine ``--ram 96GiB@60`` was forecast as slow as that machine's own memory."""
+    rates = KernelRates("none", {}, {}, {}, {}, 1.0)
+    own.setattr(probe.measurements, "load_own", lambda: (_measured(kernels=rates), ""))
+    assert probe.machine(ram="96GiB@60").cpu.kernels is None
+    assert probe.machine(gpus="1xRTX4090").cpu.kernels == rates  # its memory is this machine's
+    assert probe.machine(ram="8GiB", limits_of_this_machine=True).cpu.kernels == rates

@@ -13,7 +13,7 @@ from glmlocal import catalogue
 from glmlocal.errors import ConfigError, PlanError
 from glmlocal.models.footprint import Footprint
 from glmlocal.models.footprints import of_release
-from glmlocal.planner import ledger, solve
+from glmlocal.planner import layout, solve
 from glmlocal.planner.machine import Nvme
 from glmlocal.planner.plan import CPU, Plan, Wants
 from glmlocal.planner.solve import choose, plan
@@ -248,6 +248,12 @@ def test_a_gpu_too_small_to_help_does_not_hinder():
     assert "staging" not in on(with_gpu, "ram")
 
 
+def test_a_gpu_slower_than_the_cpu_is_left_alone():
+    slow = replace(RTX4090, read_gb_per_s=20.0)
+    found = plan(air(**INT4), machine(slow, ram_gib=128), Wants(context=8192))
+    assert set(found.placement.layer_device) == {CPU}
+
+
 def test_a_table_that_is_held_is_counted_once():
     model = air(**INT4)
     held = replace(model, top=(replace(model.top[0], nbytes=GIB), *model.top[1:]))
@@ -434,14 +440,14 @@ def test_a_table_says_of_each_release_what_rules_it_out():
 
 def test_no_layout_is_made_twice(monkeypatch):
     """What keeps the list of all releases quick: the search for a context and the plan ask for the same."""
-    made, real = [], ledger._first_that_fits
-    monkeypatch.setattr(ledger, "_first_that_fits", lambda demand, tokens: made.append(tokens) or real(demand, tokens))
+    made, real = [], layout._first_that_fits
+    monkeypatch.setattr(layout, "_first_that_fits", lambda demand, tokens: made.append(tokens) or real(demand, tokens))
     plan(released("GLM-4.5-FP8"), machine(RTX4090, ram_gib=512), Wants(), with_advice=False)
     assert len(made) == len(set(made))
 
 
 def test_what_no_memory_holds_is_not_searched_for_a_context(monkeypatch):
-    made, real = [], ledger._first_that_fits
-    monkeypatch.setattr(ledger, "_first_that_fits", lambda demand, tokens: made.append(tokens) or real(demand, tokens))
+    made, real = [], layout._first_that_fits
+    monkeypatch.setattr(layout, "_first_that_fits", lambda demand, tokens: made.append(tokens) or real(demand, tokens))
     found = plan(released("GLM-5-BF16"), machine(H100), Wants(), with_advice=False)
     assert (found.fits, found.max_context, len(made)) == (False, 0, 1)
