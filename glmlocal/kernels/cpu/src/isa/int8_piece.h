@@ -99,7 +99,7 @@ class Spread {
 };
 
 // What a sum is over.
-GLM_INLINE int part_of(bool halves, int half) { return halves ? kFirstHalf + half : kWholeBlock; }
+constexpr int part_of(bool halves, int half) { return halves ? kFirstHalf + half : kWholeBlock; }
 // What a sum starts from, for part of a block of one row: codes mean code - zero_point.
 GLM_INLINE U start_of(const Int8Block& block, int part, int zero_point) { return splat(uint32_t(-zero_point * block.sum(part))); }
 
