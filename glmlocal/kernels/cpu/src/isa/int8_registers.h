@@ -22,7 +22,7 @@ struct TileStep {
 template <int bits, int num_rows, bool offsets, bool halves>
 GLM_FLATTEN void multiply_in_registers(const Piece& piece, int panel_tiles, TileStep step, const Int8Block* const* rows, int first_block,
                                        int blocks, Ahead ahead, float* out, ptrdiff_t out_stride, bool fresh) {
-  constexpr int tiles = kDotTiles, parts = halves ? 2 : 1;
+  constexpr int tiles = kDotTiles, parts = halves ? 2 : 1, chains = kDotChains / (num_rows * tiles) >= 2 ? 2 : 1;
   F acc[num_rows * tiles];
   unroll<num_rows>([&](auto m) {
     unroll<tiles>([&](auto t) { acc[m.v * tiles + t.v] = fresh ? zero() : load(out + m.v * out_stride + t.v * step.floats); });
@@ -36,17 +36,21 @@ GLM_FLATTEN void multiply_in_registers(const Piece& piece, int panel_tiles, Tile
     for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
     unroll<parts>([&](auto half) {
       if constexpr (halves) asm volatile("" ::: "memory");  // GCC would begin the second half's sums before the first one's end
-      U sums[num_rows * tiles];
+      U sums[chains][num_rows * tiles];  // by turns: a few rows' chains alone would wait for one another
       unroll<num_rows>([&](auto m) {
         const U begin = splat(uint32_t(offsets ? kFloatBaseBits : x[m.v][b].starts[part_of(halves, half.v)]));
-        unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = begin; });
+        unroll<tiles>([&](auto t) { sums[0][m.v * tiles + t.v] = begin; });
       });
+      if constexpr (chains == 2) unroll<num_rows * tiles>([&](auto i) { sums[1][i.v] = splat(0); });
       unroll<kQuads / parts>([&](auto q) {
         U w[tiles];
         unroll<tiles>([&](auto t) { w[t.v] = load_words(codes + t.v * step.codes); });
         unroll<num_rows>([&](auto m) {
           const U word = splat(word_of(x[m.v][b], half.v * (kQuads / 2) + q.v));
-          unroll<tiles>([&](auto t) { sums[m.v * tiles + t.v] = Dots<bits>::add(sums[m.v * tiles + t.v], w[t.v], word); });
+          unroll<tiles>([&](auto t) {
+            U& sum = sums[q.v % chains][m.v * tiles + t.v];
+            sum = Dots<bits>::add(sum, w[t.v], word);
+          });
         });
         codes += line;
       });
@@ -57,7 +61,8 @@ GLM_FLATTEN void multiply_in_registers(const Piece& piece, int panel_tiles, Tile
         const F x_scale = broadcast(x[m.v][b].scale), minus_base = broadcast(x[m.v][b].minus_base);
         unroll<tiles>([&](auto t) {
           constexpr int i = m.v * tiles + t.v;
-          acc[i] = fma(fma(as_float(sums[i]), x_scale, minus_base), scale[t.v], acc[i]);
+          const U sum = chains == 2 ? add_words(sums[0][i], sums[1][i]) : sums[0][i];
+          acc[i] = fma(fma(as_float(sum), x_scale, minus_base), scale[t.v], acc[i]);
         });
       });
       if constexpr (offsets) {
@@ -97,10 +102,10 @@ template <class Codec>
 void multiply_piece_in_registers(const PackedMatrix& w, int panel, const Piece& piece, const Int8Block* const* rows, int num_rows, int first,
                                  int count, float* out, ptrdiff_t out_stride, const std::byte* next) {
   const int tiles = w.tiles_in(panel);
-  const int row_tiles = (num_rows + kDotRows - 1) / kDotRows;  // of nearly equal height
+  const int row_tiles = (num_rows + kDotRows - 1) / kDotRows;
   Spread spread(w, panel, first + count, Codec::lines, row_tiles * ((tiles + kDotTiles - 1) / kDotTiles) * count, next);
-  for (int i = 0; i < row_tiles; ++i) {
-    const int m = num_rows * i / row_tiles, row_count = num_rows * (i + 1) / row_tiles - m;
+  for (int m = 0; m < num_rows; m += kDotRows) {  // not of equal height: 12 chains of dot products do not fill two ports, 14 do
+    const int row_count = num_rows - m < kDotRows ? num_rows - m : kDotRows;
     const auto multiply = function_in_registers<8>(piece, row_count);
     for (int tile = 0; tile < tiles; tile += kDotTiles) {
       const int at = tile * kTileRows;

@@ -92,7 +92,7 @@ GLM_INLINE int32_t max_of_words(U x) { return _mm512_reduce_max_epi32(x); }
 // While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
 inline constexpr int kGemvRows = 4, kGemvChains = 8, kGemvUnscaledChains = 16;
 inline constexpr int kGemmRows = 6, kGemmTiles = 4;  // 24 accumulators, 4 weights, 1 activation of 32 registers
-inline constexpr int kDotRows = 7, kDotTiles = 2;    // 14 integer and 14 fp32 sums, 2 weights, 1 activation
+inline constexpr int kDotRows = 7, kDotTiles = 2, kDotChains = 16;  // 14 integer (or two each for few rows) and 14 fp32 sums, 2 weights, 1 activation
 inline constexpr int kDotGemvRows = 4, kDotGemvChains = 8;  // chains: and as many fp32 sums
 inline constexpr bool kDotSumsInMemory = false;
 #if defined(__AMX_INT8__)
