@@ -17,6 +17,12 @@ struct TileStep {
   ptrdiff_t codes, floats;
 };
 
+// scale · sum, rounded once, of a sum that began with kFloatBaseBits.
+GLM_INLINE F scaled_sum(U sum, F scale, F minus_base) {
+  if constexpr (kFmaIsFused) return fma(as_float(sum), scale, minus_base);
+  else return mul(sub(as_float(sum), broadcast(kFloatBase)), scale);
+}
+
 // num_rows × kDotTiles sums over the blocks of a piece, continuing the chains in `out` unless `fresh`. panel_tiles is the
 // piece's number of tiles; its pointers are at the first of ours.
 template <int bits, int num_rows, bool offsets, bool halves>
@@ -32,13 +38,15 @@ GLM_FLATTEN void multiply_in_registers(const Piece& piece, int panel_tiles, Tile
   const std::byte* codes = piece.codes;
   const float *scales = piece.scales, *piece_offsets = piece.offsets;
   const ptrdiff_t line = panel_tiles * 64, scale_line = panel_tiles * kTileRows;
+  int32_t base_bits = kFloatBaseBits;
   for (int b = 0; b < blocks; ++b) {
     for (int i = 0; i < ahead.lines; ++i, ahead.from += 64) __builtin_prefetch(ahead.from, 0, 2);
     unroll<parts>([&](auto half) {
       if constexpr (halves) asm volatile("" ::: "memory");  // GCC would begin the second half's sums before the first one's end
       U sums[chains][num_rows * tiles];  // by turns: a few rows' chains alone would wait for one another
+      if constexpr (offsets) asm volatile("" : "+m"(base_bits));  // read anew: a register that held it would be one too many
       unroll<num_rows>([&](auto m) {
-        const U begin = splat(uint32_t(offsets ? kFloatBaseBits : x[m.v][b].starts[part_of(halves, half.v)]));
+        const U begin = splat(uint32_t(offsets ? base_bits : x[m.v][b].starts[part_of(halves, half.v)]));
         unroll<tiles>([&](auto t) { sums[0][m.v * tiles + t.v] = begin; });
       });
       if constexpr (chains == 2) unroll<num_rows * tiles>([&](auto i) { sums[1][i.v] = splat(0); });
@@ -62,7 +70,7 @@ GLM_FLATTEN void multiply_in_registers(const Piece& piece, int panel_tiles, Tile
         unroll<tiles>([&](auto t) {
           constexpr int i = m.v * tiles + t.v;
           const U sum = chains == 2 ? add_words(sums[0][i], sums[1][i]) : sums[0][i];
-          acc[i] = fma(fma(as_float(sum), x_scale, minus_base), scale[t.v], acc[i]);
+          acc[i] = fma(scaled_sum(sum, x_scale, minus_base), scale[t.v], acc[i]);
         });
       });
       if constexpr (offsets) {

@@ -17,6 +17,7 @@ GLM_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 GLM_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 GLM_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 GLM_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+inline constexpr bool kFmaIsFused = true;
 GLM_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 GLM_INLINE F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 GLM_INLINE F where_less(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }

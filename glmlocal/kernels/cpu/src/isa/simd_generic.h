@@ -25,6 +25,7 @@ GLM_INLINE F add(F a, F b) { return map<F>([&](int i) { return a.v[i] + b.v[i]; 
 GLM_INLINE F sub(F a, F b) { return map<F>([&](int i) { return a.v[i] - b.v[i]; }); }
 GLM_INLINE F mul(F a, F b) { return map<F>([&](int i) { return a.v[i] * b.v[i]; }); }
 GLM_INLINE F div(F a, F b) { return map<F>([&](int i) { return a.v[i] / b.v[i]; }); }
+inline constexpr bool kFmaIsFused = false;
 GLM_INLINE F fma(F a, F b, F c) { return map<F>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
 GLM_INLINE F where_less(F a, F b, F yes, F no) {
   return map<F>([&](int i) { return (Quad)blend((QuadU)(a.v[i] < b.v[i]), (QuadU)yes.v[i], (QuadU)no.v[i]); });
