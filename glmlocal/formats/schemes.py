@@ -36,8 +36,9 @@ class QuantScheme:
         """Do codes mean integers of 8 bits, with or without a sign? Products with int8 activations need it."""
         if self.code_type != "integer" or self.codebook is not None:
             return self.code_type == "integer" and self.bits == 4
-        largest = (1 << self.bits) - 1 - self.zero_point
-        return self.zero_point == 0 or (self.zero_point <= 128 and largest <= 127)
+        if self.offset_codec != "symmetric":
+            return self.zero_point == 0
+        return self.zero_point <= 128 and (1 << self.bits) - 1 - self.zero_point <= 127
 
 
 FP8_CHANNEL = QuantScheme("fp8_channel", 8, WHOLE_ROW, WHOLE_ROW, code_type="e4m3", scale_type="f32")

@@ -6,6 +6,7 @@ Before they meet a weight that was packed for int8 activations they are rounded 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -156,14 +157,17 @@ def _native_packing() -> Any:
 def int8_rounded(x: Tensor) -> Tensor:
     """x fp32 [tokens, features] as products with int8 activations see it.
 
-    Each 32 neighbouring features share a scale of (largest magnitude) / 127, as in llama.cpp's Q8_0, and are rounded
-    half to even to -127 … 127 times that; where the scale is subnormal they become 0. NaN and infinity spoil their 32.
+    Each 32 neighbouring features share a scale of (largest magnitude) / 127, as in llama.cpp's Q8_0 but without its last two
+    of 24 binary digits, and are rounded half to even to -127 … 127 times that; where the scale is subnormal they become 0.
+    NaN and infinity spoil their 32, and scales of 2^103 and more count as infinite (``int8_rows.h`` says what for).
     """
     padded = F.pad(x, (0, -x.shape[-1] % _INT8_GROUP))
     groups = padded.view(x.shape[0], padded.shape[-1] // _INT8_GROUP, _INT8_GROUP)
     largest = groups.abs().amax(-1, keepdim=True) if groups.numel() else groups[..., :1]
-    scale = largest / 127
-    inverse = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, torch.full_like(largest, 127) / largest)
+    scale = ((largest / 127).view(torch.int32) & ~3).view(torch.float32)
+    scale = torch.where(scale < 2.0**103, scale, scale * math.inf)
+    usable = (scale >= torch.finfo(torch.float32).tiny) & (scale < math.inf)
+    inverse = torch.where(usable, torch.full_like(largest, 127) / largest, 0.0)
     rounded = (groups * inverse).round().nan_to_num(0.0) * scale
     return rounded.view_as(padded)[:, : x.shape[-1]]
 

@@ -46,7 +46,7 @@ HOT = [
 # word to the next; in few rows what a sum starts from. With VNNI it is rows' scales and starts.
 NEARLY = [
     ("avx2", "multiply_tile<4, 6, 1>", 96, 12),
-    ("avx_vnni", "multiply_in_registers<8, 4, false, false>", 64, 3),
+    ("avx_vnni", "multiply_in_registers<8, 4, false, false>", 64, 4),
     ("avx2", "multiply_few_rows<glmlocal::avx2::Quads4, glmlocal::avx2::PlainScales, 1>", 20, 2),
     ("avx2", "multiply_few_rows<glmlocal::avx2::Quads8, glmlocal::avx2::PlainScales, 1>", 34, 2),
 ]

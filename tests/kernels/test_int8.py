@@ -48,7 +48,7 @@ def test_halves_zeros_and_the_smallest_numbers(isa: str) -> None:
     x[1, 5] = 127 * TINY  # the smallest scale that keeps all its digits
     x[2, 5] = 127 * TINY * 0.99
     x[3, :32] = 1e-45
-    x[4] = 3e38
+    x[4] = 127 * 2.0**103 * 0.999  # the largest scale
     x[5, 40] = -1.0
     assert_rounded_alike(x)
     assert bool((reference.int8_rounded(x)[2] == 0).all())
@@ -61,6 +61,17 @@ def test_rounding_loses_less_than_half_a_step(isa: str) -> None:
     error = (kernels.linear(x, identity(320)) - x).view(64, 10, 32).abs()
     assert float((error / step).max()) <= 0.5 + 1e-5
     assert float((error / step).mean()) == pytest.approx(0.25, rel=0.05)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_what_is_too_large_or_not_finite_spoils_its_group_alone(isa: str, rows: int) -> None:
+    x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(4))
+    x[0, 3], x[0, 40], x[0, 70] = 127 * 2.0**103 * 1.001, float("inf"), float("nan")
+    found = kernels.linear(x, identity(128))
+    spoilt = torch.zeros(rows, 128, dtype=torch.bool)
+    spoilt[0] = True  # zeros of the identity times NaN
+    assert torch.equal(found.isnan(), spoilt)
+    assert torch.equal(reference.int8_rounded(x).isnan()[0], torch.arange(128) < 96)
 
 
 def test_only_integer_codes_take_int8_activations() -> None:

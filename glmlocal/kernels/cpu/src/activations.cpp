@@ -67,8 +67,8 @@ const Int8Group* gather_groups(Scratch slot, std::span<const Int8Block* const> r
         const Int8Block& block = row[b];
         std::memcpy(group[b].codes[m], block.codes, kBlockColumns);
         group[b].scales[m] = block.scale;
-        group[b].sums[m] = block.sums[kWholeBlock - 1];
-        for (int half = 0; half < 2; ++half) group[b].half_sums[half][m] = block.sums[kFirstHalf - 1 + half];
+        group[b].sums[m] = block.sums[kWholeBlock];
+        for (int half = 0; half < 2; ++half) group[b].half_sums[half][m] = block.sums[kFirstHalf + half];
       }
     }
   });

@@ -14,7 +14,7 @@
 
 namespace glmlocal {
 
-inline constexpr int kMaxChunkRows = 192;  // rows of one panel product; whole groups of them
+inline constexpr int kMaxChunkRows = 128;  // rows of one panel product; whole groups of them
 static_assert(kMaxChunkRows % kGroupRows == 0);
 inline constexpr int kFewRows = 4;  // so many are read as they are, also where more are taken in groups
 

@@ -2,6 +2,10 @@
 //
 // Every 32 neighbouring columns share a scale of (largest magnitude) / 127, as llama.cpp's Q8_0 and Q8_1 do, and are
 // rounded to the nearest of -127 … 127. Sums serve codes with zero points and offsets.
+//
+// Integer sums of many rows' products begin with the bits of kFloatBase, so that their words, read as floats, are kFloatBase
+// + sum: fma(word, scale, minus_base) is scale · sum, rounded once, and no conversion is needed. minus_base has to be exact,
+// which takes a scale of at most 22 significant bits and below kInfiniteScale.
 #pragma once
 
 #include <cstdint>
@@ -10,18 +14,22 @@
 
 namespace glmlocal {
 
-// What a sum is over: no columns, the whole block, its columns 0 … 15, its columns 16 … 31.
-enum Part { kNoColumns, kWholeBlock, kFirstHalf, kSecondHalf };
+// What a sum is over: the whole block, its columns 0 … 15, its columns 16 … 31.
+enum Part { kWholeBlock, kFirstHalf, kSecondHalf };
 inline constexpr int kMiddleCode = 128;  // the zero point of codes in many rows' products
+inline constexpr float kFloatBase = 0x1.8p23f;  // plus an integer below 2^22, of either sign: all its bits
+inline constexpr int32_t kFloatBaseBits = 0x4b400000;
+inline constexpr float kInfiniteScale = 0x1p103f;  // scales from here on are taken for infinite
 
 // A line of the cache.
 struct alignas(64) Int8Block {
   int8_t codes[kBlockColumns];
   float scale;
-  float sums[3];      // scale · Σ codes, by part less one: what a weight's offset is multiplied with
-  int32_t starts[4];  // -kMiddleCode · Σ codes, by part: what integer sums begin with
+  float minus_base;   // -kFloatBase · scale
+  float sums[3];      // scale · Σ codes, by part: what a weight's offset is multiplied with
+  int32_t starts[3];  // kFloatBaseBits - kMiddleCode · Σ codes, by part: what integer sums begin with
 
-  int32_t sum(int part) const { return -(starts[part] >> 7); }  // exact: a multiple of 128
+  int32_t sum(int part) const { return (kFloatBaseBits - starts[part]) >> 7; }  // exact: a multiple of 128
 };
 static_assert(sizeof(Int8Block) == 64 && kMiddleCode == 1 << 7);
 

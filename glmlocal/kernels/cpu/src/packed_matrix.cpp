@@ -94,7 +94,8 @@ bool use_int8_activations(PackedMatrix& matrix) {
   const float first = bits <= 4 ? matrix.values[0] : -matrix.zero_point;
   // Products of many rows take bytes, either codes as they are or codes around kMiddleCode.
   const int most = (1 << bits) - 1;
-  bool linear = first == std::nearbyint(first) && (first == 0 || (first >= -128 && first + float(most) <= 127));
+  const bool fits = matrix.format.has_min ? first == 0 : first >= -128 && first + float(most) <= 127;
+  bool linear = first == std::nearbyint(first) && fits;
   for (int i = 0; bits <= 4 && i < 1 << bits; ++i) linear = linear && matrix.values[i] == first + float(i);
   if (linear) {
     matrix.int8_zero_point = -int(first);

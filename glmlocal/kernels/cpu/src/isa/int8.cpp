@@ -92,7 +92,7 @@ GLM_FLATTEN void multiply_few_rows(const PackedMatrix& w, int panel, int first_t
         F offset[tiles];
         unroll<tiles>([&](auto t) { offset[t.v] = scales.load_offset(column, tile + t.v); });
         unroll<num_rows>([&](auto m) {
-          const F x_sum = broadcast(rows[m.v][b].sums[part_of(halves, half) - 1]);
+          const F x_sum = broadcast(rows[m.v][b].sums[part_of(halves, half)]);
           unroll<tiles>([&](auto t) {
             constexpr int i = m.v * tiles + t.v;
             acc.set(i, fma(x_sum, offset[t.v], acc.get(i)));
@@ -193,6 +193,16 @@ void multiply(const PackedMatrix& w, int panel, const Int8Block* const* rows, [[
 
 }  // namespace
 
+// The scale without its last two digits, infinite from kInfiniteScale on.
+GLM_INLINE float few_digits(float scale) {
+  if (scale >= kInfiniteScale) return __builtin_inff();
+  uint32_t bits;
+  __builtin_memcpy(&bits, &scale, 4);
+  bits &= ~3u;
+  __builtin_memcpy(&scale, &bits, 4);
+  return scale;
+}
+
 void quantize_row(const float* x, int blocks, Int8Block* out) {
   for (int b = 0; b < blocks; ++b, x += kBlockColumns) {
     Int8Block& block = out[b];
@@ -202,17 +212,20 @@ void quantize_row(const float* x, int blocks, Int8Block* out) {
     const int32_t bits = max_of_words(max_words(bit_and(as_words(first), magnitude), bit_and(as_words(second), magnitude)));
     float largest;
     __builtin_memcpy(&largest, &bits, 4);
-    block.scale = largest / 127.0f;
+    block.scale = few_digits(largest / 127.0f);
+    block.minus_base = -kFloatBase * block.scale;
     // A subnormal scale has lost digits, and its inverse would be infinite.
     const F inverse = broadcast(block.scale < 1.17549435e-38f ? 0.0f : 127.0f / largest);
-    const U finite = splat(uint32_t(bits) < 0x7f800000u ? 0xffffffffu : 0u);
+    const U finite = splat(block.scale < kInfiniteScale ? 0xffffffffu : 0u);
     const U a = bit_and(to_words(mul(first, inverse)), finite), c = bit_and(to_words(mul(second, inverse)), finite);
     store_low_bytes(block.codes, a);
     store_low_bytes(block.codes + 16, c);
     const int32_t half_sums[2] = {sum_words(a), sum_words(c)};
-    const int32_t by_part[4] = {0, half_sums[0] + half_sums[1], half_sums[0], half_sums[1]};
-    for (int part = kNoColumns; part <= kSecondHalf; ++part) block.starts[part] = -kMiddleCode * by_part[part];
-    for (int part = kWholeBlock; part <= kSecondHalf; ++part) block.sums[part - 1] = block.scale * float(by_part[part]);
+    const int32_t by_part[3] = {half_sums[0] + half_sums[1], half_sums[0], half_sums[1]};
+    for (int part = kWholeBlock; part <= kSecondHalf; ++part) {
+      block.starts[part] = kFloatBaseBits - kMiddleCode * by_part[part];
+      block.sums[part] = block.scale * float(by_part[part]);
+    }
   }
 }
 

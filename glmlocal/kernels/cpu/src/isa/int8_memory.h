@@ -61,7 +61,7 @@ GLM_FLATTEN void multiply_tile(const Piece& piece, int panel_tiles, int zero_poi
     scales += scale_line;
     if (!offsets) return;
     unroll<num_rows>([&](auto m) {
-      const F x_sum = broadcast(x[m.v][b].sums[part_of(halves, half) - 1]);
+      const F x_sum = broadcast(x[m.v][b].sums[part_of(halves, half)]);
       unroll<tiles>([&](auto t) {
         constexpr int i = m.v * tiles + t.v;
         acc.set(i, fma(x_sum, load(all_offsets + t.v * kTileRows), acc.get(i)));

@@ -51,16 +51,25 @@ GLM_FLATTEN void take_apart(const PackedMatrix& w, int panel, int first_block, i
   }
 }
 
+template <class Scales>
 void widen_scales(const PackedMatrix& w, int panel, int first_block, int blocks, const Piece& piece) {
-  const int tiles = w.tiles_in(panel), columns = kBlockColumns / (piece.halves ? 2 : 1);
-  const GroupScales groups(w, panel, tiles);
+  const int tiles = w.tiles_in(panel), columns = kBlockColumns / (Scales::may_have_halves && piece.halves ? 2 : 1);
+  const bool has_offsets = Scales::may_have_offsets && piece.has_offsets;
+  const Scales groups(w, panel, tiles);
   float *scales = piece.scales, *offsets = piece.offsets;
   for (int column = first_block * kBlockColumns; column < (first_block + blocks) * kBlockColumns; column += columns) {
     for (int t = 0; t < tiles; ++t, scales += kTileRows, offsets += kTileRows) {
       store(scales, groups.load_scale(column, t));
-      if (piece.has_offsets) store(offsets, groups.load_offset(column, t));
+      if (has_offsets) store(offsets, groups.load_offset(column, t));
     }
   }
+  const int after = first_block + blocks, left = int(w.layout.blocks) - after;
+  if (left > 0) groups.prefetch(after * kBlockColumns, (after + (left < kChunkBlocks ? left : kChunkBlocks)) * kBlockColumns);
+}
+
+void widen_scales(const PackedMatrix& w, int panel, int first_block, int blocks, const Piece& piece) {
+  if (PlainScales::fit(w.format) && !piece.halves) widen_scales<PlainScales>(w, panel, first_block, blocks, piece);
+  else widen_scales<GroupScales>(w, panel, first_block, blocks, piece);
 }
 
 GLM_INLINE uint32_t word_of(const Int8Block& block, int quad) {
@@ -99,7 +108,7 @@ class Spread {
 };
 
 // What a sum is over.
-GLM_INLINE int part_of(bool halves, int half) { return halves ? kFirstHalf + half : kWholeBlock; }
+constexpr int part_of(bool halves, int half) { return halves ? kFirstHalf + half : kWholeBlock; }
 // What a sum starts from, for part of a block of one row: codes mean code - zero_point.
 GLM_INLINE U start_of(const Int8Block& block, int part, int zero_point) { return splat(uint32_t(-zero_point * block.sum(part))); }
 

@@ -17,6 +17,7 @@ GLM_INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.
 GLM_INLINE F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 GLM_INLINE F max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 GLM_INLINE F min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+inline constexpr bool kFmaIsFused = true;
 GLM_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
 GLM_INLINE F round(F x) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -90,10 +91,10 @@ GLM_INLINE U dot(U sums, U codes, U x) {
   return {_mm256_dpbusd_avx_epi32(sums.lo, codes.lo, x.lo), _mm256_dpbusd_avx_epi32(sums.hi, codes.hi, x.hi)};
 }
 inline constexpr bool kDotSumsInMemory = false, kDotInTiles = false;
-inline constexpr int kDotRows = 4, kDotTiles = 1;  // 8 accumulators, 2 weights, activations and constants of the dot product
+inline constexpr int kDotRows = 4, kDotTiles = 1, kDotChains = 4;  // 8 accumulators, 2 weights, activations and constants of the dot product
 #else
 inline constexpr bool kDotSumsInMemory = true, kDotInTiles = false;
-inline constexpr int kDotRows = 6, kDotTiles = 1;  // 12 integer sums, 2 weights, 1 activation, 1 product of 16 registers
+inline constexpr int kDotRows = 6, kDotTiles = 1, kDotChains = 1;  // 12 integer sums, 2 weights, 1 activation, 1 product of 16 registers
 
 // Sums of several products would be added up in another order, one that keeps all of the products on the stack.
 template <class Lanes> GLM_INLINE Lanes in_this_order(Lanes x) {

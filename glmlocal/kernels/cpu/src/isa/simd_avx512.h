@@ -17,6 +17,7 @@ GLM_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 GLM_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
 GLM_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 GLM_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+inline constexpr bool kFmaIsFused = true;
 GLM_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 GLM_INLINE F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 GLM_INLINE F where_less(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
@@ -92,7 +93,7 @@ GLM_INLINE int32_t max_of_words(U x) { return _mm512_reduce_max_epi32(x); }
 // While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
 inline constexpr int kGemvRows = 4, kGemvChains = 8, kGemvUnscaledChains = 16;
 inline constexpr int kGemmRows = 6, kGemmTiles = 4;  // 24 accumulators, 4 weights, 1 activation of 32 registers
-inline constexpr int kDotRows = 7, kDotTiles = 2;    // 14 integer and 14 fp32 sums, 2 weights, 1 activation
+inline constexpr int kDotRows = 7, kDotTiles = 2, kDotChains = 16;  // 14 integer (or two each for few rows) and 14 fp32 sums, 2 weights, 1 activation
 inline constexpr int kDotGemvRows = 4, kDotGemvChains = 8;  // chains: and as many fp32 sums
 inline constexpr bool kDotSumsInMemory = false;
 #if defined(__AMX_INT8__)

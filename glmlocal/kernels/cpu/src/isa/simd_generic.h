@@ -25,6 +25,7 @@ GLM_INLINE F add(F a, F b) { return map<F>([&](int i) { return a.v[i] + b.v[i]; 
 GLM_INLINE F sub(F a, F b) { return map<F>([&](int i) { return a.v[i] - b.v[i]; }); }
 GLM_INLINE F mul(F a, F b) { return map<F>([&](int i) { return a.v[i] * b.v[i]; }); }
 GLM_INLINE F div(F a, F b) { return map<F>([&](int i) { return a.v[i] / b.v[i]; }); }
+inline constexpr bool kFmaIsFused = false;
 GLM_INLINE F fma(F a, F b, F c) { return map<F>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
 GLM_INLINE F where_less(F a, F b, F yes, F no) {
   return map<F>([&](int i) { return (Quad)blend((QuadU)(a.v[i] < b.v[i]), (QuadU)yes.v[i], (QuadU)no.v[i]); });
@@ -146,7 +147,7 @@ GLM_INLINE float maximum(F x) { return reduce(x, [](float a, float b) { return a
 // While weights are decoded: rows at once, and accumulators (of 16 lanes) that leave registers for decoding.
 inline constexpr int kGemvRows = 2, kGemvChains = 2, kGemvUnscaledChains = 2;
 inline constexpr int kGemmRows = 2, kGemmTiles = 1;  // SSE2: 8 accumulators, 4 weights, 1 activation of 16 registers
-inline constexpr int kDotRows = 2, kDotTiles = 1;    // the same
+inline constexpr int kDotRows = 2, kDotTiles = 1, kDotChains = 1;    // the same
 inline constexpr int kDotGemvRows = 2, kDotGemvChains = 2;  // chains: and as many fp32 sums
 inline constexpr bool kDotSumsInMemory = false, kDotInTiles = false;
 
