@@ -157,9 +157,9 @@ def _native_packing() -> Any:
 def int8_rounded(x: Tensor) -> Tensor:
     """x fp32 [tokens, features] as products with int8 activations see it.
 
-    Each 32 neighbouring features share a scale of (largest magnitude) / 127, as in llama.cpp's Q8_0 but without its last
-    two of 24 binary digits, and are rounded half to even to -127 … 127 times that; where the scale is subnormal they
-    become 0. NaN and infinity spoil their 32; scales of 2^103 and more count as infinite (``int8_rows.h`` says what for).
+    Each 32 neighbouring features share a scale of (largest magnitude) / 127, as in llama.cpp's Q8_0 but without its
+    last two of 24 binary digits, and are rounded half to even to -127 … 127 times that; where the scale is subnormal
+    they become 0. NaN and infinity spoil their 32; scales of 2^103 and more count as infinite (``int8_rows.h``).
     """
     padded = F.pad(x, (0, -x.shape[-1] % _INT8_GROUP))
     groups = padded.view(x.shape[0], padded.shape[-1] // _INT8_GROUP, _INT8_GROUP)
