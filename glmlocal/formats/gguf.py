@@ -19,13 +19,12 @@ import numpy as np
 
 from glmlocal.errors import CheckpointError
 from glmlocal.formats.gguf_file import GGUFFile, read_gguf
+from glmlocal.formats.gguf_names import COMPANIONS, SPLIT_NAME
 from glmlocal.formats.index import TensorRef, quoted
 from glmlocal.formats.safetensors import MAX_EXPERTS, split_tensor
 
 ARCHITECTURE = "glm4moe"
 _SIGMOID = 2  # gguf.ExpertGatingFuncType.SIGMOID
-SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
-COMPANIONS = ("mmproj", "mtp-", "imatrix")  # files that sit beside a model without being one
 _BLOCK_NAME = re.compile(r"blk\.(0|[1-9]\d{0,3})\.(.+)")
 
 _MODEL_TENSORS = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from glmlocal.errors import ConfigError, DownloadError
-from glmlocal.formats.gguf import COMPANIONS, SPLIT_NAME
+from glmlocal.formats.gguf_names import COMPANIONS, SPLIT_NAME
 from glmlocal.formats.index import quoted
 from glmlocal.formats.safetensors import INDEX_FILE, SINGLE_FILE
 from glmlocal.hub.listing import HubFile
