@@ -37,14 +37,10 @@ def of_release(release: Release, quant: str = "keep") -> Footprint:
     Releases that store a model alike, as many publishers' Q4_K_M do, share their layers.
     """
     _check_quant(quant)
-    config = _read_config(release.family.config)
-    if release.mtp == "none":
-        config = replace(config, num_nextn_predict_layers=0)
-    top, layers, mtp = _released(
-        _Storage(config, release.format, release.quant, tuple(release.recipe.items()), release.mtp), quant
-    )
+    storage = _storage(release)
+    top, layers, mtp = _released(storage, quant)
     footprint = _footprint(
-        config,
+        storage.config,
         name=release.name,
         quant=quant,
         top=top,
@@ -125,6 +121,13 @@ class _Storage(NamedTuple):
     quant: str | None  # of a GGUF file: "Q4_K_M"
     recipe: tuple[tuple[str, str], ...]
     mtp: MTP
+
+
+def _storage(release: Release) -> _Storage:
+    config = _read_config(release.family.config)
+    if release.mtp == "none":
+        config = replace(config, num_nextn_predict_layers=0)
+    return _Storage(config, release.format, release.quant, tuple(release.recipe.items()), release.mtp)
 
 
 @lru_cache(maxsize=256)

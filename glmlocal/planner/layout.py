@@ -107,7 +107,8 @@ def _lay_out(demand: Demand, kv_tokens: int, gpus: list[tuple[int, Gpu]], *, who
     used = _used(demand, sizes, owners, gpu_experts, left)
     homes, slots, nvme = left, [0] * len(left), [0] * len(left)
     pack_bytes, spilled = 0, _times(sizes.expert, left)
-    if used[CPU] + spilled > demand.ram_bytes and demand.machine.nvme is not None and demand.wants.offload:
+    may_spill = spilled > 0 and demand.machine.nvme is not None and demand.wants.offload
+    if may_spill and used[CPU] + spilled > demand.ram_bytes:
         homes, nvme = nvme, left
         used[CPU] += demand.read_buffers_bytes
         slots = layers.fill(sizes.expert, left, max(0, demand.ram_bytes - used[CPU]))

@@ -317,7 +317,7 @@ def test_a_disk_that_fills_up_meanwhile_loses_nothing(server: HubServer, home: P
 
 
 def test_a_read_only_cache_is_one_clear_line(server: HubServer, home: Path) -> None:
-    if not mounted(home, "size=2m,ro"):
+    if not mounted(home, "size=80m,ro"):
         pytest.skip("cannot mount a read-only tmpfs here")
     try:
         assert "cannot write" in error_line(glmlocal(server, home, "pull", REPO))

@@ -252,10 +252,10 @@ def test_other_formats_of_compressed_tensors_are_named(checkpoint: tuple[Path, t
     tensors[DOWN.replace("weight", "weight_packed")] = tensors.pop(DOWN).view(torch.int32)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((checkpoint[0] / "config.json").read_text())
-    stored_as = "nvfp4-pack-quantized"
+    stored_as = "marlin-24"
     config["quantization_config"] = {"quant_method": "compressed-tensors", "format": stored_as, "config_groups": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="in the format 'nvfp4-pack-quantized'; pack-quantized, int-quant"):
+    with pytest.raises(CheckpointError, match="in the format 'marlin-24'; pack-quantized, int-quant"):
         load(tmp_path)
 
 

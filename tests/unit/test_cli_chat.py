@@ -182,7 +182,11 @@ def test_p_does_not_wait_for_an_open_but_silent_stdin(run: Run, monkeypatch: pyt
         (("-p", "q", "--top-p", "0"), b"", "top_p is 0.0"),
         (("-p", "q", "--max-tokens", "-1"), b"", "max_tokens is -1"),
         (("-p", "q", "--stop", ""), b"", "stop is 1 entries"),
-        (("-p", "q", "--context", "0"), b"", "argument --context: wanted a whole number of at least 1, found '0'"),
+        (
+            ("-p", "q", "--context", "0"),
+            b"",
+            "argument --context: wanted a whole number of at least 1, as 32768, 32K or 1M, found '0'",
+        ),
         (("-p", "q", "--threads", "x"), b"", "argument --threads: wanted a whole number"),
         (("-p", "q", "--raw", "--system", "s"), b"", "--system has no place in a raw completion"),
         (("-p", "caf\udce9"), b"", "-p is not UTF-8 text: byte 0xe9"),

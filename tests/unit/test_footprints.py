@@ -147,15 +147,14 @@ def test_estimates_come_near_what_was_published(one: Release) -> None:
 def test_quantized_releases_have_as_many_elements_as_the_hub_counts(name: str, billions: int, tolerance: float) -> None:
     """Of whatever type: an int32 word of codes or zero points is one, a scale is one. From the hub's collections."""
     one = release(name)
-    config = footprints._read_config(one.family.config)
-    if one.mtp == "none":
-        config = replace(config, num_nextn_predict_layers=0)
+    storage = footprints._storage(one)
+    config = storage.config
     shapes = [(0, *item) for item in footprints._top_tensors(config).items()]
     for i in range(config.num_hidden_layers + config.num_nextn_predict_layers):
-        shapes += [(i, *item) for item in footprints._release_shapes(one, config, i)]
+        shapes += [(i, *item) for item in footprints._release_shapes(storage, i)]
     count = 0
     for i, tensor, shape in shapes:
-        form = footprints._release_form(one, config, i, tensor, shape)
+        form = footprints._release_form(storage, i, tensor, shape)
         elements = math.prod(shape)
         if form.group_bits:
             groups = elements // form.group_columns
