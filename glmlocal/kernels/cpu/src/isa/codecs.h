@@ -186,7 +186,6 @@ class GroupScales {
     const F scale = load_float(scale_, line(column >> super_shift_, tile));
     return format_.has_sub_scale ? mul(scale, load_i8(sub_scale_ + line(column >> group_shift_, tile))) : scale;
   }
-  GLM_INLINE void prefetch(int, int) const {}  // several streams; nobody has measured it
   GLM_INLINE F load_offset(int column, int tile) const {
     const int64_t group = line(column >> group_shift_, tile);
     if (format_.has_sub_min) return sub(zero(), mul(load_float(min_, line(column >> super_shift_, tile)), load_u8(sub_min_ + group)));

@@ -63,13 +63,13 @@ void widen_scales(const PackedMatrix& w, int panel, int first_block, int blocks,
       if (has_offsets) store(offsets, groups.load_offset(column, t));
     }
   }
-  const int after = first_block + blocks, left = int(w.layout.blocks) - after;
-  if (left > 0) groups.prefetch(after * kBlockColumns, (after + (left < kChunkBlocks ? left : kChunkBlocks)) * kBlockColumns);
 }
 
 void widen_scales(const PackedMatrix& w, int panel, int first_block, int blocks, const Piece& piece) {
-  if (PlainScales::fit(w.format) && !piece.halves) widen_scales<PlainScales>(w, panel, first_block, blocks, piece);
-  else widen_scales<GroupScales>(w, panel, first_block, blocks, piece);
+  if (!PlainScales::fit(w.format) || piece.halves) return widen_scales<GroupScales>(w, panel, first_block, blocks, piece);
+  widen_scales<PlainScales>(w, panel, first_block, blocks, piece);
+  const int after = first_block + blocks, left = int(w.layout.blocks) - after, next = left < kChunkBlocks ? left : kChunkBlocks;
+  if (left > 0) PlainScales(w, panel, w.tiles_in(panel)).prefetch(after * kBlockColumns, (after + next) * kBlockColumns);
 }
 
 GLM_INLINE uint32_t word_of(const Int8Block& block, int quad) {
