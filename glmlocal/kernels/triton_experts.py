@@ -93,6 +93,15 @@ def _product(
 
 
 @triton.jit
+def _chunk(chunks, slots, slot_bytes, TOKENS: tl.constexpr):
+    """Of this program's chunk: its expert's record, and of TOKENS rows their pairs and whether they are in it."""
+    entry = chunks + tl.program_id(0) * 3
+    record = slots + tl.load(entry).to(tl.int64) * slot_bytes
+    i = tl.arange(0, TOKENS)
+    return record, tl.load(entry + 1) + i, i < tl.load(entry + 2)
+
+
+@triton.jit
 def _hidden_kernel(
     x_gate,
     x_up,
@@ -108,16 +117,13 @@ def _hidden_kernel(
     TOKENS: tl.constexpr,
 ):
     """silu(gate) · up of a chunk's pairs for one panel; ``x_gate`` and ``x_up`` are what each of them multiplies."""
-    chunk, panel = tl.program_id(0), tl.program_id(1)
-    record = slots + tl.load(chunks + chunk * 3).to(tl.int64) * slot_bytes
-    first, count = tl.load(chunks + chunk * 3 + 1), tl.load(chunks + chunk * 3 + 2)
-    i = tl.arange(0, TOKENS)
-    inside = i < count
-    token = tl.load(tokens + first + i, mask=inside, other=0).to(tl.int64)
+    panel = tl.program_id(1)
+    record, pair, inside = _chunk(chunks, slots, slot_bytes, TOKENS)
+    token = tl.load(tokens + pair, mask=inside, other=0).to(tl.int64)
     gate = _matrix_product(x_gate + token * GATE[1], inside, record, panel, GATE, GATE_SCALE, TOKENS)
     up = _matrix_product(x_up + token * UP[1], inside, record, panel, UP, UP_SCALE, TOKENS)
     output = panel * 64 + tl.arange(0, 64)
-    to = hidden + (first + i)[:, None].to(tl.int64) * GATE[0] + output[None, :]
+    to = hidden + pair[:, None].to(tl.int64) * GATE[0] + output[None, :]
     tl.store(to, gate / (1.0 + tl.exp(-gate)) * up, mask=inside[:, None] & (output < GATE[0])[None, :])
 
 
@@ -132,12 +138,9 @@ def _down_kernel(
     DOWN_SCALE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    chunk, panel = tl.program_id(0), tl.program_id(1)
-    record = slots + tl.load(chunks + chunk * 3).to(tl.int64) * slot_bytes
-    first, count = tl.load(chunks + chunk * 3 + 1), tl.load(chunks + chunk * 3 + 2)
-    i = tl.arange(0, TOKENS)
-    inside = i < count
-    pair = (first + i).to(tl.int64)
+    panel = tl.program_id(1)
+    record, pair, inside = _chunk(chunks, slots, slot_bytes, TOKENS)
+    pair = pair.to(tl.int64)
     found = _matrix_product(hidden + pair * DOWN[1], inside, record, panel, DOWN, DOWN_SCALE, TOKENS)
     output = panel * 64 + tl.arange(0, 64)
     to = out + pair[:, None] * DOWN[0] + output[None, :]

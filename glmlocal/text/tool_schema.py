@@ -4,7 +4,7 @@ A model writes arguments as bare text between tags: ``123`` may be the number or
 
 * Only a string is allowed: the text, byte for byte, even if it looks like JSON.
 * Other types: the first that the text is, of null, integer, number, boolean, object, array, string. Objects and arrays
-  may be written as Python literals too, as vLLM and SGLang take them.
+  may be written as Python literals too, as vLLM takes them.
 * No schema: JSON if it parses, else a string. Whatever does not convert is a string.
 
 Schemas come from the network: references are followed within the schema only, cycles end, and the work is bounded.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,16 @@ def modelscope(server: HubServer, cache: Path, token: str | None = None, **setti
 def fetch(hub: Hub, source: Source = SOURCE, options: Options = QUICK, **more: Any) -> Path:
     """List, select and download; returns what to open."""
     return pull.pull(pull.prepare(source, hub, options), options, **more)
+
+
+def fetch_twice_at_once(server: HubServer, cache: Path) -> bool:
+    """Two pulls of the same at the same time; whether one waited for the other. Raises what they raise."""
+    waited = threading.Event()
+    with ThreadPoolExecutor(2) as threads:
+        pulls = [threads.submit(fetch, huggingface(server, cache), on_wait=waited.set) for _ in range(2)]
+        for each in pulls:
+            each.result()
+    return waited.is_set()
 
 
 def visible_files(cache: Path) -> dict[str, bytes]:

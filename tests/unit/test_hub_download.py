@@ -25,7 +25,17 @@ from glmlocal.hub.http import NotThere
 from glmlocal.hub.listing import Hub
 from glmlocal.hub.names import Source
 from glmlocal.hub.partial import merged
-from hub.pulling import PATIENCE, QUICK, REPO, fetch, huggingface, journalled, modelscope, visible_files
+from hub.pulling import (
+    PATIENCE,
+    QUICK,
+    REPO,
+    fetch,
+    fetch_twice_at_once,
+    huggingface,
+    journalled,
+    modelscope,
+    visible_files,
+)
 from hub.server import HubServer
 
 BIG = "model.safetensors"
@@ -505,21 +515,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_fetched(
 
 def test_one_process_waits_for_the_other_and_fetches_nothing_twice(server: HubServer, cache: Path) -> None:
     server.fail(BIG, bytes_per_s=1_000_000, times=6)
-    waited, errors = threading.Event(), []
-
-    def work() -> None:
-        try:
-            fetch(huggingface(server, cache), on_wait=waited.set)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert waited.is_set()
+    assert fetch_twice_at_once(server, cache)
     assert server.served_bytes(BIG) == len(FILES[BIG])
     assert visible_files(cache) == WANTED
 

@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from glmlocal.hub.listing import Hub
 from glmlocal.hub.names import Source
 from glmlocal.hub.unsynced import boot_id
 from hub import server as hub_server
-from hub.pulling import PATIENCE, REPO, fetch, huggingface, modelscope, visible_files
+from hub.pulling import PATIENCE, REPO, fetch, fetch_twice_at_once, huggingface, modelscope, visible_files
 from hub.server import HubServer
 
 BIG = "model.safetensors"
@@ -280,21 +279,7 @@ def test_without_locks_two_pulls_fetch_everything_once(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     server.fail(BIG, bytes_per_s=500_000, times=2)
-    waited, errors = threading.Event(), list[BaseException]()
-
-    def work() -> None:
-        try:
-            fetch(huggingface(server, cache), on_wait=waited.set)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert waited.is_set()
+    assert fetch_twice_at_once(server, cache)
     assert server.served_bytes(BIG) == len(FILES[BIG])
     assert visible_files(cache) == FILES
 
